@@ -1,0 +1,80 @@
+"""Attention, its masks and its cache in MLX. The file mirrors ``engines/torch/attention.py``."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+CAUSAL = "causal"
+"""In place of a mask: query and key positions are equal and nothing is out of the window."""
+
+GROWTH = 256
+"""A cache grows by this many tokens, so that it is copied rarely."""
+
+
+def attention(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: mx.array | str | None) -> mx.array:
+    """Softmax attention ``[batch, heads, queries, head_dim]``; keys and values serve a group of heads each.
+
+    Args:
+        q: ``[batch, heads, queries, head_dim]``, normalised and rotated.
+        k, v: ``[batch, kv_heads, keys, head_dim]``.
+        mask: boolean ``[queries, keys]``, true where a query sees a key; ``CAUSAL``; or None for all.
+    """
+    return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
+
+
+def visible(queries: mx.array, keys: mx.array, window: int | None) -> mx.array:
+    """Boolean ``[queries, keys]``: a key is seen from its own position on, while ``pos_q - pos_k < window``."""
+    distance = queries[:, None] - keys[None, :]
+    return distance >= 0 if window is None else (distance >= 0) & (distance < window)
+
+
+def masks(start: int, length: int, window: int) -> dict[int | None, mx.array | str | None]:
+    """The mask of global (None) and of local layers (their window) for ``length`` tokens from position ``start`` on.
+
+    The keys end at the last of these tokens and reach back as far as ``KVCache`` keeps them.
+    """
+    if length == 1:
+        return {None: None, window: None}
+    queries = mx.arange(start, start + length)
+    if start == 0:
+        return {None: CAUSAL, window: CAUSAL if length <= window else visible(queries, queries, window)}
+    within = mx.arange(max(0, start - window + 1), start + length)
+    everything = mx.arange(start + length)
+    return {None: visible(queries, everything, None), window: visible(queries, within, window)}
+
+
+class KVCache:
+    """Keys and values of the tokens so far, of which a local layer keeps what its window can still see.
+
+    Attributes:
+        length: tokens seen so far.
+    """
+
+    def __init__(self, window: int | None) -> None:
+        self.window = window
+        self.length = 0
+        self._end = 0
+        self._keys: mx.array | None = None
+        self._values: mx.array | None = None
+
+    def append(self, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array]:
+        """Add ``[batch, kv_heads, new, head_dim]``; returns all keys and values the new tokens may see."""
+        new = k.shape[2]
+        kept = self.length if self.window is None else min(self.length, self.window - 1)
+        if self._keys is None or self._values is None or self._end + new > self._keys.shape[2]:
+            room = kept + new + (GROWTH if self.window is None else self.window)
+            self._keys, self._values = self._moved(self._keys, k, kept, room), self._moved(self._values, v, kept, room)
+            self._end = kept
+        self._keys[:, :, self._end : self._end + new] = k
+        self._values[:, :, self._end : self._end + new] = v
+        self._end += new
+        self.length += new
+        seen = slice(self._end - kept - new, self._end)
+        return self._keys[:, :, seen], self._values[:, :, seen]
+
+    def _moved(self, old: mx.array | None, like: mx.array, kept: int, room: int) -> mx.array:
+        batch, heads, _, dim = like.shape
+        buffer = mx.zeros((batch, heads, room, dim), like.dtype)
+        if old is not None:
+            buffer[:, :, :kept] = old[:, :, self._end - kept : self._end]
+        return buffer

@@ -1,0 +1,43 @@
+"""Which device MLX computes on, and how much memory is there. The only file that knows of Metal and CUDA."""
+
+from __future__ import annotations
+
+from importlib import metadata
+
+import mlx.core as mx
+import psutil
+
+from engines.base import DeviceInfo
+
+CACHE_LIMIT = 2 << 30
+"""MLX keeps freed blocks for reuse, by default up to all memory; with varying shapes they would pile up."""
+
+
+def choose_device() -> mx.Device:
+    """The GPU (Metal or CUDA) where there is one, else the CPU; nothing is wired, which has crashed Macs."""
+    device = mx.Device(mx.gpu) if mx.is_available(mx.Device(mx.gpu)) else mx.Device(mx.cpu)
+    mx.set_default_device(device)
+    mx.set_cache_limit(CACHE_LIMIT)
+    return device
+
+
+def describe(device: mx.Device) -> DeviceInfo:
+    """Device, dtypes and memory. Gemma-3 overflows float16, so it is never offered."""
+    if device.type == mx.cpu:
+        return DeviceInfo("mlx", "cpu", metadata.version("mlx"), ("float32", "bfloat16"), psutil.virtual_memory().total)
+    facts = mx.device_info()
+    total = facts.get("max_recommended_working_set_size") or facts.get("memory_size") or psutil.virtual_memory().total
+    kind = "metal" if mx.metal.is_available() else "cuda"
+    return DeviceInfo("mlx", kind, metadata.version("mlx"), ("bfloat16", "float32"), int(total))
+
+
+def used(device: mx.Device) -> int:
+    """Bytes in use by the device's allocator; on a CPU, by the process."""
+    if device.type == mx.cpu:
+        return int(psutil.Process().memory_info().rss)
+    return mx.get_active_memory()
+
+
+def release() -> None:
+    """Give cached blocks back."""
+    mx.clear_cache()

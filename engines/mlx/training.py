@@ -1,0 +1,117 @@
+"""Loss, gradients and optimizer steps in MLX. The file mirrors ``engines/torch/training.py``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx import optimizers
+from mlx.utils import tree_map
+
+from engines.base import IGNORED, Batch, StepResult, TrainingSettings
+from engines.mlx.adapters import add_lora
+from engines.mlx.model import Gemma3
+
+LOGITS_BYTES = 128 << 20
+"""Logits are made for as many positions at a time as fit in this; 262,144 of them for every token would be gigabytes."""
+
+
+def chunked_cross_entropy(hidden: mx.array, weight: mx.array, labels: mx.array, train_weight: bool) -> mx.array:
+    """Summed negative log-likelihood of a linear head, never holding all logits.
+
+    The gradients of the hidden states, and of the head where it is trained, are made in the same pass as the loss,
+    since the logits are at hand then and would have to be computed again later.
+
+    Args:
+        hidden: ``[n, d]``.
+        weight: ``[vocabulary, d]``.
+        labels: ``[n]``.
+
+    Returns:
+        A float32 scalar, nats.
+    """
+
+    @mx.custom_function
+    def loss_and_gradients(hidden: mx.array, weight: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        total = mx.array(0.0)
+        head = weight.astype(hidden.dtype)
+        grad_hidden = []
+        grad_weight = mx.zeros(weight.shape if train_weight else (1,))
+        rows = max(1, LOGITS_BYTES // (4 * weight.shape[0]))
+        for start in range(0, hidden.shape[0], rows):
+            part, target = hidden[start : start + rows], labels[start : start + rows, None]
+            logits = (part @ head.T).astype(mx.float32)
+            scores = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+            total = total - mx.take_along_axis(scores, target, axis=1).sum()
+            error = mx.exp(scores)
+            at_target = mx.take_along_axis(error, target, axis=1)
+            error = mx.put_along_axis(error, target, at_target - 1, axis=1).astype(hidden.dtype)
+            grad_hidden.append(error @ head)
+            if train_weight:
+                grad_weight = grad_weight + (error.T @ part).astype(mx.float32)
+        return total, mx.concatenate(grad_hidden), grad_weight
+
+    @loss_and_gradients.vjp
+    def scaled(primals: tuple, cotangents: tuple, outputs: tuple) -> tuple[mx.array, mx.array]:
+        """Scale the gradients made on the way forward."""
+        hidden, weight = primals
+        _, grad_hidden, grad_weight = outputs
+        scale = cotangents[0]
+        head = scale * grad_weight if train_weight else mx.zeros_like(weight)
+        return (scale * grad_hidden).astype(hidden.dtype), head.astype(weight.dtype)
+
+    outputs: Any = loss_and_gradients(hidden, weight)
+    return outputs[0]
+
+
+def summed_loss(model: Gemma3, batch: Batch) -> mx.array:
+    """Negative log-likelihood summed over the supervised tokens of a batch, nats."""
+    embedding = model.model.embed_tokens
+    labels = batch.labels.reshape(-1)
+    supervised = mx.array(np.flatnonzero(labels != IGNORED))
+    hidden = model(mx.array(batch.tokens)).reshape(-1, model.config.hidden_size)
+    train_weight = "weight" in embedding.trainable_parameters()
+    weight = embedding.weight if train_weight else mx.stop_gradient(embedding.weight)
+    return chunked_cross_entropy(hidden[supervised], weight, mx.array(labels)[supervised], train_weight)
+
+
+def start_training(model: Gemma3, settings: TrainingSettings) -> optimizers.MultiOptimizer:
+    """Choose what is trained, keep it in float32, and make its optimizer."""
+    mx.random.seed(settings.seed)
+    if settings.lora is not None:
+        add_lora(model, settings.lora, settings.seed)
+    else:
+        model.set_dtype(mx.float32)
+        model.unfreeze()
+    model.checkpoint_activations = settings.checkpoint_activations
+    terms = {"learning_rate": 0.0, "betas": list(settings.betas), "eps": settings.epsilon, "bias_correction": True}
+    # Norm gains are not matrices: pulling them to zero would pull the gain 1 + w to one for no reason.
+    matrices = optimizers.AdamW(weight_decay=settings.weight_decay, **terms)
+    gains = optimizers.AdamW(weight_decay=0.0, **terms)
+    return optimizers.MultiOptimizer([matrices, gains], [lambda path, value: value.ndim > 1])
+
+
+def train_step(
+    model: Gemma3, optimizer: optimizers.MultiOptimizer, batches: Sequence[Batch], learning_rate: float, clip: float
+) -> StepResult:
+    """One optimizer step; every supervised token of all micro-batches weighs the same."""
+    model.train()
+    tokens = sum(batch.supervised for batch in batches)
+    loss, gradients = 0.0, None
+    for batch in batches:
+        share, gradient = nn.value_and_grad(model, lambda batch: summed_loss(model, batch) / tokens)(batch)
+        gradients = gradient if gradients is None else tree_map(mx.add, gradients, gradient)
+        # What is not evaluated keeps its graph, and with it the activations of every micro-batch.
+        mx.eval(share, gradients)
+        loss += share.item()
+    gradients, norm = optimizers.clip_grad_norm(gradients, clip or math.inf)
+    applied = math.isfinite(norm.item()) and math.isfinite(loss)
+    if applied:
+        optimizer.learning_rate = learning_rate
+        optimizer.update(model, gradients)
+        mx.eval(model.parameters(), optimizer.state)
+    return StepResult(loss, tokens, norm.item(), applied)

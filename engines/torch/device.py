@@ -1,0 +1,48 @@
+"""Which device torch computes on, and how much memory is there. The only file that knows of MPS and CUDA."""
+
+from __future__ import annotations
+
+import psutil
+import torch
+
+from engines.base import DeviceInfo
+
+
+def choose_device() -> torch.device:
+    """CUDA where there is one, then MPS, then the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    if torch.backends.mps.is_available():
+        return torch.device("mps")
+    return torch.device("cpu")
+
+
+def describe(device: torch.device) -> DeviceInfo:
+    """Device, dtypes and memory. Gemma-3 overflows float16, so it is never offered."""
+    dtypes = ("float32", "bfloat16") if device.type == "cpu" else ("bfloat16", "float32")
+    return DeviceInfo("torch", device.type, torch.__version__, dtypes, _total(device))
+
+
+def used(device: torch.device) -> int:
+    """Bytes in use by the device's allocator; on a CPU, by the process."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    if device.type == "mps":
+        return torch.mps.current_allocated_memory()
+    return int(psutil.Process().memory_info().rss)
+
+
+def release(device: torch.device) -> None:
+    """Give cached blocks back."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    if device.type == "mps":
+        torch.mps.empty_cache()
+
+
+def _total(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory()
+    return psutil.virtual_memory().total

@@ -1,0 +1,184 @@
+"""The torch engine: CUDA, MPS or CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engines.adapters import read_adapter, write_adapter
+from engines.base import (
+    Batch,
+    Capabilities,
+    DeviceInfo,
+    ModelInfo,
+    Progress,
+    Sampling,
+    StepResult,
+    TrainingSettings,
+)
+from engines.checkpoints import as_bfloat16, iterate_model, write_json, write_safetensors
+from engines.errors import UnsupportedError
+from engines.gemma3 import Gemma3Config, read_config
+from engines.initialisation import gemma3_weights
+from engines.torch import adapters, decoding, device, training
+from engines.torch.model import Gemma3
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+LOG_PROBS_ROWS = 64
+
+
+class TorchEngine:
+    """One Gemma-3 in torch; see ``engines.base.Engine`` for what each method promises."""
+
+    name = "torch"
+
+    def __init__(self) -> None:
+        self._device = device.choose_device()
+        self._model: Gemma3 | None = None
+        self._info: ModelInfo | None = None
+        self._settings: TrainingSettings | None = None
+        self._optimizer: torch.optim.AdamW | None = None
+
+    def device(self) -> DeviceInfo:
+        return device.describe(self._device)
+
+    def capabilities(self) -> Capabilities:
+        return Capabilities()
+
+    def memory(self) -> int:
+        return device.used(self._device)
+
+    def model(self) -> ModelInfo | None:
+        return self._info
+
+    def load(self, folder: Path, dtype: str | None = None, progress: Progress | None = None) -> ModelInfo:
+        config = read_config(folder)
+        weights = iterate_model(folder, config.parameter_shapes())
+        return self._build(str(folder), config, weights, dtype, progress)
+
+    def initialise(self, config: Gemma3Config, seed: int, dtype: str | None = None) -> ModelInfo:
+        return self._build("", config, gemma3_weights(config, seed), dtype, None)
+
+    def unload(self) -> None:
+        self._model = self._info = self._settings = self._optimizer = None
+        device.release(self._device)
+
+    def logits(self, tokens: np.ndarray) -> np.ndarray:
+        model = self._loaded().eval()
+        with torch.inference_mode():
+            return model.logits(model(self._tokens(tokens))).float().cpu().numpy()
+
+    def log_probs(self, tokens: np.ndarray) -> np.ndarray:
+        model = self._loaded().eval()
+        with torch.inference_mode():
+            ids = self._tokens(tokens)
+            hidden, targets = model(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
+            parts = [
+                model.logits(rows).float().log_softmax(-1).gather(1, target[:, None])
+                for rows, target in zip(hidden.split(LOG_PROBS_ROWS), targets.split(LOG_PROBS_ROWS), strict=True)
+            ]
+            return torch.cat(parts).view(tokens.shape[0], -1).cpu().numpy()
+
+    def generate(self, prompt: Sequence[int], sampling: Sampling) -> Iterator[int]:
+        return decoding.generate(self._loaded().eval(), prompt, sampling)
+
+    def start_training(self, settings: TrainingSettings) -> int:
+        model = self._loaded()
+        self._settings = settings
+        self._optimizer = training.start_training(model, settings)
+        return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+    def train_step(self, batches: Sequence[Batch], learning_rate: float) -> StepResult:
+        if self._optimizer is None or self._settings is None:
+            raise UnsupportedError("no training was started: call start_training first")
+        return training.train_step(self._loaded(), self._optimizer, batches, learning_rate, self._settings.clip)
+
+    def loss(self, batch: Batch) -> float:
+        model = self._loaded().eval()
+        with torch.inference_mode():
+            return float(training.summed_loss(model, batch))
+
+    def stop_training(self) -> None:
+        self._optimizer = None
+        device.release(self._device)
+
+    def save_adapter(self, folder: Path, base: str) -> None:
+        model = self._loaded()
+        if self._settings is None or self._settings.lora is None:
+            raise UnsupportedError("the model has no adapters to save")
+        write_adapter(folder, adapters.factors_of(model), self._settings.lora, model.config, base)
+
+    def load_adapter(self, folder: Path) -> None:
+        model = self._loaded()
+        factors, lora = read_adapter(folder, model.config)
+        adapters.put_lora(model, factors, lora)
+        self._settings = TrainingSettings(lora)
+
+    def save_model(self, folder: Path, config: Mapping[str, Any]) -> None:
+        model, stored = self._loaded(), self._loaded_info().dtype
+        merged = {name + ".weight": layer for name, layer in adapters.lora_layers(model).items()}
+        kind = "BF16" if stored == "bfloat16" else "F32"
+        shapes = {name: (kind, shape) for name, shape in model.config.parameter_shapes().items()}
+        parameters = dict(model.named_parameters())
+
+        def arrays() -> Iterator[tuple[str, np.ndarray]]:
+            for name in shapes:
+                with torch.no_grad():
+                    value = merged[name].merged() if name in merged else parameters[name].float()
+                    array = value.cpu().numpy()
+                yield name, as_bfloat16(array) if kind == "BF16" else array
+
+        folder.mkdir(parents=True, exist_ok=True)
+        write_safetensors(folder / "model.safetensors", arrays(), shapes)
+        write_json(folder / "config.json", {**config, "dtype": stored})
+
+    def _build(
+        self,
+        folder: str,
+        config: Gemma3Config,
+        weights: Iterable[tuple[str, np.ndarray]],
+        dtype: str | None,
+        progress: Progress | None,
+    ) -> ModelInfo:
+        self.unload()
+        chosen = dtype or self.device().dtypes[0]
+        if chosen not in DTYPES:
+            raise UnsupportedError(f"dtype {chosen!r} is not offered: Gemma-3 runs in {' or '.join(DTYPES)}")
+        with torch.device("meta"):
+            model = Gemma3(config, DTYPES[chosen])
+        done, total = 0, config.parameter_count()
+        for name, array in weights:
+            value = _tensor(array).to(self._device, DTYPES[chosen])
+            module, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(module), leaf, torch.nn.Parameter(value, requires_grad=False))
+            done += array.size
+            if progress is not None:
+                progress(done / total, name)
+        self._model = model.eval()
+        self._info = ModelInfo(folder, config, chosen, total)
+        return self._info
+
+    def _loaded(self) -> Gemma3:
+        if self._model is None:
+            raise UnsupportedError("no model is loaded: load one first")
+        return self._model
+
+    def _loaded_info(self) -> ModelInfo:
+        if self._info is None:
+            raise UnsupportedError("no model is loaded: load one first")
+        return self._info
+
+    def _tokens(self, tokens: np.ndarray) -> Tensor:
+        return torch.from_numpy(tokens).to(self._device, torch.long)
+
+
+def _tensor(array: np.ndarray) -> Tensor:
+    """A tensor on the same memory; uint16 is bfloat16."""
+    if array.dtype == np.uint16:
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)

@@ -1,0 +1,186 @@
+"""The command line: one parser, whose options come from the plans, and a dispatch to ``gemma_tui.commands``.
+
+Nothing heavy is imported before a command needs it, so that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from engines.errors import EngineError
+from gemma_tui import VERSION
+from gemma_tui.errors import UsageError
+from gemma_tui.output import Output, error_line
+
+DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+COMMANDS = "models list, generate, train, runs list, doctor"
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with its errors on one line."""
+
+    def error(self, message: str) -> NoReturn:
+        error_line(f"{message}; `{self.prog} --help` shows what there is")
+        sys.exit(USAGE)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command, or the app without one; returns the exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if not given:
+        return _app()
+    args = _parser(given).parse_args(given)
+    if args.run is None:
+        _parser(given).error("name what to do")
+    output = Output(args.json)
+    module, _, function = args.run.partition(":")
+    try:
+        code = getattr(importlib.import_module(f"gemma_tui.commands.{module}"), function)(args, output)
+    except EngineError as error:
+        return _failed(output, error, USAGE if isinstance(error, UsageError) else FAILED, args.debug)
+    except MemoryError as error:
+        return _failed(
+            output, MemoryError(f"not enough memory: choose a smaller model or batch{error}"), FAILED, args.debug
+        )
+    except KeyboardInterrupt:
+        output.row("end", status="interrupted")
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader of a pipe has gone; there is no one to tell. Closing stderr keeps Python from complaining at exit.
+        sys.stderr.close()
+        return FAILED
+    return int(code)
+
+
+def console() -> None:
+    """The console script."""
+    sys.exit(main())
+
+
+def _failed(output: Output, error: Exception, code: int, debug: bool) -> int:
+    if debug:
+        import traceback
+
+        traceback.print_exception(error)
+    error_line(str(error))
+    output.row("end", status="failed", error=str(error))
+    return code
+
+
+def _app() -> int:
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        error_line(f"the app needs a terminal; without one use the commands: {COMMANDS} (`gemma-tui --help`)")
+        return USAGE
+    from gemma_tui.app import run
+
+    return run()
+
+
+def _parser(given: Sequence[str]) -> Parser:
+    parser = Parser(
+        prog="gemma-tui",
+        description="A terminal workbench for studying Gemma-3 from the inside. Without a command the app starts.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"gemma-tui {VERSION}")
+    parser.set_defaults(run=None, json=False, debug=False)
+    groups = parser.add_subparsers(metavar="COMMAND", parser_class=Parser)
+    _models(groups)
+    _generate(groups)
+    _train(groups, full="train" in given)
+    _runs(groups)
+    _command(groups, "doctor", "engines, devices, memory, versions, store health", "doctor:doctor")
+    return parser
+
+
+def _command(groups: argparse._SubParsersAction, name: str, help: str, run: str) -> argparse.ArgumentParser:
+    command = groups.add_parser(name, help=help, description=help, allow_abbrev=False)
+    command.set_defaults(run=run)
+    command.add_argument("--json", action="store_true", help="one JSON object per line, the last of kind end")
+    command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return command
+
+
+def _group(groups: argparse._SubParsersAction, name: str, help: str) -> argparse._SubParsersAction:
+    return groups.add_parser(name, help=help, description=help, allow_abbrev=False).add_subparsers(
+        metavar="COMMAND", required=True, parser_class=Parser
+    )
+
+
+def _models(groups: argparse._SubParsersAction) -> None:
+    group = _group(groups, "models", "which models are here, what is in one, import")
+    _command(group, "list", "the models on this machine", "models:list_models")
+    info = _command(group, "info", "one model: shape, layers, parameters, memory", "models:info")
+    info.add_argument("model", metavar="M", help="name, folder, run or hub id")
+    imported = _command(group, "import", "bring a GGUF into the data folder", "models:import_model")
+    imported.add_argument(
+        "file", metavar="FILE.gguf", help="a Gemma-3 text model; or gemma-3-270m for the packaged one"
+    )
+    imported.add_argument("--name", help="the model's name; the file's name without .gguf if left out")
+    new = _command(group, "new", "an untrained model of a given shape, with its own tokenizer", "models:new")
+    new.add_argument("name", metavar="NAME", help="a folder of this name is made in the data folder")
+    new.add_argument("--data", required=True, help="text for the tokenizer: .jsonl, .txt or a folder with train")
+    for flag, default, help in (
+        ("vocab-size", 3072, "token ids, 363 of them special or bytes"),
+        ("hidden-size", 192, "width of the residual stream"),
+        ("intermediate-size", 512, "width of the MLP"),
+        ("num-hidden-layers", 6, "layers; every sixth is global"),
+        ("num-attention-heads", 4, "query heads"),
+        ("num-key-value-heads", 2, "key and value heads"),
+        ("head-dim", 48, "width of a head"),
+        ("sliding-window", 64, "keys a local layer sees"),
+        ("max-position-embeddings", 1024, "context length"),
+    ):
+        new.add_argument(f"--{flag}", type=int, default=default, metavar="N", help=f"{help} (default {default})")
+
+
+def _generate(groups: argparse._SubParsersAction) -> None:
+    command = _command(groups, "generate", "let a model write", "generate:generate")
+    command.add_argument("model", metavar="M", help="name, folder, run or hub id")
+    command.add_argument("--prompt", required=True, help="text to go on from")
+    command.add_argument("--chat", action="store_true", help="put the prompt into Gemma's turns, for tuned models")
+    command.add_argument("--max-tokens", type=int, default=128, metavar="N", help="new tokens at most (default 128)")
+    command.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0 (default) is greedy")
+    command.add_argument("--top-k", type=int, default=0, metavar="K", help="draw from the K most probable; 0 for all")
+    command.add_argument("--top-p", type=float, default=1.0, metavar="P", help="draw from the nucleus of mass P")
+    command.add_argument("--seed", type=int, default=0, metavar="S", help="seed of the draws (default 0)")
+    _engine_options(command)
+
+
+def _train(groups: argparse._SubParsersAction, full: bool) -> None:
+    command = _command(groups, "train", "train a model and keep the run", "train:train_command")
+    command.add_argument("plan", nargs="?", metavar="PLAN.toml", help="a file with any of the options below")
+    command.add_argument("--engine", default="auto", choices=("auto", "torch", "mlx"), help="which engine computes")
+    command.add_argument("--detach", action="store_true", help="run in a process of its own and return at once")
+    if not full:  # the plan's fields are read only when they are wanted
+        return
+    from gemma_tui.studies.plan import options
+    from gemma_tui.studies.training import TrainingPlan
+
+    for o in options(TrainingPlan):
+        default = o.open_means if o.default is None else o.default
+        shown = f" (default {default})" if default not in ("", False) else ""
+        hint = f"; {o.hint}" if o.hint else ""
+        help = f"{o.help}{hint}{shown}".replace("%", "%%")
+        if o.kind is bool:
+            command.add_argument(o.flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=help)
+        else:
+            metavar = {int: "N", float: "X", str: "TEXT"}[o.kind]
+            command.add_argument(o.flag, default=argparse.SUPPRESS, metavar=metavar, help=help)
+
+
+def _runs(groups: argparse._SubParsersAction) -> None:
+    group = _group(groups, "runs", "past and present runs")
+    _command(group, "list", "all runs, the newest first", "runs:list_runs")
+    for name, help in (("show", "one run: plan, chart, events"), ("stop", "ask a run to save and end")):
+        command = _command(group, name, help, f"runs:{name}")
+        command.add_argument("run_name", metavar="R", help="the run's name, or enough of it")
+
+
+def _engine_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--engine", default="auto", choices=("auto", "torch", "mlx"), help="which engine computes")
+    command.add_argument("--dtype", choices=("float32", "bfloat16"), help="dtype of the weights; the device's default")

@@ -1,0 +1,92 @@
+"""``gemma-tui models``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from gemma_tui.errors import UsageError
+from gemma_tui.hub import convert, demo, fit
+from gemma_tui.hub.models import REAL, Model, Summary, local_models, resolve, summary
+from gemma_tui.output import Output, bytes_text, count_text
+
+
+def list_models(args: argparse.Namespace, output: Output) -> int:
+    """The models on this machine."""
+    found = local_models()
+    for item in found:
+        output.row(
+            "model", name=item.model.name, source=item.model.source, folder=str(item.model.folder),
+            parameters=item.parameters, dtype=item.dtype, bytes=item.nbytes, state=fit.state(item),
+            problem=item.problem,
+        )  # fmt: skip
+    output.table(("model", "parameters", "dtype", "size", "state", "where"), [_line(item) for item in found])
+    output.row("end", status="done", models=len(found))
+    return 0
+
+
+def info(args: argparse.Namespace, output: Output) -> int:
+    """One model: shape, layers, parameters, memory."""
+    with output.progress("opening") as progress:
+        model = resolve(args.model, progress)
+    config, item = model.config(), summary(model)
+    if item.problem:
+        raise UsageError(item.problem)
+    memory = fit.estimates(config)
+    output.row("model", name=model.name, folder=str(model.folder), bytes=item.nbytes, dtype=item.dtype,
+               parameters=item.parameters, memory=memory, config=config.to_dict())  # fmt: skip
+    table = config.vocab_size * config.hidden_size
+    facts = [
+        ("folder", model.folder),
+        ("parameters", f"{item.parameters:,}, of which {table:,} ({table / item.parameters:.0%}) are embeddings"),
+        ("stored as", f"{item.dtype}, {bytes_text(item.nbytes)}"),
+        ("layers", f"{config.num_hidden_layers}, global: {', '.join(map(str, config.global_layers)) or 'none'}"),
+        ("window", f"{config.sliding_window} tokens on local layers, context {config.max_position_embeddings:,}"),
+        (
+            "heads",
+            f"{config.num_attention_heads} for {config.num_key_value_heads} keys and values of {config.head_dim}",
+        ),
+        ("widths", f"{config.hidden_size} residual, {config.intermediate_size} MLP, {config.vocab_size:,} tokens"),
+        *((f"memory, {name}", bytes_text(size)) for name, size in memory.items()),
+    ]
+    output.table(("", model.name), facts)
+    output.row("end", status="done")
+    return 0
+
+
+def import_model(args: argparse.Namespace, output: Output) -> int:
+    """Bring a GGUF, or the packaged 270M, into the data folder."""
+    with output.progress("importing") as progress:
+        if args.file == REAL:
+            folder = demo.ensure_imported(progress)
+        else:
+            source = Path(args.file).expanduser()
+            folder = convert.import_gguf(source, args.name or source.stem, progress)
+    output.say(f"{folder.name} is ready: `gemma-tui generate {folder.name} --prompt ...`")
+    output.row("end", status="done", model=folder.name, folder=str(folder))
+    return 0
+
+
+def new(args: argparse.Namespace, output: Output) -> int:
+    """Make an untrained model of a given shape, with a tokenizer of its own."""
+    folder = convert.new_model(
+        args.name,
+        Path(args.data).expanduser(),
+        {
+            key: getattr(args, key)
+            for key in (
+                "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                "num_key_value_heads", "head_dim", "sliding_window", "max_position_embeddings",
+            )
+        },
+    )  # fmt: skip
+    count = Model(args.name, folder, "data folder").config().parameter_count()
+    output.say(f"{folder}: {count:,} parameters; `gemma-tui train --model {args.name} --fresh --method full` trains it")
+    output.row("end", status="done", model=args.name, folder=str(folder), parameters=count)
+    return 0
+
+
+def _line(item: Summary) -> tuple[str, ...]:
+    size = bytes_text(item.nbytes) if item.nbytes else ""
+    parameters = count_text(item.parameters) if item.parameters else ""
+    return item.model.name, parameters, item.dtype, size, item.problem or fit.state(item), item.model.source

@@ -1,0 +1,97 @@
+"""``gemma-tui runs``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+import time
+
+from gemma_tui.output import Output
+from gemma_tui.runs.store import Run, RunStore
+
+
+def list_runs(args: argparse.Namespace, output: Output) -> int:
+    """All runs, the newest first."""
+    store = RunStore()
+    runs = store.runs()
+    for run in runs:
+        output.row("run", **_facts(run))
+    rows = [
+        (r.run_id, r.state, r.study, r.engine, f"{r.step}/{r.steps}", age(r.created), r.plan["model"]) for r in runs
+    ]
+    if rows:
+        output.table(("run", "state", "study", "engine", "step", "age", "model"), rows)
+    else:
+        output.say("no runs yet: `gemma-tui train --model nano --data FILE` makes one")
+    output.row("end", status="done", runs=len(runs))
+    return 0
+
+
+def show(args: argparse.Namespace, output: Output) -> int:
+    """One run: its plan, chart and events."""
+    store = RunStore()
+    run = store.run(args.run_name)
+    output.row("run", **_facts(run), plan=dict(run.plan))
+    output.say(f"{run.run_id}: {run.state}, step {run.step} of {run.steps}, {run.engine}, {age(run.created)} old")
+    output.say(run.command)
+    if run.error:
+        output.say(f"error: {run.error}")
+    if not output.as_json:
+        show_chart(run.run_id)
+    for event in store.events(run.run_id):
+        output.row("event", event=event.kind, step=event.step, time=event.time, values=dict(event.values))
+        if event.kind in ("checkpoint", "warning"):
+            output.say(f"step {event.step}: {event.values.get('path') or event.values.get('text')}")
+    for metric in store.metrics(run.run_id):
+        output.row(metric.kind, step=metric.step, **metric.values)
+    output.row("end", status="done")
+    return 0
+
+
+def stop(args: argparse.Namespace, output: Output) -> int:
+    """Ask a run, of whatever process, to save and end."""
+    store = RunStore()
+    run = store.run(args.run_name)
+    if run.active:
+        store.request(run.run_id, "stop")
+        output.say(f"{run.run_id} was asked to stop; it saves after the step in hand")
+    else:
+        output.say(f"{run.run_id} is {run.state} already")
+    output.row("end", status="done", run=run.run_id, asked=run.active)
+    return 0
+
+
+def show_chart(run_id: str) -> None:
+    """Print the loss of a run as a chart."""
+    from gemma_tui.plots import Series, draw
+
+    train, valid = Series("train"), Series("validation")
+    for row in RunStore().metrics(run_id):
+        if row.kind == "step":
+            train.add(row.step, row.values.get("loss"))
+        else:
+            valid.add(row.step, row.values.get("valid_loss"))
+    if len(train.x) < 2:
+        return
+    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    size = shutil.get_terminal_size((80, 24))
+    print(draw([train, valid], min(size.columns, 100), 16, "loss, nats per token", colour=colour))
+
+
+def age(created: float) -> str:
+    """How long ago, in one unit."""
+    seconds = max(0.0, time.time() - created)
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def _facts(run: Run) -> dict[str, object]:
+    return {
+        "run": run.run_id, "state": run.state, "study": run.study, "engine": run.engine, "created": run.created,
+        "updated": run.updated, "step": run.step, "steps": run.steps, "command": run.command, "error": run.error,
+        "folder": str(run.folder),
+    }  # fmt: skip

@@ -1,0 +1,1 @@
+"""Models: which are here, what a name means, import."""

@@ -1,0 +1,51 @@
+"""Whether a model fits this machine: weights, cache and the least that training adds."""
+
+from __future__ import annotations
+
+import psutil
+
+from engines.gemma3 import Gemma3Config
+from gemma_tui.hub.demo import packaged
+from gemma_tui.hub.models import REAL, Summary
+
+TIGHT, FULL = 0.70, 0.85
+"""Shares of the memory from which on a model is called tight, and from which on it does not fit."""
+
+CONTEXT = 2048
+RANK = 8
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def estimates(config: Gemma3Config) -> dict[str, int]:
+    """Bytes by use, with float32 weights as on a CPU; activations are not in it.
+
+    Training keeps a float32 gradient and AdamW's two moments for each trained parameter.
+    """
+    parameters = config.parameter_count()
+    weights = 4 * parameters
+    adapters = config.lora_count(RANK, LINEARS)
+    return {
+        f"inference at {CONTEXT:,} tokens": weights + config.cache_bytes(CONTEXT, item=4),
+        f"LoRA training, rank {RANK}": weights + 16 * adapters,
+        "full training": weights + 12 * parameters,
+    }
+
+
+def band(needed: int, available: int) -> str:
+    """``fits``, ``tight`` or ``too large``."""
+    share = needed / max(1, available)
+    return "fits" if share < TIGHT else "tight" if share < FULL else "too large"
+
+
+def state(item: Summary) -> str:
+    """What one can do with a model here, in a few words."""
+    if item.problem:
+        return "broken"
+    if not item.installed:
+        return "import with enter" if packaged() else "needs the extra `demo`"
+    return band(4 * item.parameters, psutil.virtual_memory().total)
+
+
+def importable(item: Summary) -> bool:
+    """Whether it is the packaged model, waiting for its first use."""
+    return item.model.name == REAL and not item.installed and packaged()

@@ -1,0 +1,166 @@
+"""Which models are here, and what a name means."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from engines.base import Progress
+from engines.checkpoints import model_tensors
+from engines.errors import EngineError
+from engines.gemma3 import MAX_CONFIG_BYTES, Gemma3Config, read_config
+from gemma_tui import paths
+from gemma_tui.errors import GemmaTuiError
+
+NANO = "nano"
+REAL = "gemma-3-270m"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
+REPO_ID = re.compile(r"[\w][\w.\-]{0,95}/[\w][\w.\-]{0,95}")
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model on this machine.
+
+    Attributes:
+        source: ``built-in``, ``data folder``, ``hub cache``, ``run`` or ``folder``.
+        adapter: a PEFT adapter to put on it, for a run that trained one.
+    """
+
+    name: str
+    folder: Path
+    source: str
+    adapter: Path | None = None
+
+    def config(self) -> Gemma3Config:
+        """Its config, read from disk."""
+        return read_config(self.folder)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A model in a list. ``problem`` says why it cannot be used, if so; then the numbers are 0."""
+
+    model: Model
+    parameters: int = 0
+    dtype: str = ""
+    nbytes: int = 0
+    problem: str = ""
+    installed: bool = True
+    """False for the real model while it still waits to be imported."""
+
+
+def resolve(name: str, progress: Progress | None = None) -> Model:
+    """The model that a name means: built-in, of the data folder, a folder, a run or a hub id in the cache.
+
+    The real 270M is imported at its first use.
+
+    Raises:
+        GemmaTuiError: nothing of that name is here.
+    """
+    if name == NANO:
+        return Model(NANO, paths.assets() / "gemma-3-nano", "built-in")
+    if name == REAL:
+        from gemma_tui.hub.demo import ensure_imported
+
+        return Model(REAL, ensure_imported(progress), "built-in")
+    if re.fullmatch(r"[\w.\-]+", name) and (folder := paths.models() / name / "config.json").is_file():
+        return Model(name, folder.parent, "data folder")
+    if (path := Path(name).expanduser()).is_dir():
+        return Model(path.name, path.resolve(), "folder")
+    if (run := _run_model(name)) is not None:
+        return run
+    if REPO_ID.fullmatch(name):
+        if (snapshot := _snapshot(name)) is not None:
+            return Model(name, snapshot, "hub cache")
+        raise GemmaTuiError(f"{name} is not in the hub cache: fetch it with `hf download {name}`")
+    raise GemmaTuiError(f"no model {name[:80]!r}: give a folder, a run, or a name from `gemma-tui models list`")
+
+
+def local_models() -> list[Summary]:
+    """Everything that can be loaded here: built-in models, the data folder, the hub cache."""
+    from gemma_tui.hub.demo import imported_folder
+
+    nano = Model(NANO, paths.assets() / "gemma-3-nano", "built-in")
+    real = Model(REAL, imported_folder(), "built-in")
+    waiting = Summary(real, parameters=268_098_176, dtype="BF16", nbytes=536_196_352, installed=False)
+    found = [summary(nano), summary(real) if (real.folder / "config.json").is_file() else waiting]
+    if paths.models().is_dir():
+        folders = sorted(p for p in paths.models().iterdir() if (p / "config.json").is_file() and p.name != REAL)
+        found += [summary(Model(p.name, p, "data folder")) for p in folders]
+    return found + [summary(model) for model in _cached_models()]
+
+
+def summary(model: Model) -> Summary:
+    """Size, dtype and parameter count from the files' headers; no weights are read."""
+    try:
+        config = model.config()
+        tensors = model_tensors(model.folder)
+    except EngineError as error:
+        return Summary(model, problem=str(error))
+    nbytes = sum(t.nbytes for t in tensors.values())
+    largest = max(tensors.values(), key=lambda t: t.nbytes)
+    return Summary(model, config.parameter_count(), largest.dtype, nbytes)
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copy what belongs to the tokenizer of a model into another folder.
+
+    Raises:
+        GemmaTuiError: the disk is full or not writable.
+    """
+    try:
+        for name in TOKENIZER_FILES:
+            if (source / name).is_file():
+                shutil.copyfile(source / name, target / name)
+    except OSError as error:
+        raise GemmaTuiError(f"{target} cannot be written ({error.strerror}): free some space") from None
+
+
+def _run_model(name: str) -> Model | None:
+    """What a run left: a whole model, or an adapter on the model it trained."""
+    if not re.fullmatch(r"[\w.\-]+", name):
+        return None
+    folder = paths.runs() / name
+    if (folder / "model" / "config.json").is_file():
+        return Model(name, folder / "model", "run")
+    if (folder / "adapter" / "adapter_config.json").is_file():
+        from gemma_tui.runs.store import RunStore
+
+        store = RunStore()
+        base = resolve(str(store.run(name).plan.get("model", "")))
+        store.close()
+        return Model(name, base.folder, "run", folder / "adapter")
+    return None
+
+
+def _cached_models() -> Iterator[Model]:
+    from huggingface_hub import scan_cache_dir
+    from huggingface_hub.errors import CacheNotFound
+
+    try:
+        repos = scan_cache_dir().repos
+    except CacheNotFound:
+        return
+    for repo in sorted(repos, key=lambda r: r.repo_id):
+        snapshot = _snapshot(repo.repo_id) if repo.repo_type == "model" else None
+        if snapshot is not None and _may_be_gemma(snapshot):
+            yield Model(repo.repo_id, snapshot, "hub cache")
+
+
+def _may_be_gemma(snapshot: Path) -> bool:
+    try:
+        return '"gemma3' in (snapshot / "config.json").read_text(encoding="utf-8", errors="replace")[:MAX_CONFIG_BYTES]
+    except OSError:
+        return False
+
+
+def _snapshot(repo_id: str) -> Path | None:
+    """The folder of a repository's main commit in the cache."""
+    from huggingface_hub import try_to_load_from_cache
+
+    config = try_to_load_from_cache(repo_id, "config.json")
+    return Path(config).parent if isinstance(config, str) else None

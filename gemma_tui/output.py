@@ -1,0 +1,93 @@
+"""What a command prints: for a person with Rich, or one JSON object per line. Foreign text is cleaned on the way."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from engines.base import Progress
+from gemma_tui.text import clean, one_line
+
+
+class Output:
+    """Where a command's results go; errors go to stderr elsewhere."""
+
+    def __init__(self, as_json: bool) -> None:
+        self.as_json = as_json
+
+    def row(self, kind: str, **values: Any) -> None:
+        """One JSON object on a line of its own; nothing for a person."""
+        if self.as_json:
+            print(json.dumps({"kind": kind, **{k: _finite(v) for k, v in values.items()}}), flush=True)
+
+    def say(self, text: str) -> None:
+        """A line for a person; nothing in JSON."""
+        if not self.as_json:
+            print(clean(text), flush=True)
+
+    def stream(self, text: str) -> None:
+        """A piece of text for a person, without a line end."""
+        if not self.as_json:
+            print(clean(text), end="", flush=True)
+
+    def table(self, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+        """A table for a person; nothing in JSON."""
+        if self.as_json:
+            return
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for column in columns:
+            table.add_column(column, overflow="fold")
+        for row in rows:
+            table.add_row(*(Text(one_line(str(cell))) for cell in row))
+        Console().print(table)
+
+    @contextmanager
+    def progress(self, title: str) -> Iterator[Progress]:
+        """A bar on stderr for what takes long: rate-limited, and only on a terminal."""
+        if self.as_json or not sys.stderr.isatty():
+            yield lambda share, text: None
+            return
+        from rich.console import Console
+        from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bar
+
+        columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeRemainingColumn())
+        with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task(title, total=1.0)
+            yield lambda share, text: bar.update(task, completed=share, description=one_line(f"{title}: {text}", 60))
+
+
+def error_line(message: str) -> None:
+    """One line on stderr."""
+    print(f"gemma-tui: {one_line(message, 400)}", file=sys.stderr, flush=True)
+
+
+def bytes_text(count: float) -> str:
+    """A size as a person reads it."""
+    for unit in ("B", "KB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit in ("B", "KB") else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def count_text(count: int) -> str:
+    """A number of parameters as a person reads it."""
+    for unit, size in (("B", 10**9), ("M", 10**6), ("K", 10**3)):
+        if count >= size:
+            return f"{count / size:.3g}{unit}"
+    return str(count)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {k: _finite(v) for k, v in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,67 @@
+"""Rows of text from files, in the layout that mlx-lm and others share: ``train.jsonl`` and ``valid.jsonl``, or ``.txt``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from gemma_tui.errors import GemmaTuiError
+
+MAX_ROW_CHARACTERS = 64 << 20
+
+
+def read_split_rows(path: Path) -> tuple[list[str], list[str]]:
+    """Texts for training and for validation: of a folder's ``train`` and ``valid`` files, or of one file and none.
+
+    Raises:
+        GemmaTuiError: a file is missing, of another kind, not UTF-8, or a row is broken.
+    """
+    if path.is_dir():
+        train, valid = (_split_file(path, name) for name in ("train", "valid"))
+        if train is None:
+            raise GemmaTuiError(f"{path} has neither train.jsonl nor train.txt: name a data folder or file")
+        return read_rows(train), read_rows(valid) if valid else []
+    return read_rows(path), []
+
+
+def _split_file(folder: Path, name: str) -> Path | None:
+    return next((p for ending in (".jsonl", ".txt") if (p := folder / f"{name}{ending}").is_file()), None)
+
+
+def read_rows(path: Path) -> list[str]:
+    """The texts of one file: each ``text`` of a ``.jsonl``, or a ``.txt`` as one row.
+
+    Raises:
+        GemmaTuiError: the file is missing, of another kind, not UTF-8, or a row is broken; the line is named.
+    """
+    if not path.exists():
+        raise GemmaTuiError(f"{path} does not exist: name a data file or folder")
+    if path.suffix not in (".jsonl", ".txt"):
+        raise GemmaTuiError(f"{path} is neither .jsonl nor .txt: convert it to one of them")
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            if path.suffix == ".txt":
+                return [file.read()]
+            return [_row(path, number, line) for number, line in enumerate(file, 1) if line.strip()]
+    except OSError as error:
+        raise GemmaTuiError(f"{path} cannot be read ({error.strerror}): check the path") from None
+    except UnicodeDecodeError as error:
+        raise GemmaTuiError(f"{path} is not UTF-8 text (byte {error.start:,}): convert it first") from None
+
+
+def _row(path: Path, number: int, line: str) -> str:
+    if len(line) > MAX_ROW_CHARACTERS:
+        raise GemmaTuiError(f"{path}:{number}: the row is over {MAX_ROW_CHARACTERS:,} characters: split it")
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise GemmaTuiError(f"{path}:{number}: not a JSON row ({str(error)[:60]}): mend or remove the line") from None
+    text = row.get("text") if isinstance(row, dict) else None
+    if not isinstance(text, str):
+        keys = ", ".join(map(str, row))[:60] if isinstance(row, dict) else type(row).__name__
+        raise GemmaTuiError(f'{path}:{number}: no "text" in the row (it has {keys}): every row needs one')
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise GemmaTuiError(f"{path}:{number}: half a surrogate pair in the text: mend or remove the row") from None
+    return text

@@ -1,0 +1,282 @@
+"""Runs in one SQLite file: plans, states, metrics and events, each written as it comes.
+
+``metrics`` and ``configs`` have trackio's layout, so its command line and dashboard read them; tables with ``gt_`` in
+front are ours. One connection per thread: writers append, readers remember how far they have read.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sqlite3
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from gemma_tui import paths
+from gemma_tui.errors import GemmaTuiError
+
+ACTIVE = ("running", "paused")
+METRIC_KINDS = ("step", "evaluation")
+
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS metrics (
+    id INTEGER PRIMARY KEY AUTOINCREMENT, run_id TEXT NOT NULL, timestamp TEXT NOT NULL, run_name TEXT NOT NULL,
+    step INTEGER NOT NULL, metrics TEXT NOT NULL);
+CREATE INDEX IF NOT EXISTS gt_metrics_run ON metrics (run_id, id);
+CREATE TABLE IF NOT EXISTS configs (
+    id INTEGER PRIMARY KEY AUTOINCREMENT, run_id TEXT NOT NULL, run_name TEXT NOT NULL, config TEXT NOT NULL,
+    created_at TEXT NOT NULL, UNIQUE (run_id));
+CREATE TABLE IF NOT EXISTS gt_runs (
+    run_id TEXT PRIMARY KEY, name TEXT NOT NULL, study TEXT NOT NULL, state TEXT NOT NULL, created REAL NOT NULL,
+    updated REAL NOT NULL, engine TEXT NOT NULL, plan TEXT NOT NULL, command TEXT NOT NULL, step INTEGER NOT NULL,
+    steps INTEGER NOT NULL, pid INTEGER NOT NULL, pid_started REAL NOT NULL, error TEXT NOT NULL, request TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS gt_events (
+    id INTEGER PRIMARY KEY AUTOINCREMENT, run_id TEXT NOT NULL, time REAL NOT NULL, kind TEXT NOT NULL,
+    step INTEGER NOT NULL, payload TEXT NOT NULL);
+CREATE INDEX IF NOT EXISTS gt_events_run ON gt_events (run_id, id);
+"""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run as the store knows it.
+
+    Attributes:
+        state: ``running``, ``paused``, ``done``, ``stopped``, ``failed`` or ``lost`` (its process is gone).
+        step, steps: the last finished optimizer step, and how many were planned.
+        request: what another process asked of it: ``stop`` or nothing.
+    """
+
+    run_id: str
+    name: str
+    study: str
+    state: str
+    created: float
+    updated: float
+    engine: str
+    plan: Mapping[str, Any]
+    command: str
+    step: int
+    steps: int
+    error: str
+    request: str
+
+    @property
+    def active(self) -> bool:
+        """Whether it still computes or waits to."""
+        return self.state in ACTIVE
+
+    @property
+    def folder(self) -> Path:
+        """Where its adapter or model lies."""
+        return paths.runs() / self.run_id
+
+
+@dataclass(frozen=True)
+class Row:
+    """A metric or event read back; ``cursor`` is where the next read goes on."""
+
+    cursor: int
+    kind: str
+    step: int
+    time: float
+    values: Mapping[str, Any]
+
+
+class RunStore:
+    """One thread's connection to the runs.
+
+    Raises:
+        GemmaTuiError: from every method, when the file cannot be read or written.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self._folder = folder or paths.runs()
+        self._path = self._folder / "gemma-tui.db"
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise GemmaTuiError(f"{self._folder} cannot be made ({error.strerror}): set GEMMA_TUI_HOME") from None
+        with self._guard():
+            self._db = sqlite3.connect(self._path, timeout=5, isolation_level=None)
+            self._db.execute("PRAGMA journal_mode=WAL")
+            self._db.execute("PRAGMA synchronous=NORMAL")
+            self._db.executescript(SCHEMA)
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._db.close()
+
+    def create(self, name: str, study: str, engine: str, plan: Mapping[str, Any], command: str, steps: int) -> Run:
+        """Register a run of this process and make its folder."""
+        now, text = time.time(), json.dumps(plan)
+        with self._guard(), self._transaction():
+            run_id = self._free_id(name)
+            process = psutil.Process()
+            self._db.execute(
+                "INSERT INTO gt_runs VALUES (?, ?, ?, 'running', ?, ?, ?, ?, ?, 0, ?, ?, ?, '', '')",
+                (run_id, name, study, now, now, engine, text, command, steps, process.pid, process.create_time()),
+            )
+            self._db.execute(
+                "INSERT INTO configs (run_id, run_name, config, created_at) VALUES (?, ?, ?, ?)",
+                (run_id, run_id, text, _iso(now)),
+            )
+        run = self.run(run_id)
+        try:
+            run.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise GemmaTuiError(f"{run.folder} cannot be made ({error.strerror}): free some space") from None
+        return run
+
+    def record(self, run_id: str, kind: str, step: int, values: Mapping[str, Any]) -> None:
+        """Append a metric (``step``, ``evaluation``) or an event; on disk when this returns."""
+        now = time.time()
+        with self._guard(), self._transaction():
+            if kind in METRIC_KINDS:
+                self._db.execute(
+                    "INSERT INTO metrics (run_id, timestamp, run_name, step, metrics) VALUES (?, ?, ?, ?, ?)",
+                    (run_id, _iso(now), run_id, step, _finite_json(values)),
+                )
+            else:
+                self._db.execute(
+                    "INSERT INTO gt_events (run_id, time, kind, step, payload) VALUES (?, ?, ?, ?, ?)",
+                    (run_id, now, kind, step, _finite_json(values)),
+                )
+            self._db.execute(
+                "UPDATE gt_runs SET updated = ?, step = MAX(step, ?) WHERE run_id = ?", (now, step, run_id)
+            )
+
+    def set_state(self, run_id: str, state: str, error: str = "") -> None:
+        """Change a run's state."""
+        with self._guard():
+            self._db.execute(
+                "UPDATE gt_runs SET state = ?, error = ?, updated = ? WHERE run_id = ?",
+                (state, error, time.time(), run_id),
+            )
+
+    def request(self, run_id: str, what: str) -> None:
+        """Ask the process of a run for something; it looks about once a second."""
+        with self._guard():
+            self._db.execute("UPDATE gt_runs SET request = ? WHERE run_id = ?", (what, run_id))
+
+    def run(self, run_id: str) -> Run:
+        """One run, by its id or a beginning of it that fits no other.
+
+        Raises:
+            GemmaTuiError: none or several fit.
+        """
+        pattern = run_id.replace("\\", "\\\\").replace("%", r"\%").replace("_", r"\_") + "%"
+        with self._guard():
+            rows = self._db.execute(
+                f"SELECT {_COLUMNS} FROM gt_runs WHERE run_id = ? OR run_id LIKE ? ESCAPE '\\' ORDER BY run_id = ? DESC",
+                (run_id, pattern, run_id),
+            ).fetchall()
+        if not rows:
+            raise GemmaTuiError(f"no run {run_id[:60]!r}: `gemma-tui runs list` names them")
+        if rows[0][0] != run_id and len(rows) > 1:
+            raise GemmaTuiError(f"{run_id!r} fits {len(rows)} runs: give more of the name")
+        return _run(rows[0])
+
+    def runs(self, limit: int = 1000) -> list[Run]:
+        """All runs, the newest first."""
+        with self._guard():
+            rows = self._db.execute(
+                f"SELECT {_COLUMNS} FROM gt_runs ORDER BY created DESC LIMIT ?", (limit,)
+            ).fetchall()
+        return [_run(row) for row in rows]
+
+    def metrics(self, run_id: str, after: int = 0, limit: int = 100_000) -> list[Row]:
+        """Metrics after a cursor; a number that was not finite comes back as None."""
+        with self._guard():
+            rows = self._db.execute(
+                "SELECT id, step, timestamp, metrics FROM metrics WHERE run_id = ? AND id > ? ORDER BY id LIMIT ?",
+                (run_id, after, limit),
+            ).fetchall()
+        return [_metric(*row) for row in rows]
+
+    def events(self, run_id: str, after: int = 0, limit: int = 10_000) -> list[Row]:
+        """Events after a cursor."""
+        with self._guard():
+            rows = self._db.execute(
+                "SELECT id, kind, step, time, payload FROM gt_events WHERE run_id = ? AND id > ? ORDER BY id LIMIT ?",
+                (run_id, after, limit),
+            ).fetchall()
+        return [Row(i, kind, step, when, json.loads(payload)) for i, kind, step, when, payload in rows]
+
+    def check(self) -> str:
+        """SQLite's own verdict on the file: ``ok`` or what is wrong."""
+        with self._guard():
+            return str(self._db.execute("PRAGMA quick_check").fetchone()[0])
+
+    def _free_id(self, name: str) -> str:
+        taken = {row[0] for row in self._db.execute("SELECT run_id FROM gt_runs WHERE run_id LIKE ? || '-%'", (name,))}
+        number = len(taken) + 1
+        while f"{name}-{number}" in taken:
+            number += 1
+        return f"{name}-{number}"
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+        except BaseException:
+            self._db.execute("ROLLBACK")
+            raise
+        self._db.execute("COMMIT")
+
+    @contextmanager
+    def _guard(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.Error as error:
+            raise GemmaTuiError(
+                f"{self._path}: {error}; free some space, or move the file away if it is damaged"
+            ) from None
+
+
+_COLUMNS = (
+    "run_id, name, study, state, created, updated, engine, plan, command, step, steps, error, request, pid, pid_started"
+)
+
+
+def _run(row: tuple[Any, ...]) -> Run:
+    *facts, pid, started = row
+    values = dict(zip((f.name for f in fields(Run)), facts, strict=True))
+    values["plan"] = json.loads(values["plan"])
+    if values["state"] in ACTIVE and not _alive(pid, started):
+        values["state"] = "lost"
+    return Run(**values)
+
+
+def _alive(pid: int, started: float) -> bool:
+    """Whether the very process that registered the run is there: pids are used again."""
+    if pid == os.getpid():
+        return True
+    try:
+        return abs(psutil.Process(pid).create_time() - started) < 2
+    except psutil.Error:
+        return False
+
+
+def _metric(cursor: int, step: int, timestamp: str, text: str) -> Row:
+    values = json.loads(text)
+    kind = "evaluation" if "valid_loss" in values else "step"
+    return Row(cursor, kind, step, datetime.fromisoformat(timestamp).timestamp(), values)
+
+
+def _finite_json(values: Mapping[str, Any]) -> str:
+    """JSON without NaN and infinities, which no other reader takes."""
+    return json.dumps({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()})
+
+
+def _iso(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).isoformat()

@@ -1,0 +1,1 @@
+"""One file per screen, thin: each dispatches to a study and reads runs."""

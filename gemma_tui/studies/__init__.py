@@ -1,0 +1,1 @@
+"""What an experiment is, once for both engines and both fronts: no torch, no mlx, no Textual."""

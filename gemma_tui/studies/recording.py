@@ -1,0 +1,64 @@
+"""A study with its run: every event goes to the run store before anyone else sees it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from engines.base import Engine
+from gemma_tui.runs.store import Run, RunStore
+from gemma_tui.studies.events import Control, Event
+from gemma_tui.studies.plan import command
+from gemma_tui.studies.training import TrainingPlan, train
+from gemma_tui.text import one_line
+
+REQUEST_SECONDS = 1.0
+STATES = {"pause": "paused", "resume": "running"}
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A registered run, and its events once someone iterates over them."""
+
+    run: Run
+    events: Iterator[Event]
+
+
+def record_training(engine: Engine, plan: TrainingPlan, control: Control, store: RunStore) -> Recorded:
+    """Register a training run and make its recorded events; nothing is computed before they are asked for."""
+    verb = f"train --engine {engine.name}"
+    run = store.create(plan.name or plan.method, "training", engine.name, asdict(plan), command(verb, plan), plan.steps)
+
+    def study(folder: Path) -> Iterator[Event]:
+        return train(engine, plan, folder, control)
+
+    return Recorded(run, recorded(store, run, study, control))
+
+
+def recorded(store: RunStore, run: Run, study: Callable[[Path], Iterator[Event]], control: Control) -> Iterator[Event]:
+    """The events of a study, kept as they come; the run's state follows, also when the study fails.
+
+    Once a second the run's requests are read, so that another process can stop it.
+    """
+    looked, last = time.monotonic(), Event("run")
+    yield Event("run", values={"run": run.run_id})
+    try:
+        for event in study(run.folder):
+            last = event
+            if event.kind != "waiting":
+                store.record(run.run_id, event.kind, event.step, event.values)
+            if event.kind in STATES:
+                store.set_state(run.run_id, STATES[event.kind])
+            yield event
+            if time.monotonic() - looked > REQUEST_SECONDS:
+                looked = time.monotonic()
+                if store.run(run.run_id).request == "stop":
+                    control.stop.set()
+    except BaseException as error:
+        store.set_state(run.run_id, "failed", one_line(str(error) or type(error).__name__))
+        raise
+    state = "stopped" if control.stop.is_set() else "done"
+    store.set_state(run.run_id, state)
+    yield Event("end", last.step, {"status": state, "run": run.run_id})

@@ -1,0 +1,141 @@
+"""Text to token ids and back.
+
+Gemma expects exactly one ``<bos>`` at the start of a text; whatever the tokenizer file or a chat template add, this
+module gives one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gemma_tui.errors import GemmaTuiError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer as Backend
+
+MAX_TOKENIZER_BYTES = 200 << 20
+BOS, EOS, PAD, UNK, MASK = 2, 1, 0, 3, 4
+START_OF_TURN, END_OF_TURN = 105, 106
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A model's ``tokenizer.json``; Gemma's special ids are checked when it is read."""
+
+    backend: Backend
+
+    def encode(self, text: str, bos: bool = True) -> list[int]:
+        """Token ids, with exactly one ``<bos>`` in front, or none. Special tokens in the text are recognised."""
+        ids = self.backend.encode(text, add_special_tokens=False).ids
+        while ids and ids[0] == BOS:
+            ids = ids[1:]
+        return [BOS, *ids] if bos else ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids, without special tokens; not cleaned."""
+        return self.backend.decode(list(ids), skip_special_tokens=True)
+
+    def token(self, token: int) -> str:
+        """One token as it stands in the vocabulary; not cleaned."""
+        return self.backend.id_to_token(token) or ""
+
+    @property
+    def size(self) -> int:
+        """Number of ids, added tokens included."""
+        return self.backend.get_vocab_size()
+
+
+class Stream:
+    """Decodes a growing list of tokens piece by piece; characters split over tokens wait for their last byte."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        self._shown = ""
+
+    def push(self, token: int) -> str:
+        """The text that this token completes; not cleaned."""
+        self._ids.append(token)
+        text = self._tokenizer.decode(self._ids)
+        if text.endswith("\ufffd"):
+            return ""
+        return self._advance(text)
+
+    def flush(self) -> str:
+        """Whatever is still held back, as it is."""
+        return self._advance(self._tokenizer.decode(self._ids))
+
+    def _advance(self, text: str) -> str:
+        piece = text[len(self._shown) :]
+        # Decoding restarts after a line, so that a long text is not decoded from its start for every token.
+        if text.endswith("\n"):
+            self._ids, self._shown = [], ""
+        else:
+            self._shown = text
+        return piece
+
+
+def read_tokenizer(folder: Path) -> Tokenizer:
+    """Read ``tokenizer.json`` of a model folder.
+
+    Raises:
+        GemmaTuiError: the file is missing, broken, or its special tokens are not Gemma's.
+    """
+    from tokenizers import Tokenizer as Backend
+
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise GemmaTuiError(f"{path} is missing: fetch the model again, with its tokenizer")
+    if path.stat().st_size > MAX_TOKENIZER_BYTES:
+        raise GemmaTuiError(
+            f"{path} is over {MAX_TOKENIZER_BYTES >> 20} MiB, which no Gemma tokenizer is: fetch it again"
+        )
+    try:
+        backend = Backend.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception for every kind of broken file
+        raise GemmaTuiError(f"{path} is no tokenizer ({str(error).splitlines()[0][:100]}): fetch it again") from None
+    for name, token in (("<bos>", BOS), ("<eos>", EOS), ("<pad>", PAD)):
+        if backend.token_to_id(name) != token:
+            raise GemmaTuiError(
+                f"{path}: {name} is not token {token}, so this is no Gemma tokenizer: take another model"
+            )
+    return Tokenizer(backend)
+
+
+def train_tokenizer(texts: Iterable[str], size: int) -> Tokenizer:
+    """A byte-fallback BPE with Gemma's special ids (0 to 4, 105, 106), as a small sibling of Gemma's own.
+
+    Args:
+        size: number of ids; 363 are taken by special tokens and bytes.
+    """
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, normalizers, pre_tokenizers, processors, trainers
+    from tokenizers.models import BPE
+
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "[multimodal]"]
+    special += [f"<unused{i}>" for i in range(99)] + ["<start_of_turn>", "<end_of_turn>"]
+    tokens = special + [f"<0x{byte:02X}>" for byte in range(256)]
+    learner = Backend(BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    learner.normalizer = normalizers.Replace(" ", "▁")
+    learner.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split("▁", "merged_with_next"),
+            pre_tokenizers.Split("\n", "isolated"),
+            pre_tokenizers.Punctuation("isolated"),
+            pre_tokenizers.Digits(individual_digits=True),
+        ]
+    )
+    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=tokens, show_progress=False, min_frequency=2)
+    learner.train_from_iterator(texts, trainer)
+    learner.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    learner.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", pair="<bos> $A <bos> $B", special_tokens=[("<bos>", BOS)]
+    )
+    # The trainer keeps bytes in the vocabulary only as special tokens, which decoding would drop.
+    described = json.loads(learner.to_str())
+    described["added_tokens"] = [t for t in described["added_tokens"] if not t["content"].startswith("<0x")]
+    return Tokenizer(Backend.from_str(json.dumps(described)))

@@ -1,0 +1,1 @@
+"""Widgets that draw: charts, forms, lists. They know Textual and no engine."""
