@@ -5,9 +5,12 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+from typing import TYPE_CHECKING
 
-from engines.base import Engine
 from engines.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    from engines.base import Engine
 
 ENGINES = ("torch", "mlx")
 INSTALL = {"torch": "pip install torch", "mlx": "pip install 'mlx[cpu]' on Linux, pip install mlx on a Mac"}
@@ -18,19 +21,25 @@ def available_engines() -> list[str]:
     return [name for name in ENGINES if importlib.util.find_spec("mlx.core" if name == "mlx" else name)]
 
 
+def default_engine() -> str:
+    """MLX on a Mac, torch elsewhere, or the one that is installed."""
+    available = available_engines()
+    preferred = "mlx" if sys.platform == "darwin" else "torch"
+    return preferred if preferred in available else next(iter(available), preferred)
+
+
 def open_engine(name: str = "auto") -> Engine:
     """Import a framework and open its engine on the calling thread, which is the engine's from then on.
 
     Args:
-        name: ``"torch"``, ``"mlx"`` or ``"auto"``: MLX on a Mac, torch elsewhere, or the one that is installed.
+        name: ``"torch"``, ``"mlx"`` or ``"auto"``.
 
     Raises:
         UnsupportedError: the name is unknown or its framework is not installed.
     """
     available = available_engines()
     if name == "auto":
-        preferred = "mlx" if sys.platform == "darwin" else "torch"
-        name = preferred if preferred in available else next(iter(available), preferred)
+        name = default_engine()
     if name not in ENGINES:
         raise UnsupportedError(f"engine {name!r} is unknown: choose torch or mlx")
     if name not in available:

@@ -126,14 +126,33 @@ def _mlx_config(settings: LoRASettings, config: Gemma3Config, base: str) -> dict
     }
 
 
-def _read_peft_config(path: Path) -> LoRASettings:
+def adapter_base(folder: Path) -> str:
+    """The model that an adapter was trained on, as its config names it.
+
+    Raises:
+        CheckpointError: the config is missing or broken, or names none.
+    """
+    base = _adapter_config(folder / "adapter_config.json").get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise CheckpointError(f"{folder} names no base model: load that model, and the adapter onto it")
+    return base
+
+
+def _adapter_config(path: Path) -> Mapping[str, Any]:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing: name a folder that holds a PEFT adapter") from None
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read ({type(error).__name__}): fetch the adapter again") from None
-    if not isinstance(raw, Mapping) or raw.get("peft_type") != "LORA":
+    if not isinstance(raw, Mapping):
+        raise CheckpointError(f"{path} is not a JSON object: fetch the adapter again")
+    return raw
+
+
+def _read_peft_config(path: Path) -> LoRASettings:
+    raw = _adapter_config(path)
+    if raw.get("peft_type") != "LORA":
         raise UnsupportedError(f"{path} is no LoRA adapter: only peft_type LORA is supported")
     for key in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "layers_to_transform"):
         if raw.get(key):

@@ -193,5 +193,9 @@ class Engine(Protocol):
     def load_adapter(self, folder: Path) -> None:
         """Put adapters in PEFT layout on the loaded model."""
 
-    def save_model(self, folder: Path, config: Mapping[str, Any]) -> None:
-        """Write all weights, adapters merged in float32, as ``model.safetensors`` with the given ``config.json``."""
+    def save_model(self, folder: Path, config: Mapping[str, Any], dtype: str | None = None) -> None:
+        """Write all weights, adapters merged in float32, as ``model.safetensors`` with the given ``config.json``.
+
+        Args:
+            dtype: of the file; None takes the one the model was loaded in.
+        """

@@ -31,7 +31,7 @@ ITEM_BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1,
     "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1,
 }  # fmt: skip
-FLOATS = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
+FLOATS: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,8 @@ def _sharded(folder: Path, index: Path) -> dict[str, StoredTensor]:
         raise CheckpointError(f"{index} is not a shard index ({type(error).__name__}): fetch it again") from None
     tensors: dict[str, StoredTensor] = {}
     for name in names:
-        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+        plain = isinstance(name, str) and name.isprintable() and Path(name).name == name
+        if not plain or not name.endswith(".safetensors"):
             raise CheckpointError(f"{index} names {str(name)[:60]!r}, which is no shard beside it: fetch it again")
         tensors |= read_header(folder / name)
     missing = sorted(set(places) - set(tensors))
@@ -237,8 +238,9 @@ def write_safetensors(
         with partial.open("wb") as file:
             file.write(len(blob).to_bytes(8, "little") + blob)
             for (name, array), expected in zip(tensors, shapes, strict=True):
-                if name != expected or array.shape != shapes[name][1]:
-                    raise ValueError(f"{name} {array.shape} does not follow the header at {expected}")
+                dtype, shape = shapes[expected]
+                if name != expected or array.shape != shape or array.itemsize != ITEM_BYTES[dtype]:
+                    raise ValueError(f"{name} {array.dtype} {array.shape} does not follow the header at {expected}")
                 file.write(np.ascontiguousarray(array).data)
             sync(file.fileno())
         partial.replace(path)

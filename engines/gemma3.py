@@ -227,7 +227,7 @@ def _text_tower(raw: Mapping[str, Any], where: str) -> Mapping[str, Any]:
         return raw
     if kind != "gemma3":
         raise CheckpointError(
-            f"{where}: model_type {kind!r} is not Gemma-3: this program computes gemma3 and gemma3_text"
+            f"{where}: model_type {_short(kind)} is not Gemma-3: this program computes gemma3 and gemma3_text"
         )
     tower = raw.get("text_config")
     if not isinstance(tower, Mapping):
@@ -239,7 +239,9 @@ def _text_tower(raw: Mapping[str, Any], where: str) -> Mapping[str, Any]:
 def _refuse_unknown(text: Mapping[str, Any], raw: Mapping[str, Any], where: str) -> None:
     for key in ("attn_logit_softcapping", "final_logit_softcapping"):
         if text.get(key) is not None:
-            raise CheckpointError(f"{where}: {key} {text[key]!r} is not a term of Gemma-3; this model is not computed")
+            raise CheckpointError(
+                f"{where}: {key} {_short(text[key])} is not a term of Gemma-3; this model is not computed"
+            )
     if text.get("use_bidirectional_attention"):
         raise CheckpointError(f"{where}: use_bidirectional_attention is not supported; take a causal Gemma-3")
     if text.get("attention_bias"):
@@ -248,7 +250,7 @@ def _refuse_unknown(text: Mapping[str, Any], raw: Mapping[str, Any], where: str)
         raise CheckpointError(f"{where}: tie_word_embeddings false: a separate output head is not supported")
     activation = text.get("hidden_activation", text.get("hidden_act", "gelu_pytorch_tanh"))
     if activation not in ("gelu_pytorch_tanh", None):
-        raise CheckpointError(f"{where}: hidden_activation {activation!r} is not Gemma-3's gelu_pytorch_tanh")
+        raise CheckpointError(f"{where}: hidden_activation {_short(activation)} is not Gemma-3's gelu_pytorch_tanh")
     for key in ("auto_map", "model_file"):
         if key in raw or key in text:
             raise CheckpointError(f"{where}: {key} asks to run code from the model's folder, which is never done")
@@ -267,7 +269,7 @@ def _layer_types(text: Mapping[str, Any], layers: int, where: str) -> tuple[str,
         raise CheckpointError(f"{where}: layer_types must name each of the {layers} layers")
     for kind in types:
         if kind not in (LOCAL, GLOBAL):
-            raise CheckpointError(f"{where}: layer type {kind!r} is unknown; Gemma-3 has {LOCAL} and {GLOBAL}")
+            raise CheckpointError(f"{where}: layer type {_short(kind)} is unknown; Gemma-3 has {LOCAL} and {GLOBAL}")
     return tuple(types)
 
 
@@ -288,11 +290,13 @@ def _ropes(text: Mapping[str, Any], where: str) -> tuple[Rope, Rope]:
         raise CheckpointError(f"{where}: rope_parameters must be an object")
     for key in parameters:
         if key not in (LOCAL, GLOBAL):
-            raise CheckpointError(f"{where}: rope_parameters for {key!r}: Gemma-3 has {LOCAL} and {GLOBAL}")
+            raise CheckpointError(f"{where}: rope_parameters for {_short(key)}: Gemma-3 has {LOCAL} and {GLOBAL}")
     ropes = []
     for kind, theta in ((GLOBAL, 1e6), (LOCAL, 1e4)):
         terms = _mapping(parameters, kind, where)
         factor = _rope_factor(terms, where, f"rope_parameters.{kind}")
+        if kind == LOCAL and factor != 1:
+            raise CheckpointError(f"{where}: rope_parameters.{kind}: Gemma-3 scales positions on global layers only")
         ropes.append(Rope(_number(terms, "rope_theta", where, 1, 1e12, default=theta), factor))
     return ropes[0], ropes[1]
 
@@ -302,7 +306,7 @@ def _rope_factor(terms: Mapping[str, Any], where: str, key: str) -> float:
     if kind == "default":
         return 1.0
     if kind != "linear":
-        raise CheckpointError(f"{where}: {key} of type {kind!r} is unknown; Gemma-3 uses 'default' and 'linear'")
+        raise CheckpointError(f"{where}: {key} of type {_short(kind)} is unknown; Gemma-3 uses 'default' and 'linear'")
     return _number(terms, "factor", where, 1e-3, 1e4)
 
 

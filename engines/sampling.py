@@ -22,7 +22,7 @@ def choose(logits: np.ndarray, sampling: Sampling, generator: np.random.Generato
     weights = np.exp(scores[kept] - scores[kept].max())
     weights /= weights.sum()
     if sampling.top_p < 1:
-        # What lies under (1 - top_p) / n sums to less than 1 - top_p, so it is never in the nucleus: no need to sort it.
+        # What lies under (1 - top_p) / n sums to less than 1 - top_p, so it is not in the nucleus: it is not sorted.
         plausible = weights >= (1 - sampling.top_p) / weights.size
         kept, weights = kept[plausible], weights[plausible]
         order = np.argsort(-weights, kind="stable")

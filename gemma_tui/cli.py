@@ -15,6 +15,7 @@ from engines.errors import EngineError
 from gemma_tui import VERSION
 from gemma_tui.errors import UsageError
 from gemma_tui.output import Output, error_line
+from gemma_tui.text import clean
 
 DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 COMMANDS = "models list, generate, train, runs list, doctor"
@@ -65,7 +66,8 @@ def _failed(output: Output, error: Exception, code: int, debug: bool) -> int:
     if debug:
         import traceback
 
-        traceback.print_exception(error)
+        # An exception carries foreign text, as a file's name may be.
+        print(clean("".join(traceback.format_exception(error))), end="", file=sys.stderr)
     error_line(str(error))
     output.row("end", status="failed", error=str(error))
     return code
@@ -90,8 +92,8 @@ def _parser(given: Sequence[str]) -> Parser:
     parser.set_defaults(run=None, json=False, debug=False)
     groups = parser.add_subparsers(metavar="COMMAND", parser_class=Parser)
     _models(groups)
-    _generate(groups)
-    _train(groups, full="train" in given)
+    _generate(groups, wanted="generate" in given)
+    _train(groups, wanted="train" in given)
     _runs(groups)
     _command(groups, "doctor", "engines, devices, memory, versions, store health", "doctor:doctor")
     return parser
@@ -138,39 +140,32 @@ def _models(groups: argparse._SubParsersAction) -> None:
         new.add_argument(f"--{flag}", type=int, default=default, metavar="N", help=f"{help} (default {default})")
 
 
-def _generate(groups: argparse._SubParsersAction) -> None:
+def _generate(groups: argparse._SubParsersAction, wanted: bool) -> None:
     command = _command(groups, "generate", "let a model write", "generate:generate")
     command.add_argument("model", metavar="M", help="name, folder, run or hub id")
-    command.add_argument("--prompt", required=True, help="text to go on from")
-    command.add_argument("--chat", action="store_true", help="put the prompt into Gemma's turns, for tuned models")
-    command.add_argument("--max-tokens", type=int, default=128, metavar="N", help="new tokens at most (default 128)")
-    command.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0 (default) is greedy")
-    command.add_argument("--top-k", type=int, default=0, metavar="K", help="draw from the K most probable; 0 for all")
-    command.add_argument("--top-p", type=float, default=1.0, metavar="P", help="draw from the nucleus of mass P")
-    command.add_argument("--seed", type=int, default=0, metavar="S", help="seed of the draws (default 0)")
-    _engine_options(command)
+    command.add_argument("--dtype", choices=("float32", "bfloat16"), help="dtype of the weights; the device's default")
+    _engine_option(command)
+    if wanted:  # a plan's fields are read only for the command that takes them
+        from gemma_tui.commands.plans import add_options
+        from gemma_tui.studies.generation import GenerationPlan
+
+        add_options(command, GenerationPlan)
 
 
-def _train(groups: argparse._SubParsersAction, full: bool) -> None:
+def _train(groups: argparse._SubParsersAction, wanted: bool) -> None:
     command = _command(groups, "train", "train a model and keep the run", "train:train_command")
     command.add_argument("plan", nargs="?", metavar="PLAN.toml", help="a file with any of the options below")
-    command.add_argument("--engine", default="auto", choices=("auto", "torch", "mlx"), help="which engine computes")
     command.add_argument("--detach", action="store_true", help="run in a process of its own and return at once")
-    if not full:  # the plan's fields are read only when they are wanted
-        return
-    from gemma_tui.studies.plan import options
-    from gemma_tui.studies.training import TrainingPlan
+    _engine_option(command)
+    if wanted:
+        from gemma_tui.commands.plans import add_options
+        from gemma_tui.studies.training import TrainingPlan
 
-    for o in options(TrainingPlan):
-        default = o.open_means if o.default is None else o.default
-        shown = f" (default {default})" if default not in ("", False) else ""
-        hint = f"; {o.hint}" if o.hint else ""
-        help = f"{o.help}{hint}{shown}".replace("%", "%%")
-        if o.kind is bool:
-            command.add_argument(o.flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=help)
-        else:
-            metavar = {int: "N", float: "X", str: "TEXT"}[o.kind]
-            command.add_argument(o.flag, default=argparse.SUPPRESS, metavar=metavar, help=help)
+        add_options(command, TrainingPlan)
+
+
+def _engine_option(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--engine", default="auto", choices=("auto", "torch", "mlx"), help="which engine computes")
 
 
 def _runs(groups: argparse._SubParsersAction) -> None:
@@ -179,8 +174,3 @@ def _runs(groups: argparse._SubParsersAction) -> None:
     for name, help in (("show", "one run: plan, chart, events"), ("stop", "ask a run to save and end")):
         command = _command(group, name, help, f"runs:{name}")
         command.add_argument("run_name", metavar="R", help="the run's name, or enough of it")
-
-
-def _engine_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--engine", default="auto", choices=("auto", "torch", "mlx"), help="which engine computes")
-    command.add_argument("--dtype", choices=("float32", "bfloat16"), help="dtype of the weights; the device's default")

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import math
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from engines.base import Progress
 from gemma_tui.text import clean, one_line
+
+if TYPE_CHECKING:  # numpy comes with it, and `--help` needs none
+    from engines.base import Progress
 
 
 class Output:
@@ -87,7 +90,18 @@ def count_text(count: int) -> str:
     return str(count)
 
 
+def age(created: float) -> str:
+    """How long ago, in one unit."""
+    seconds = max(0.0, time.time() - created)
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
 def _finite(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

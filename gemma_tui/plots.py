@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 import plotext
@@ -12,7 +13,8 @@ import plotext
 OKABE_ITO = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167))
 """Series colours that people with colour-blindness tell apart (Okabe & Ito, 2008)."""
 
-MARKERS = ("braille", "sd", "dot", "x", "o", "+", "*")
+MARKERS = ("braille", "x", "o", "+", "*", "#", "@")
+SIGNS = ("⠒", "x", "o", "+", "*", "#", "@")
 """Without colour a series is told by its marker."""
 
 
@@ -31,34 +33,43 @@ class Series:
 
 
 def draw(series: Sequence[Series], width: int, height: int, title: str, log: bool = False, colour: bool = True) -> str:
-    """A line chart of ``width`` by ``height`` characters, with ANSI colours if ``colour``.
+    """A line chart of ``width`` by ``height`` characters, its first line the title and the names of the lines.
 
     Args:
         log: logarithmic y axis; values that are not positive are left out.
+        colour: ANSI colours; without them the lines differ by their markers.
     """
+    lines = [(reduce(line, max(8, width - 8), log), mark) for line, mark in zip(series, _marks(colour), strict=False)]
     plotext.clear_figure()
     plotext.limit_size(False, False)
-    plotext.plotsize(width, height)
+    plotext.plotsize(width, height - 1)
     plotext.theme("clear")
-    # The title names the lines, since plotext's own legend covers them.
-    plotext.title(_with_legend(title, series))
-    drawn = 0
-    for index, line in enumerate(series):
-        x, y = reduce(line, max(8, width - 8), log)
-        if not x:
-            continue
-        drawn += len(x)
-        marker = MARKERS[0] if colour else MARKERS[index % len(MARKERS)]
-        plotext.plot(x, y, marker=marker, color=OKABE_ITO[index % len(OKABE_ITO)] if colour else None)
-    if not drawn:
+    for (x, y), (marker, tint) in lines:
+        if x:
+            plotext.plot(x, y, marker=marker, color=tint)
+    drawn = [points for points, _ in lines if points[0]]
+    if drawn:
+        xs, ys = ([v for points in drawn for v in points[axis]] for axis in (0, 1))
+        _set_ticks(plotext.xticks, ticks(min(xs), max(xs), max(2, width // 10)), False)
+        _set_ticks(plotext.yticks, ticks(min(ys), max(ys), height // 2), log)
+    else:
         # plotext fails on an axis without points.
         plotext.scatter([0.0, 1.0], [0.0, 1.0], marker=" ")
         plotext.xticks([])
         plotext.yticks([])
-    elif log:
-        _log_ticks(series)
     text = plotext.build()
-    return text if colour else plotext.uncolorize(text)
+    return _heading(title, series, width, colour) + "\n" + (text if colour else plotext.uncolorize(text))
+
+
+def ticks(low: float, high: float, count: int) -> list[float]:
+    """About ``count`` round numbers (1, 2 or 5 times a power of ten) from ``low`` to ``high``."""
+    if not high > low:
+        return [low]
+    rough = (high - low) / max(1, count)
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough * 0.999)
+    first = math.ceil(low / step - 1e-9)
+    return [i * step for i in range(first, math.floor(high / step + 1e-9) + 1)] or [low]
 
 
 def reduce(line: Series, columns: int, log: bool = False) -> tuple[list[float], list[float]]:
@@ -72,20 +83,23 @@ def reduce(line: Series, columns: int, log: bool = False) -> tuple[list[float], 
     x, y = x[finite], y[finite]
     if x.size > 2 * columns:
         edges = np.linspace(0, x.size, columns + 1).astype(int)
-        ends = zip(edges[:-1], edges[1:], strict=True)
+        ends = pairwise(edges)
         kept = sorted({a + int(pick(y[a:b])) for a, b in ends for pick in (np.argmin, np.argmax)})
         x, y = x[kept], y[kept]
     return x.tolist(), y.tolist()
 
 
-def _log_ticks(series: Sequence[Series]) -> None:
-    values = [v for line in series for v in line.y if v is not None and 0 < v < math.inf]
-    low, high = math.log10(min(values)), math.log10(max(values))
-    ticks = np.linspace(low, high, 5) if high > low else np.array([low])
-    plotext.yticks(ticks.tolist(), [f"{10**tick:.3g}" for tick in ticks])
+def _set_ticks(axis: Callable[..., None], places: list[float], log: bool) -> None:
+    axis(places, [f"{10**place if log else place:.4g}" for place in places])
 
 
-def _with_legend(title: str, series: Sequence[Series]) -> str:
-    if len(series) < 2:
-        return title
-    return f"{title}: " + ", ".join(line.label for line in series)
+def _marks(colour: bool) -> list[tuple[str, tuple[int, int, int] | None]]:
+    return [("braille", tint) for tint in OKABE_ITO] if colour else [(marker, None) for marker in MARKERS]
+
+
+def _heading(title: str, series: Sequence[Series], width: int, colour: bool) -> str:
+    names = [line.label for line in series] if len(series) > 1 else []
+    if len(title) + sum(len(name) + 4 for name in names) > width:
+        return title[:width]
+    marks = [f"\x1b[38;2;{r};{g};{b}m━\x1b[0m" for r, g, b in OKABE_ITO] if colour else list(SIGNS)
+    return title + "".join(f"  {mark} {name}" for mark, name in zip(marks, names, strict=False))

@@ -1,4 +1,4 @@
-"""Rows of text from files, in the layout that mlx-lm and others share: ``train.jsonl`` and ``valid.jsonl``, or ``.txt``."""
+"""Rows of text from files: ``train.jsonl`` and ``valid.jsonl`` as mlx-lm and others have them, or ``.txt``."""
 
 from __future__ import annotations
 
@@ -45,8 +45,19 @@ def read_rows(path: Path) -> list[str]:
             return [_row(path, number, line) for number, line in enumerate(file, 1) if line.strip()]
     except OSError as error:
         raise GemmaTuiError(f"{path} cannot be read ({error.strerror}): check the path") from None
-    except UnicodeDecodeError as error:
-        raise GemmaTuiError(f"{path} is not UTF-8 text (byte {error.start:,}): convert it first") from None
+    except UnicodeDecodeError:
+        raise GemmaTuiError(f"{path}:{_undecodable_line(path)}: not UTF-8 text: convert the file first") from None
+
+
+def _undecodable_line(path: Path) -> int:
+    """The decoder counts bytes from the start of its buffer, so the line is looked for."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError:
+                return number
+    return 1
 
 
 def _row(path: Path, number: int, line: str) -> str:

@@ -7,6 +7,7 @@ module gives one.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 MAX_TOKENIZER_BYTES = 200 << 20
 BOS, EOS, PAD, UNK, MASK = 2, 1, 0, 3, 4
 START_OF_TURN, END_OF_TURN = 105, 106
+BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,15 @@ class Tokenizer:
     backend: Backend
 
     def encode(self, text: str, bos: bool = True) -> list[int]:
-        """Token ids, with exactly one ``<bos>`` in front, or none. Special tokens in the text are recognised."""
+        """Token ids, with exactly one ``<bos>`` in front, or none. Special tokens in the text are recognised.
+
+        Raises:
+            GemmaTuiError: the text holds half a surrogate pair, as a command line that is not UTF-8 gives.
+        """
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:
+            raise GemmaTuiError("the text is not valid Unicode (half a surrogate pair): mend it") from None
         ids = self.backend.encode(text, add_special_tokens=False).ids
         while ids and ids[0] == BOS:
             ids = ids[1:]
@@ -50,33 +60,28 @@ class Tokenizer:
 
 
 class Stream:
-    """Decodes a growing list of tokens piece by piece; characters split over tokens wait for their last byte."""
+    """Decodes a growing list of tokens piece by piece, each token once.
+
+    The tokenizer reads a run of byte tokens as a whole, so a run waits for its end: the pieces are the whole's decode.
+    """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._ids: list[int] = []
-        self._shown = ""
+        self._bytes: list[int] = []
 
     def push(self, token: int) -> str:
         """The text that this token completes; not cleaned."""
-        self._ids.append(token)
-        text = self._tokenizer.decode(self._ids)
-        if text.endswith("\ufffd"):
+        if BYTE.fullmatch(self._tokenizer.token(token)):
+            self._bytes.append(token)
             return ""
-        return self._advance(text)
+        text = self._tokenizer.decode([token])
+        # Special tokens decode to nothing, and do not end a run.
+        return self.flush() + text if text else ""
 
     def flush(self) -> str:
         """Whatever is still held back, as it is."""
-        return self._advance(self._tokenizer.decode(self._ids))
-
-    def _advance(self, text: str) -> str:
-        piece = text[len(self._shown) :]
-        # Decoding restarts after a line, so that a long text is not decoded from its start for every token.
-        if text.endswith("\n"):
-            self._ids, self._shown = [], ""
-        else:
-            self._shown = text
-        return piece
+        held, self._bytes = self._bytes, []
+        return self._tokenizer.decode(held)
 
 
 def read_tokenizer(folder: Path) -> Tokenizer:
@@ -103,6 +108,9 @@ def read_tokenizer(folder: Path) -> Tokenizer:
             raise GemmaTuiError(
                 f"{path}: {name} is not token {token}, so this is no Gemma tokenizer: take another model"
             )
+    # Many files keep what their last use set, which would cut and pad every text.
+    backend.no_truncation()
+    backend.no_padding()
     return Tokenizer(backend)
 
 

@@ -119,8 +119,8 @@ class MLXEngine:
         adapters.put_lora(model, factors, lora)
         self._settings = TrainingSettings(lora)
 
-    def save_model(self, folder: Path, config: Mapping[str, Any]) -> None:
-        model, stored = self._loaded(), self._loaded_info().dtype
+    def save_model(self, folder: Path, config: Mapping[str, Any], dtype: str | None = None) -> None:
+        model, stored = self._loaded(), dtype or self._loaded_info().dtype
         merged = {name + ".weight": layer for name, layer in adapters.lora_layers(model).items()}
         kind = "BF16" if stored == "bfloat16" else "F32"
         shapes = {name: (kind, shape) for name, shape in model.config.parameter_shapes().items()}

@@ -17,7 +17,7 @@ from engines.mlx.adapters import add_lora
 from engines.mlx.model import Gemma3
 
 LOGITS_BYTES = 128 << 20
-"""Logits are made for as many positions at a time as fit in this; 262,144 of them for every token would be gigabytes."""
+"""Logits are made for as many positions at a time as fit in this; for all of them they would be gigabytes."""
 
 
 def chunked_cross_entropy(hidden: mx.array, weight: mx.array, labels: mx.array, train_weight: bool) -> mx.array:

@@ -15,7 +15,7 @@ from engines.torch.adapters import add_lora
 from engines.torch.model import Gemma3
 
 LOGITS_BYTES = 128 << 20
-"""Logits are made for as many positions at a time as fit in this; 262,144 of them for every token would be gigabytes."""
+"""Logits are made for as many positions at a time as fit in this; for all of them they would be gigabytes."""
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):

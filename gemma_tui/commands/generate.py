@@ -6,16 +6,16 @@ import argparse
 import time
 
 from engines import open_engine
-from engines.base import Sampling
+from gemma_tui.commands.plans import plan_from
 from gemma_tui.hub.models import resolve
 from gemma_tui.output import Output
-from gemma_tui.studies.generation import Generation, check_sampling, encode_prompt, write
+from gemma_tui.studies.generation import Generation, GenerationPlan, write
 from gemma_tui.tokenizer import read_tokenizer
 
 
 def generate(args: argparse.Namespace, output: Output) -> int:
     """Load a model and stream what it writes."""
-    sampling = check_sampling(Sampling(args.max_tokens, args.temperature, args.top_k, args.top_p, args.seed))
+    plan = plan_from(GenerationPlan, args, {}, "generate")
     with output.progress("opening") as progress:
         model = resolve(args.model, progress)
         engine = open_engine(args.engine)
@@ -23,10 +23,9 @@ def generate(args: argparse.Namespace, output: Output) -> int:
     if model.adapter is not None:
         engine.load_adapter(model.adapter)
     tokenizer = read_tokenizer(model.folder)
-    prompt = encode_prompt(tokenizer, args.prompt, args.chat)
     generation = Generation()
     began = time.perf_counter()
-    for piece in write(engine, tokenizer, prompt, sampling, generation):
+    for piece in write(engine, tokenizer, plan, generation):
         output.stream(piece)
         output.row("text", text=piece)
     seconds = time.perf_counter() - began
@@ -36,7 +35,7 @@ def generate(args: argparse.Namespace, output: Output) -> int:
         status="done",
         text=generation.text,
         tokens=len(generation.tokens),
-        prompt_tokens=len(prompt),
+        prompt_tokens=generation.prompt_tokens,
         seconds=seconds,
         tokens_per_second=len(generation.tokens) / seconds,
         stopped=generation.stopped,

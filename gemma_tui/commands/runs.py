@@ -6,9 +6,8 @@ import argparse
 import os
 import shutil
 import sys
-import time
 
-from gemma_tui.output import Output
+from gemma_tui.output import Output, age
 from gemma_tui.runs.store import Run, RunStore
 
 
@@ -78,15 +77,6 @@ def show_chart(run_id: str) -> None:
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     size = shutil.get_terminal_size((80, 24))
     print(draw([train, valid], min(size.columns, 100), 16, "loss, nats per token", colour=colour))
-
-
-def age(created: float) -> str:
-    """How long ago, in one unit."""
-    seconds = max(0.0, time.time() - created)
-    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= size:
-            return f"{seconds / size:.0f} {unit}"
-    return f"{seconds:.0f} s"
 
 
 def _facts(run: Run) -> dict[str, object]:

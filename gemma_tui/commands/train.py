@@ -14,11 +14,12 @@ from pathlib import Path
 
 from engines import open_engine
 from gemma_tui import paths
+from gemma_tui.commands.plans import plan_from
 from gemma_tui.errors import GemmaTuiError
 from gemma_tui.output import Output, bytes_text
 from gemma_tui.runs.store import RunStore
 from gemma_tui.studies.events import Control, Event
-from gemma_tui.studies.plan import build, options, read_toml
+from gemma_tui.studies.plan import read_toml
 from gemma_tui.studies.recording import record_training
 from gemma_tui.studies.training import TrainingPlan, settings
 
@@ -52,9 +53,7 @@ def train_command(args: argparse.Namespace, output: Output) -> int:
 
 def _plan(args: argparse.Namespace) -> TrainingPlan:
     values = read_toml(Path(args.plan)) if args.plan else {}
-    names = {o.name for o in options(TrainingPlan)}
-    values |= {key: value for key, value in vars(args).items() if key in names}
-    plan = build(TrainingPlan, values, args.plan or "train")
+    plan = plan_from(TrainingPlan, args, values, args.plan or "train")
     settings(plan)
     return plan
 
@@ -116,13 +115,15 @@ def _detach(output: Output) -> int:
         )  # fmt: skip
     deadline = time.monotonic() + DETACH_SECONDS
     while time.monotonic() < deadline:
-        first = log.read_text(encoding="utf-8", errors="replace").split("\n", 1)[0]
-        if first.startswith('{"kind": "run"'):
+        lines = log.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
+        # A library's warning may stand before it.
+        if (first := next((line for line in lines if line.startswith('{"kind": "run"')), None)) is not None:
             run = json.loads(first)["run"]
             output.say(f"run {run} goes on by itself: `gemma-tui runs show {run}`, `gemma-tui runs stop {run}`")
             output.row("end", status="detached", run=run, pid=process.pid, log=str(log))
             return 0
         if process.poll() is not None:
-            raise GemmaTuiError(first.removeprefix("gemma-tui: ") or f"the run ended at once: see {log}")
+            said = next((line for line in lines if line.startswith("gemma-tui: ")), "")
+            raise GemmaTuiError(said.removeprefix("gemma-tui: ") or f"the run ended at once: see {log}")
         time.sleep(0.05)
     raise GemmaTuiError(f"the run did not start within {DETACH_SECONDS:.0f} s: see {log}")

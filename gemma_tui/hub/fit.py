@@ -49,3 +49,8 @@ def state(item: Summary) -> str:
 def importable(item: Summary) -> bool:
     """Whether it is the packaged model, waiting for its first use."""
     return item.model.name == REAL and not item.installed and packaged()
+
+
+def here(needed: int) -> str:
+    """``fits``, ``tight`` or ``too large`` on this machine."""
+    return band(needed, psutil.virtual_memory().total)

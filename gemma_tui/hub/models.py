@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from engines.adapters import adapter_base
 from engines.base import Progress
 from engines.checkpoints import model_tensors
 from engines.errors import EngineError
@@ -18,6 +19,7 @@ from gemma_tui.errors import GemmaTuiError
 NANO = "nano"
 REAL = "gemma-3-270m"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
+NAME = re.compile(r"[\w.\-]{1,120}")
 REPO_ID = re.compile(r"[\w][\w.\-]{0,95}/[\w][\w.\-]{0,95}")
 
 
@@ -67,9 +69,9 @@ def resolve(name: str, progress: Progress | None = None) -> Model:
         from gemma_tui.hub.demo import ensure_imported
 
         return Model(REAL, ensure_imported(progress), "built-in")
-    if re.fullmatch(r"[\w.\-]+", name) and (folder := paths.models() / name / "config.json").is_file():
+    if NAME.fullmatch(name) and (folder := paths.models() / name / "config.json").is_file():
         return Model(name, folder.parent, "data folder")
-    if (path := Path(name).expanduser()).is_dir():
+    if (path := _folder(name)) is not None:
         return Model(path.name, path.resolve(), "folder")
     if (run := _run_model(name)) is not None:
         return run
@@ -120,19 +122,23 @@ def copy_tokenizer(source: Path, target: Path) -> None:
         raise GemmaTuiError(f"{target} cannot be written ({error.strerror}): free some space") from None
 
 
+def _folder(name: str) -> Path | None:
+    try:
+        path = Path(name).expanduser()
+        return path if path.is_dir() else None
+    except (OSError, RuntimeError):  # too long for a path, or the home of no one
+        return None
+
+
 def _run_model(name: str) -> Model | None:
     """What a run left: a whole model, or an adapter on the model it trained."""
-    if not re.fullmatch(r"[\w.\-]+", name):
+    if not NAME.fullmatch(name):
         return None
     folder = paths.runs() / name
     if (folder / "model" / "config.json").is_file():
         return Model(name, folder / "model", "run")
     if (folder / "adapter" / "adapter_config.json").is_file():
-        from gemma_tui.runs.store import RunStore
-
-        store = RunStore()
-        base = resolve(str(store.run(name).plan.get("model", "")))
-        store.close()
+        base = resolve(adapter_base(folder / "adapter"))
         return Model(name, base.folder, "run", folder / "adapter")
     return None
 

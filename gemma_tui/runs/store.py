@@ -9,22 +9,25 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import sqlite3
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 from gemma_tui import paths
-from gemma_tui.errors import GemmaTuiError
+from gemma_tui.errors import GemmaTuiError, UsageError
 
 ACTIVE = ("running", "paused")
 METRIC_KINDS = ("step", "evaluation")
+RUN_NAME = re.compile(r"\w[\w.\-]{0,95}")
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS metrics (
@@ -37,7 +40,8 @@ CREATE TABLE IF NOT EXISTS configs (
 CREATE TABLE IF NOT EXISTS gt_runs (
     run_id TEXT PRIMARY KEY, name TEXT NOT NULL, study TEXT NOT NULL, state TEXT NOT NULL, created REAL NOT NULL,
     updated REAL NOT NULL, engine TEXT NOT NULL, plan TEXT NOT NULL, command TEXT NOT NULL, step INTEGER NOT NULL,
-    steps INTEGER NOT NULL, pid INTEGER NOT NULL, pid_started REAL NOT NULL, error TEXT NOT NULL, request TEXT NOT NULL);
+    steps INTEGER NOT NULL, pid INTEGER NOT NULL, pid_started REAL NOT NULL, error TEXT NOT NULL,
+    request TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS gt_events (
     id INTEGER PRIMARY KEY AUTOINCREMENT, run_id TEXT NOT NULL, time REAL NOT NULL, kind TEXT NOT NULL,
     step INTEGER NOT NULL, payload TEXT NOT NULL);
@@ -116,14 +120,19 @@ class RunStore:
         self._db.close()
 
     def create(self, name: str, study: str, engine: str, plan: Mapping[str, Any], command: str, steps: int) -> Run:
-        """Register a run of this process and make its folder."""
+        """Register a run of this process and make its folder.
+
+        Raises:
+            UsageError: the name could not be that of a folder.
+        """
+        if not RUN_NAME.fullmatch(name):
+            raise UsageError(f"{name[:60]!r} is no run name: use letters, digits, dots and dashes")
         now, text = time.time(), json.dumps(plan)
         with self._guard(), self._transaction():
             run_id = self._free_id(name)
-            process = psutil.Process()
             self._db.execute(
                 "INSERT INTO gt_runs VALUES (?, ?, ?, 'running', ?, ?, ?, ?, ?, 0, ?, ?, ?, '', '')",
-                (run_id, name, study, now, now, engine, text, command, steps, process.pid, process.create_time()),
+                (run_id, name, study, now, now, engine, text, command, steps, os.getpid(), _own_start()),
             )
             self._db.execute(
                 "INSERT INTO configs (run_id, run_name, config, created_at) VALUES (?, ?, ?, ?)",
@@ -176,7 +185,8 @@ class RunStore:
         pattern = run_id.replace("\\", "\\\\").replace("%", r"\%").replace("_", r"\_") + "%"
         with self._guard():
             rows = self._db.execute(
-                f"SELECT {_COLUMNS} FROM gt_runs WHERE run_id = ? OR run_id LIKE ? ESCAPE '\\' ORDER BY run_id = ? DESC",
+                f"SELECT {_COLUMNS} FROM gt_runs"
+                " WHERE run_id = ? OR run_id LIKE ? ESCAPE '\\' ORDER BY run_id = ? DESC",
                 (run_id, pattern, run_id),
             ).fetchall()
         if not rows:
@@ -228,10 +238,15 @@ class RunStore:
         self._db.execute("BEGIN IMMEDIATE")
         try:
             yield
+            self._db.execute("COMMIT")
         except BaseException:
-            self._db.execute("ROLLBACK")
+            self._rollback()
             raise
-        self._db.execute("COMMIT")
+
+    def _rollback(self) -> None:
+        # A full disk has rolled it back already, and may leave a connection that cannot even say so.
+        if self._db.in_transaction:
+            self._db.execute("ROLLBACK")
 
     @contextmanager
     def _guard(self) -> Iterator[None]:
@@ -241,6 +256,8 @@ class RunStore:
             raise GemmaTuiError(
                 f"{self._path}: {error}; free some space, or move the file away if it is damaged"
             ) from None
+        except UnicodeEncodeError:
+            raise GemmaTuiError("a name is not valid Unicode (half a surrogate pair): use another") from None
 
 
 _COLUMNS = (
@@ -260,11 +277,18 @@ def _run(row: tuple[Any, ...]) -> Run:
 def _alive(pid: int, started: float) -> bool:
     """Whether the very process that registered the run is there: pids are used again."""
     if pid == os.getpid():
-        return True
+        return started == _own_start()
     try:
-        return abs(psutil.Process(pid).create_time() - started) < 2
+        process = psutil.Process(pid)
+        return process.status() != psutil.STATUS_ZOMBIE and abs(process.create_time() - started) < 2
     except psutil.Error:
         return False
+
+
+@cache
+def _own_start() -> float:
+    """Asked once, since the answer moves when the machine's clock is set."""
+    return psutil.Process().create_time()
 
 
 def _metric(cursor: int, step: int, timestamp: str, text: str) -> Row:

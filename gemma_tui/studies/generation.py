@@ -1,42 +1,43 @@
-"""Letting a model write, piece by piece."""
+"""Letting a model write, as a study: a plan, and the text piece by piece."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from engines.base import Engine, Sampling
-from gemma_tui.errors import UsageError
+from gemma_tui.studies.plan import option
 from gemma_tui.tokenizer import END_OF_TURN, EOS, Stream, Tokenizer
 
 STOP_IDS = (EOS, END_OF_TURN)
+
+
+@dataclass(frozen=True)
+class GenerationPlan:
+    """What is written and how the next token is chosen; every field is an option of ``gemma-tui generate``."""
+
+    prompt: str = option("", "text to go on from", required=True)
+    chat: bool = option(False, "put the prompt into Gemma's turns, for tuned models")
+    max_tokens: int = option(128, "new tokens at most", unit="tokens", low=1, high=1_000_000)
+    temperature: float = option(0.0, "0 is greedy, 1 the model's own distribution", low=0.0, high=100.0)
+    top_k: int = option(0, "draw from the k most probable tokens; 0 for all", low=0)
+    top_p: float = option(1.0, "draw from the fewest tokens of this probability mass", low=1e-6, high=1.0)
+    seed: int = option(0, "seed of the draws", low=0, high=2**31)
+
+    def sampling(self) -> Sampling:
+        """For the engine, with Gemma's stop tokens."""
+        return Sampling(self.max_tokens, self.temperature, self.top_k, self.top_p, self.seed, STOP_IDS)
 
 
 @dataclass
 class Generation:
     """What was written so far; ``text`` is not cleaned."""
 
+    prompt_tokens: int = 0
     tokens: list[int] = field(default_factory=list)
     text: str = ""
     stopped: bool = False
     """Whether the model itself ended the text."""
-
-
-def check_sampling(sampling: Sampling) -> Sampling:
-    """The same sampling, with Gemma's stop tokens.
-
-    Raises:
-        UsageError: a value is out of range.
-    """
-    if not 1 <= sampling.max_tokens <= 1_000_000:
-        raise UsageError(f"max tokens is {sampling.max_tokens}; 1 to 1,000,000 are possible")
-    if not 0 <= sampling.temperature <= 100:
-        raise UsageError(f"temperature is {sampling.temperature}; 0 (greedy) to 100 is possible")
-    if not 0 < sampling.top_p <= 1:
-        raise UsageError(f"top p is {sampling.top_p}; more than 0 and at most 1 is possible")
-    if sampling.top_k < 0 or sampling.seed < 0:
-        raise UsageError("top k and seed must not be negative")
-    return replace(sampling, stop_ids=STOP_IDS)
 
 
 def encode_prompt(tokenizer: Tokenizer, text: str, chat: bool) -> list[int]:
@@ -46,14 +47,14 @@ def encode_prompt(tokenizer: Tokenizer, text: str, chat: bool) -> list[int]:
     return tokenizer.encode(text)
 
 
-def write(
-    engine: Engine, tokenizer: Tokenizer, prompt: list[int], sampling: Sampling, generation: Generation
-) -> Iterator[str]:
+def write(engine: Engine, tokenizer: Tokenizer, plan: GenerationPlan, generation: Generation) -> Iterator[str]:
     """Yield the text each new token completes, not cleaned, and keep it in ``generation``; close it to stop."""
+    prompt = encode_prompt(tokenizer, plan.prompt, plan.chat)
+    generation.prompt_tokens = len(prompt)
     stream = Stream(tokenizer)
-    for token in engine.generate(prompt, sampling):
+    for token in engine.generate(prompt, plan.sampling()):
         generation.tokens.append(token)
-        if token in sampling.stop_ids:
+        if token in STOP_IDS:
             generation.stopped = True
             break
         piece = stream.push(token)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shlex
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -107,14 +107,14 @@ def parse(o: Option, value: Any, where: str) -> Any:
         return None
     try:
         parsed = _convert(o, value)
-    except (TypeError, ValueError):
-        raise UsageError(f"{where}: {o.name} is {str(value)[:40]!r}; {_wanted(o)} is needed") from None
+    except (TypeError, ValueError, KeyError, OverflowError):
+        raise UsageError(f"{where}: {o.name} is {_shown(value)}; {_wanted(o)} is needed") from None
     if o.choices and parsed not in o.choices:
         raise UsageError(f"{where}: {o.name} is {str(value)[:40]!r}; choose {' | '.join(o.choices)}")
     below = o.low is not None and not parsed >= o.low
     above = o.high is not None and not parsed <= o.high
     if below or above:
-        raise UsageError(f"{where}: {o.name} is {value}; {_wanted(o)} is needed")
+        raise UsageError(f"{where}: {o.name} is {_shown(value)}; {_wanted(o)} is needed")
     return parsed
 
 
@@ -130,6 +130,13 @@ def _convert(o: Option, value: Any) -> Any:
     if o.kind is int and isinstance(value, str):
         return int(value.replace("_", "").replace(",", ""))
     return o.kind(value)
+
+
+def _shown(value: Any) -> str:
+    try:
+        return repr(str(value)[:40])
+    except ValueError:  # Python writes no number of more than 4300 digits
+        return "a number of thousands of digits"
 
 
 def _wanted(o: Option) -> str:
@@ -150,7 +157,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"{path} cannot be read ({error.strerror}): check the path") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{path} is no TOML ({str(error)[:80]}): mend the file") from None
 
 
@@ -159,9 +166,9 @@ def changed(plan: Any) -> dict[str, Any]:
     return {o.name: v for o in options(type(plan)) if (v := getattr(plan, o.name)) != o.default}
 
 
-def command(verb: str, plan: Any) -> str:
-    """The command that runs this plan."""
-    parts = ["gemma-tui", verb]
+def command(verb: Sequence[str], plan: Any) -> str:
+    """The command that runs this plan, after the words of ``verb``."""
+    parts = ["gemma-tui", *verb]
     for o in options(type(plan)):
         value = getattr(plan, o.name)
         if value == o.default:
@@ -169,5 +176,12 @@ def command(verb: str, plan: Any) -> str:
         if o.kind is bool:
             parts.append(o.flag if value else "--no-" + o.flag[2:])
         else:
-            parts += [o.flag, f"{value:g}" if isinstance(value, float) else str(value)]
+            text = _number(value) if isinstance(value, float) else str(value)
+            # A value that looks like an option has to be tied to its own.
+            parts += [f"{o.flag}={text}"] if text.startswith("-") else [o.flag, text]
     return shlex.join(parts)
+
+
+def _number(value: float) -> str:
+    short = f"{value:g}"
+    return short if float(short) == value else repr(value)

@@ -28,7 +28,7 @@ class Recorded:
 
 def record_training(engine: Engine, plan: TrainingPlan, control: Control, store: RunStore) -> Recorded:
     """Register a training run and make its recorded events; nothing is computed before they are asked for."""
-    verb = f"train --engine {engine.name}"
+    verb = ("train", "--engine", engine.name)
     run = store.create(plan.name or plan.method, "training", engine.name, asdict(plan), command(verb, plan), plan.steps)
 
     def study(folder: Path) -> Iterator[Event]:

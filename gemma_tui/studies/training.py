@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from engines.base import Engine, LoRASettings, TrainingSettings
@@ -21,6 +21,7 @@ METHODS = ("lora", "full")
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 DEFAULT_RATES = {"lora": 2e-4, "full": 2e-5}
 MAX_SKIPPED = 10
+SAVE_SHARE = 0.05
 LORA = ("lora",)
 
 
@@ -54,7 +55,9 @@ class TrainingPlan:
     targets: str = option(",".join(LINEARS), "adapted linears, with commas between", group="LoRA", methods=LORA)
     evaluate_every: int = option(20, "steps between evaluations; 0 for none", low=0, group="Watching")
     evaluate_batches: int = option(8, "micro-batches per evaluation; 0 for all", low=0, group="Watching")
-    save_every: int = option(0, "steps between saves; 0 saves at the end only", low=0, group="Watching")
+    save_every: int | None = option(
+        None, "steps between saves", low=1, group="Watching", open_means="as often as takes 5 % of the time at most"
+    )
     seed: int = option(0, "seed of the adapters, the order of the data and dropout", low=0, high=2**31, group="Machine")
     dtype: str | None = option(
         None,
@@ -62,6 +65,14 @@ class TrainingPlan:
         choices=("float32", "bfloat16"),
         open_means="float32 on a CPU, bfloat16 elsewhere",
         group="Machine",
+    )
+    save_dtype: str | None = option(
+        None,
+        "dtype of a fully trained model on disk",
+        choices=("float32", "bfloat16"),
+        open_means="the dtype it was loaded in",
+        group="Machine",
+        methods=("full",),
     )
     checkpoint_activations: bool = option(
         False, "compute activations again in the backward pass: less memory, more time", group="Machine"
@@ -86,8 +97,10 @@ def settings(plan: TrainingPlan) -> TrainingSettings:
     """What the engine needs of a plan.
 
     Raises:
-        UsageError: a target is no linear of Gemma-3.
+        UsageError: a target is no linear of Gemma-3, or adapters are wanted on weights that will be gone.
     """
+    if plan.fresh and plan.method == "lora":
+        raise UsageError("fresh: adapters on new weights, which are kept nowhere, are of no use; take --method full")
     targets = tuple(t.strip() for t in plan.targets.split(",") if t.strip())
     unknown = [t for t in targets if t not in LINEARS]
     if unknown or not targets:
@@ -121,8 +134,8 @@ def train(engine: Engine, plan: TrainingPlan, folder: Path, control: Control) ->
     yield Event("start", values=_facts(engine, plan, model, splits, trainable))
 
     batches = training_batches(splits.train, plan.batch_size, plan.seed)
-    tokens, skipped, busy = 0, 0, 0.0
-    step = 0
+    saver = _Saver(engine, plan, model, folder)
+    tokens, skipped, busy, step = 0, 0, 0.0, 0
     for step in range(1, plan.steps + 1):
         yield from _wait_while_paused(control, step - 1)
         if control.stop.is_set():
@@ -155,8 +168,10 @@ def train(engine: Engine, plan: TrainingPlan, folder: Path, control: Control) ->
         if plan.evaluate_every and (step % plan.evaluate_every == 0 or last) and splits.valid:
             yield Event("evaluation", step, _evaluate(engine, plan, splits, control))
         if plan.save_every and step % plan.save_every == 0 and not last:
-            yield Event("checkpoint", step, {"path": str(_save(engine, plan, model, folder))})
-    yield Event("checkpoint", step, {"path": str(_save(engine, plan, model, folder))})
+            yield Event("checkpoint", step, {"path": str(saver.save())})
+        elif not plan.save_every and saver.cheap():
+            saver.save()
+    yield Event("checkpoint", step, {"path": str(saver.save())})
     engine.stop_training()
 
 
@@ -178,7 +193,9 @@ def _evaluate(engine: Engine, plan: TrainingPlan, splits: Splits, control: Contr
 
 def _open_model(engine: Engine, model: Model, plan: TrainingPlan) -> None:
     """A run starts from the files, never from what an earlier run left on the loaded model."""
-    dtype = plan.dtype if plan.method == "lora" or plan.dtype is None else "float32"
+    dtype = plan.dtype
+    if model.adapter is not None and plan.method == "lora":
+        raise UsageError(f"{model.name} is an adapter, and one is kept: start from its base, or take --method full")
     if plan.fresh:
         engine.initialise(model.config(), plan.seed, dtype)
         return
@@ -196,13 +213,34 @@ def _wait_while_paused(control: Control, step: int) -> Iterator[Event]:
     yield Event("resume", step)
 
 
-def _save(engine: Engine, plan: TrainingPlan, model: Model, folder: Path) -> Path:
-    if plan.method == "lora":
-        engine.save_adapter(folder / "adapter", str(model.folder))
-        return folder / "adapter"
-    engine.save_model(folder / "model", model.config().to_dict())
-    copy_tokenizer(model.folder, folder / "model")
-    return folder / "model"
+@dataclass
+class _Saver:
+    """Saves what a run trained, and knows when that is cheap: slow steps are kept one by one, quick ones together."""
+
+    engine: Engine
+    plan: TrainingPlan
+    model: Model
+    folder: Path
+    ended: float = field(default_factory=time.monotonic)
+    cost: float = 0.1
+
+    def cheap(self) -> bool:
+        """Whether saving now keeps all saving under its share of the time."""
+        return time.monotonic() - self.ended > self.cost / SAVE_SHARE
+
+    def save(self) -> Path:
+        """Write the adapter, or the whole model; returns its folder."""
+        began = time.monotonic()
+        if self.plan.method == "lora":
+            target = self.folder / "adapter"
+            self.engine.save_adapter(target, str(self.model.folder))
+        else:
+            target = self.folder / "model"
+            self.engine.save_model(target, self.model.config().to_dict(), self.plan.save_dtype)
+            copy_tokenizer(self.model.folder, target)
+        self.ended = time.monotonic()
+        self.cost = self.ended - began
+        return target
 
 
 def _facts(engine: Engine, plan: TrainingPlan, model: Model, splits: Splits, trainable: int) -> dict[str, object]:

@@ -1,0 +1,240 @@
+"""The app: five screens on the keys 1 to 5, one session with two engines, and what all of them share.
+
+No engine, no numpy and no plot is imported before the first frame.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterable
+
+from textual.app import App, SystemCommand
+from textual.binding import Binding
+from textual.screen import Screen
+
+from engines.errors import EngineError
+from gemma_tui.screens.workbench import Workbench
+from gemma_tui.session import Job, Session
+from gemma_tui.text import one_line
+from gemma_tui.widgets.dialogs import Question, Reading
+from gemma_tui.widgets.status import StatusLine, describe
+
+QUIT_SECONDS = 1.8
+"""How long leaving waits for a step in hand; with what the terminal takes it stays under two seconds."""
+
+SWITCH_INTERVAL = 0.001
+"""Seconds after which a thread that computes in Python must let the screen go on."""
+
+
+def _models() -> Screen[None]:
+    from gemma_tui.screens.models import ModelsScreen
+
+    return ModelsScreen()
+
+
+def _training() -> Screen[None]:
+    from gemma_tui.screens.training import TrainingScreen
+
+    return TrainingScreen()
+
+
+def _capacity() -> Screen[None]:
+    from gemma_tui.screens.capacity import CapacityScreen
+
+    return CapacityScreen()
+
+
+def _attention() -> Screen[None]:
+    from gemma_tui.screens.attention import AttentionScreen
+
+    return AttentionScreen()
+
+
+def _generation() -> Screen[None]:
+    from gemma_tui.screens.generation import GenerationScreen
+
+    return GenerationScreen()
+
+
+class GemmaTui(App[None]):
+    """The workbench.
+
+    Args:
+        model: what is loaded first; nothing if empty.
+    """
+
+    TITLE = "gemma-tui"
+    MODES = {
+        "models": _models,
+        "training": _training,
+        "capacity": _capacity,
+        "attention": _attention,
+        "generation": _generation,
+    }
+    DEFAULT_MODE = "models"
+    HORIZONTAL_BREAKPOINTS = [(0, "-narrow"), (110, "-wide")]
+    CSS_PATH = "app.tcss"
+    BINDINGS = [
+        Binding("1", "switch_mode('models')", "Models", id="app.models", show=False),
+        Binding("2", "switch_mode('training')", "Training", id="app.training", show=False),
+        Binding("3", "switch_mode('capacity')", "Capacity", id="app.capacity", show=False),
+        Binding("4", "switch_mode('attention')", "Attention", id="app.attention", show=False),
+        Binding("5", "switch_mode('generation')", "Generation", id="app.generation", show=False),
+        Binding("e", "switch_engine", "Engine", id="app.engine", tooltip="Switch between torch and MLX"),
+        Binding("c", "show_command", "Cmd", id="app.command", tooltip="Show and copy the command that does this"),
+        Binding("f1,question_mark", "help", "Help", id="app.help", key_display="?"),
+        Binding("ctrl+p", "command_palette", "Palette", id="app.palette", show=False),
+        Binding("ctrl+q,q", "leave", "Quit", id="app.quit", key_display="q", priority=False),
+        Binding("ctrl+c", "leave", "Quit", id="app.interrupt", show=False),
+    ]
+
+    def __init__(self, model: str = "nano", engine: str = "auto") -> None:
+        super().__init__()
+        self.session = Session(engine)
+        self.first_model = model
+        self._leaving = False
+
+    def on_mount(self) -> None:
+        """Start watching the session, after the first frame."""
+        for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+            try:
+                asyncio.get_running_loop().add_signal_handler(number, self._signalled, number)
+            except (NotImplementedError, RuntimeError, ValueError):
+                break  # not on this platform, or not the main thread
+        self.set_interval(0.1, self._watch)
+        if self.first_model:
+            self.call_after_refresh(self.load, self.first_model)
+
+    def attempt(self, action: Callable[[], object]) -> bool:
+        """Do something; if it is refused, say why. Returns whether it was done."""
+        try:
+            action()
+        except EngineError as error:
+            self.tell(str(error), "warning")
+            return False
+        return True
+
+    def tell(self, text: str, severity: str = "information") -> None:
+        """A short message, cleaned."""
+        self.notify(one_line(text, 300), severity=severity, markup=False)  # type: ignore[arg-type]
+
+    def load(self, name: str) -> bool:
+        """Load a model on the chosen engine."""
+        return self.attempt(lambda: self.session.load(name))
+
+    def action_switch_engine(self) -> None:
+        """Choose the other engine."""
+        self.attempt(lambda: self.tell(self.session.switch()))
+
+    def action_show_command(self) -> None:
+        """Show the command that does what the screen is set to, and copy it."""
+        screen = self.screen
+        if isinstance(screen, Workbench):
+            text = screen.command()
+            self.copy_to_clipboard(text)
+            self.push_screen(Reading("the same as a command (copied)", text))
+
+    def action_help(self) -> None:
+        """All keys that work here."""
+        if not isinstance(self.screen, Workbench):
+            return
+        ours: dict[str, str] = {}
+        other: dict[str, str] = {}
+        for _, binding, enabled, tooltip in self.screen.active_bindings.values():
+            if enabled and binding.description:
+                key = binding.key_display or self.get_key_display(binding)
+                meaning = tooltip or binding.tooltip or binding.description
+                (ours if binding.id else other).setdefault(key, meaning)
+        width = max(map(len, ours | other))
+        lines = [f"{key:>{width}}  {text}" for part in (ours, {"": ""}, other) for key, text in part.items()]
+        self.push_screen(Reading(f"{self.current_mode}: keys", "\n".join(lines)))
+
+    async def action_leave(self) -> None:
+        """Quit; with a run going on, ask first."""
+        training = [job for job in self.session.jobs if job.kind == "train"]
+        if not training or isinstance(self.screen, Question):
+            self._leave()
+            return
+        answers = {"s": "save and quit", "d": "quit at once; finished steps and the last save stay"}
+        self.push_screen(Question(f"{training[0].label} is running.", answers), self._answered)
+
+    def get_system_commands(self, screen: Screen[object]) -> Iterable[SystemCommand]:
+        """The palette: every action with a key."""
+        yield from super().get_system_commands(screen)
+        for _, binding, enabled, _ in screen.active_bindings.values():
+            if enabled and binding.description and binding.action:
+                action = binding.action
+
+                async def act(action: str = action) -> None:
+                    await self.run_action(action)
+
+                yield SystemCommand(binding.description, binding.tooltip or f"key {binding.key}", act)
+
+    def _watch(self) -> None:
+        for job in self.session.finished():
+            self._ended(job)
+        status = describe(self.session)
+        for line in self.screen.query(StatusLine):
+            line.text = status
+
+    def _ended(self, job: Job) -> None:
+        error = job.future.exception()
+        if error is not None:
+            text = str(error) if isinstance(error, EngineError) else _fault(error)
+            self.tell(text, "error")
+        elif job.kind == "train":
+            self.tell(f"{job.run} has ended and is saved; the tuned model is loaded")
+
+    def _answered(self, answer: str | None) -> None:
+        if answer == "s":
+            self._leave()
+        elif answer == "d":
+            self.exit()
+
+    def _leave(self, code: int = 0) -> None:
+        """Ask everything to stop, wait for the step in hand as long as one may, and go."""
+        if self._leaving:
+            return
+        self._leaving = True
+        self.session.stop()
+        deadline = time.monotonic() + QUIT_SECONDS
+
+        def wait() -> None:
+            self.session.finished()
+            if not self.session.jobs or time.monotonic() > deadline:
+                self._close_runs()
+                self.exit(return_code=code)
+
+        self.set_interval(0.02, wait)
+
+    def _close_runs(self) -> None:
+        """Runs whose step could not be waited for: their steps are kept, and their state says what happened."""
+        unfinished = [job for job in self.session.jobs if job.run]
+        if unfinished:
+            from gemma_tui.runs.store import RunStore
+
+            store = RunStore()
+            for job in unfinished:
+                store.set_state(job.run, "stopped", "left during a step; the last save holds the steps before")
+            store.close()
+
+    def _signalled(self, number: int) -> None:
+        self._leave(128 + number)
+
+
+def _fault(error: BaseException) -> str:
+    """A line for an error that no one foresaw; out of memory is the one that has a remedy."""
+    if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
+        return "not enough memory: choose a smaller model, batch or sequence length"
+    return f"{type(error).__name__}: {error}; please report this"
+
+
+def run() -> int:
+    """Run the app in this terminal; returns the exit code."""
+    sys.setswitchinterval(SWITCH_INTERVAL)
+    app = GemmaTui()
+    app.run()
+    return app.return_code or 0

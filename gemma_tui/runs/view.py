@@ -1,0 +1,65 @@
+"""A run as it grows: reads what is new in the store and keeps it as lines for charts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from gemma_tui.runs.store import Row, Run, RunStore
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+ROWS_PER_READ = 2000
+"""Few enough that reading never holds up a frame; a long run is caught up with over several reads."""
+
+MEASURES = ("loss", "learning_rate", "grad_norm", "tokens_per_second")
+
+
+@dataclass
+class RunView:
+    """What is known of one run so far.
+
+    Attributes:
+        lines: for each measure its steps and values; a value that was not finite is None.
+        last: the newest metrics, whatever their kind.
+        fresh: events since the last ``take``.
+    """
+
+    run: Run
+    lines: dict[str, tuple[list[float], list[float | None]]] = field(default_factory=dict)
+    last: dict[str, Any] = field(default_factory=dict)
+    fresh: list[Row] = field(default_factory=list)
+    _metric: int = 0
+    _event: int = 0
+
+    def read(self, store: RunStore) -> bool:
+        """Read what is new; returns whether there was anything."""
+        self.run = store.run(self.run.run_id)
+        metrics = store.metrics(self.run.run_id, self._metric, ROWS_PER_READ)
+        events = store.events(self.run.run_id, self._event, ROWS_PER_READ)
+        for row in metrics:
+            self._metric = row.cursor
+            self._add(row.step, row.values, row.kind)
+        if events:
+            self._event = events[-1].cursor
+            self.fresh += events
+        return bool(metrics or events)
+
+    def take(self) -> list[Row]:
+        """The events that nobody has taken yet."""
+        taken, self.fresh = self.fresh, []
+        return taken
+
+    def _add(self, step: int, values: Mapping[str, Any], kind: str) -> None:
+        self.last |= values
+        if kind == "evaluation":
+            self._point("valid_loss", step, values.get("valid_loss"))
+            return
+        for measure in MEASURES:
+            self._point(measure, step, values.get(measure))
+
+    def _point(self, measure: str, step: int, value: float | None) -> None:
+        steps, points = self.lines.setdefault(measure, ([], []))
+        steps.append(step)
+        points.append(value)

@@ -1,0 +1,218 @@
+"""What the app holds: two engine threads, the model on each, and the jobs that run there.
+
+Nothing here waits and nothing calls the screen: a screen reads these plain values a few times a second.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from engines import ENGINES, available_engines, default_engine
+from engines.errors import UnsupportedError
+from engines.thread import EngineThread
+from gemma_tui.studies.events import Control
+
+if TYPE_CHECKING:
+    from engines.base import DeviceInfo, Engine, ModelInfo
+    from gemma_tui.studies.generation import Generation, GenerationPlan
+    from gemma_tui.studies.training import TrainingPlan
+
+Progress = Callable[[float, str], None]
+
+
+@dataclass
+class Job:
+    """Something an engine is doing.
+
+    Attributes:
+        kind: ``load``, ``train`` or ``generate``.
+        label: a few words for the status line.
+        share: how much of it is done, 0 to 1.
+        detail: what is being done now.
+        run: the run it belongs to, once that is registered.
+    """
+
+    kind: str
+    label: str
+    engine: str
+    control: Control = field(default_factory=Control)
+    share: float = 0.0
+    detail: str = ""
+    run: str = ""
+    started: float = field(default_factory=time.monotonic)
+    future: Future[Any] = field(default_factory=Future)
+
+    @property
+    def seconds_left(self) -> float | None:
+        """An estimate from the share done; None while there is nothing to go by."""
+        passed = time.monotonic() - self.started
+        return passed * (1 - self.share) / self.share if self.share > 0.02 and passed > 0.5 else None
+
+
+@dataclass
+class Place:
+    """One engine's thread and what is on it."""
+
+    thread: EngineThread
+    device: DeviceInfo | None = None
+    model: str = ""
+    info: ModelInfo | None = None
+    memory: int = 0
+    job: Job | None = None
+
+
+class Session:
+    """The engines of one app, and which of them new jobs go to."""
+
+    def __init__(self, engine: str = "auto") -> None:
+        self.engine = default_engine() if engine == "auto" else engine
+        self._places: dict[str, Place] = {}
+
+    @property
+    def place(self) -> Place:
+        """The chosen engine."""
+        return self._at(self.engine)
+
+    @property
+    def jobs(self) -> list[Job]:
+        """What runs now, on whichever engine."""
+        return [place.job for place in self._places.values() if place.job is not None]
+
+    def job_of(self, run: str) -> Job | None:
+        """The job of a run, if it runs in this app."""
+        return next((job for job in self.jobs if job.run == run), None)
+
+    def finished(self) -> list[Job]:
+        """Jobs that have ended since the last call; each is told once."""
+        ended = []
+        for place in self._places.values():
+            if place.job is not None and place.job.future.done():
+                ended.append(place.job)
+                place.job = None
+        return ended
+
+    def switch(self) -> str:
+        """Choose the other engine; the loaded model goes along unless something runs on the engine it is on.
+
+        Returns:
+            What happened, for a person.
+
+        Raises:
+            UnsupportedError: there is no other engine here.
+        """
+        others = [name for name in ENGINES if name != self.engine and name in available_engines()]
+        if not others:
+            raise UnsupportedError(f"{self.engine} is the only engine here: `gemma-tui doctor` says how to add another")
+        before, self.engine = self.place, others[0]
+        if before.job is not None:
+            return f"engine {self.engine}; {before.job.label} goes on with {before.thread.name}"
+        if before.model and before.model != self.place.model and self.place.job is None:
+            self.load(before.model)
+        if before.model:
+            before.thread.submit(lambda engine: engine.unload())
+            before.model, before.info = "", None
+        return f"engine {self.engine}"
+
+    def load(self, name: str) -> Job:
+        """Load a model, or a run's result, on the chosen engine.
+
+        Raises:
+            UnsupportedError: the engine is busy.
+        """
+        place = self.place
+
+        def work(engine: Engine, job: Job) -> None:
+            from gemma_tui.hub.models import resolve
+
+            def progress(share: float, text: str) -> None:
+                if job.control.stop.is_set():
+                    raise UnsupportedError("loading was stopped")
+                job.share, job.detail = share, text
+
+            place.model, place.info = "", None
+            model = resolve(name, progress)
+            info = engine.load(model.folder, None, progress)
+            if model.adapter is not None:
+                engine.load_adapter(model.adapter)
+            place.model, place.info = model.name, info
+
+        return self._start(Job("load", f"loading {name}", self.engine), work)
+
+    def train(self, plan: TrainingPlan) -> Job:
+        """Start a training run on the chosen engine; the tuned model stays loaded there.
+
+        Raises:
+            UnsupportedError: the engine is busy.
+        """
+        place = self.place
+
+        def work(engine: Engine, job: Job) -> None:
+            from gemma_tui.runs.store import RunStore
+            from gemma_tui.studies.recording import record_training
+
+            place.model, place.info = "", None
+            store = RunStore()
+            recorded = record_training(engine, plan, job.control, store)
+            job.run = job.label = recorded.run.run_id
+            for event in recorded.events:
+                job.share = event.step / plan.steps
+                job.detail = f"step {event.step:,}/{plan.steps:,}"
+                place.memory = engine.memory()
+            store.close()
+            place.model, place.info = recorded.run.run_id, engine.model()
+
+        return self._start(Job("train", "training", self.engine), work)
+
+    def generate(self, plan: GenerationPlan, generation: Generation) -> Job:
+        """Let the loaded model write into ``generation``.
+
+        Raises:
+            UnsupportedError: the engine is busy, or no model is loaded.
+        """
+        place = self.place
+        if not place.model:
+            raise UnsupportedError("no model is loaded: press 1, choose one and press enter")
+
+        def work(engine: Engine, job: Job) -> None:
+            from gemma_tui.hub.models import resolve
+            from gemma_tui.studies.generation import write
+            from gemma_tui.tokenizer import read_tokenizer
+
+            tokenizer = read_tokenizer(resolve(place.model).folder)
+            for _ in write(engine, tokenizer, plan, generation):
+                job.share = len(generation.tokens) / plan.max_tokens
+                job.detail = f"{len(generation.tokens):,} tokens"
+                if job.control.stop.is_set():
+                    break
+
+        return self._start(Job("generate", "writing", self.engine), work)
+
+    def stop(self) -> None:
+        """Ask everything that runs to end; training saves first."""
+        for job in self.jobs:
+            job.control.stop.set()
+
+    def _at(self, engine: str) -> Place:
+        if engine not in self._places:
+            self._places[engine] = Place(EngineThread(engine))
+        return self._places[engine]
+
+    def _start(self, job: Job, work: Callable[[Engine, Job], None]) -> Job:
+        place = self._at(job.engine)
+        if place.job is not None:
+            raise UnsupportedError(f"{job.engine} is busy with {place.job.label}: stop it first, or switch the engine")
+        place.job = job
+
+        def run(engine: Engine) -> None:
+            place.device = engine.device()
+            try:
+                work(engine, job)
+            finally:
+                place.memory = engine.memory()
+
+        job.future = place.thread.submit(run)
+        return job

@@ -1,0 +1,60 @@
+"""A line chart that is drawn again at most four times a second."""
+
+from __future__ import annotations
+
+import os
+import time
+
+from rich.text import Text
+from textual.widget import Widget
+
+from gemma_tui.plots import Series, draw
+
+SECONDS = 0.25
+
+
+class Chart(Widget):
+    """Lines over the step.
+
+    Args:
+        title: what is drawn, with its unit.
+        log: whether it starts with a logarithmic y axis.
+    """
+
+    DEFAULT_CSS = "Chart { height: 1fr; width: 1fr; }"
+
+    def __init__(self, title: str, log: bool = False, id: str | None = None) -> None:
+        super().__init__(id=id)
+        self.title = title
+        self.log_axis = log
+        self.series: list[Series] = []
+        self._drawn = 0.0
+        self._stale = False
+
+    def show(self, series: list[Series]) -> None:
+        """Draw other lines, or the same ones after they grew."""
+        self.series = series
+        self._stale = True
+
+    def redraw(self) -> bool:
+        """Draw if something changed and the last time is long enough ago; returns whether it did."""
+        due = self._stale and self.is_on_screen and time.monotonic() - self._drawn > SECONDS
+        if due:
+            self._stale = False
+            self._drawn = time.monotonic()
+            self.refresh()
+        return due
+
+    def toggle_log(self) -> None:
+        """Switch between a linear and a logarithmic y axis."""
+        self.log_axis = not self.log_axis
+        self.refresh()
+
+    def render(self) -> Text:
+        """The chart in characters."""
+        width, height = self.size
+        if width < 12 or height < 4:
+            return Text()
+        title = f"{self.title} (log)" if self.log_axis else self.title
+        colour = "NO_COLOR" not in os.environ
+        return Text.from_ansi(draw(self.series, width, height, title, self.log_axis, colour), no_wrap=True)
