@@ -154,19 +154,28 @@ def _read_peft_config(path: Path) -> LoRASettings:
     raw = _adapter_config(path)
     if raw.get("peft_type") != "LORA":
         raise UnsupportedError(f"{path} is no LoRA adapter: only peft_type LORA is supported")
-    for key in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "layers_to_transform"):
+    for key in (
+        "use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "layers_to_transform",
+        "layer_replication", "alora_invocation_tokens",
+    ):  # fmt: skip
         if raw.get(key):
             raise UnsupportedError(f"{path}: {key} is set; only one plain rank for all layers is supported")
     if raw.get("bias", "none") != "none" or raw.get("fan_in_fan_out"):
         raise UnsupportedError(f"{path}: bias or fan_in_fan_out is set, which Gemma-3's linears do not have")
     if raw.get("init_lora_weights") not in (True, False, None, "gaussian"):
-        raise UnsupportedError(f"{path}: init_lora_weights {raw['init_lora_weights']!r} changes the base weights")
+        raise UnsupportedError(f"{path}: init_lora_weights {str(raw['init_lora_weights'])[:40]!r} changes the base weights")
     rank, alpha, targets = raw.get("r"), raw.get("lora_alpha"), raw.get("target_modules")
-    if type(rank) is not int or not 0 < rank <= 65536 or not isinstance(alpha, int | float):
+    if type(rank) is not int or not 0 < rank <= 65536 or not _within(alpha, -1e6, 1e6):
         raise CheckpointError(f"{path} has no valid r and lora_alpha: fetch the adapter again")
     if not isinstance(targets, list) or not all(
         isinstance(t, str) and re.fullmatch(r"[\w.]{1,80}", t) for t in targets
     ):
         raise UnsupportedError(f"{path}: target_modules must be a list of module names")
     dropout = raw.get("lora_dropout", 0.0)
-    return LoRASettings(rank, float(alpha), float(dropout) if isinstance(dropout, int | float) else 0.0, tuple(targets))
+    if not _within(dropout, 0, 0.999):
+        raise CheckpointError(f"{path} has no valid lora_dropout: fetch the adapter again")
+    return LoRASettings(rank, float(alpha), float(dropout), tuple(targets))
+
+
+def _within(value: Any, low: float, high: float) -> bool:
+    return type(value) in (int, float) and low <= value <= high

@@ -50,7 +50,7 @@ def draw(series: Sequence[Series], width: int, height: int, title: str, log: boo
     drawn = [points for points, _ in lines if points[0]]
     if drawn:
         xs, ys = ([v for points in drawn for v in points[axis]] for axis in (0, 1))
-        _set_ticks(plotext.xticks, ticks(min(xs), max(xs), max(2, width // 10)), False)
+        _set_ticks(plotext.xticks, ticks(min(xs), max(xs), max(2, width // 9)), False)
         _set_ticks(plotext.yticks, ticks(min(ys), max(ys), height // 2), log)
     else:
         # plotext fails on an axis without points.

@@ -53,7 +53,7 @@ def chunked_cross_entropy(hidden: mx.array, weight: mx.array, labels: mx.array, 
             grad_hidden.append(error @ head)
             if train_weight:
                 grad_weight = grad_weight + (error.T @ part).astype(mx.float32)
-        return total, mx.concatenate(grad_hidden), grad_weight
+        return total, mx.concatenate(grad_hidden or [hidden]), grad_weight
 
     @loss_and_gradients.vjp
     def scaled(primals: tuple, cotangents: tuple, outputs: tuple) -> tuple[mx.array, mx.array]:

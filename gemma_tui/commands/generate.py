@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import time
 
 from engines import open_engine
 from gemma_tui.commands.plans import plan_from
@@ -24,11 +23,9 @@ def generate(args: argparse.Namespace, output: Output) -> int:
         engine.load_adapter(model.adapter)
     tokenizer = read_tokenizer(model.folder)
     generation = Generation()
-    began = time.perf_counter()
     for piece in write(engine, tokenizer, plan, generation):
         output.stream(piece)
         output.row("text", text=piece)
-    seconds = time.perf_counter() - began
     output.say("")
     output.row(
         "end",
@@ -36,8 +33,8 @@ def generate(args: argparse.Namespace, output: Output) -> int:
         text=generation.text,
         tokens=len(generation.tokens),
         prompt_tokens=generation.prompt_tokens,
-        seconds=seconds,
-        tokens_per_second=len(generation.tokens) / seconds,
+        seconds=generation.seconds,
+        tokens_per_second=generation.tokens_per_second,
         stopped=generation.stopped,
         engine=engine.name,
     )

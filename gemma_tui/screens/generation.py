@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -15,7 +14,7 @@ from textual.widgets import Static
 from gemma_tui.screens.workbench import Workbench
 from gemma_tui.studies.generation import Generation, GenerationPlan
 from gemma_tui.studies.plan import command
-from gemma_tui.text import clean, one_line
+from gemma_tui.text import clean
 from gemma_tui.widgets.plan_form import PlanForm
 
 if TYPE_CHECKING:
@@ -40,9 +39,7 @@ class GenerationScreen(Workbench):
         super().__init__()
         self._generation = Generation()
         self._job: Job | None = None
-        self._shown = ("", 0)
-        self._began = 0.0
-        self._speed = ""
+        self._prompt = ""
 
     def body(self) -> Iterable[Widget]:
         """The text, its speed, and the options."""
@@ -71,7 +68,7 @@ class GenerationScreen(Workbench):
             plan = self.query_one(PlanForm).build()
             generation = Generation()
             self._job = self.bench.session.generate(plan, generation)
-            self._generation, self._began, self._shown = generation, time.monotonic(), ("", -1)
+            self._generation, self._prompt = generation, plan.prompt
 
         self.bench.attempt(start)
 
@@ -89,27 +86,18 @@ class GenerationScreen(Workbench):
         self.query_one("#explained", Static).update(event.text)
 
     def _watch(self) -> None:
-        generation = self._generation
-        state = (generation.text, len(generation.tokens))
         if self._job is None or not self.is_current:
             return
-        running = not self._job.future.done()
-        if state != self._shown:
-            self._shown = state
-            prompt = self.query_one(PlanForm).values["prompt"]
-            self.query_one("#text", Static).update(
-                Text.assemble((clean(str(prompt)), "bold"), clean(generation.text), "▌" if running else "")
-            )
-            self.query_one("#written", VerticalScroll).scroll_end(animate=False)
-        seconds = time.monotonic() - self._began
-        if running:
-            self._speed = f"{len(generation.tokens)} tokens, {len(generation.tokens) / max(seconds, 1e-9):.1f} tokens/s"
-            self.query_one("#speed", Static).update(one_line(f"{self._speed}, x stops"))
-        else:
+        generation, running = self._generation, not self._job.future.done()
+        self._say(generation, running)
+        if not running:
             self._job = None
-            self._shown = ("", -1)
-            end = "the model ended the text" if generation.stopped else "ended"
-            self.query_one("#text", Static).update(
-                Text.assemble((clean(str(self.query_one(PlanForm).values["prompt"])), "bold"), clean(generation.text))
-            )
-            self.query_one("#speed", Static).update(one_line(f"{self._speed}, {end}"))
+
+    def _say(self, generation: Generation, running: bool) -> None:
+        prompt = clean(self._prompt)
+        cursor = "▌" if running else ""
+        self.query_one("#text", Static).update(Text.assemble((prompt, "bold"), clean(generation.text), cursor))
+        self.query_one("#written", VerticalScroll).scroll_end(animate=False)
+        end = "x stops" if running else "the model ended the text" if generation.stopped else "ended"
+        speed = f"{len(generation.tokens)} tokens, {generation.tokens_per_second:.1f} tokens/s, {end}"
+        self.query_one("#speed", Static).update(speed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -19,9 +20,9 @@ class GenerationPlan:
     prompt: str = option("", "text to go on from", required=True)
     chat: bool = option(False, "put the prompt into Gemma's turns, for tuned models")
     max_tokens: int = option(128, "new tokens at most", unit="tokens", low=1, high=1_000_000)
-    temperature: float = option(0.0, "0 is greedy, 1 the model's own distribution", low=0.0, high=100.0)
+    temperature: float = option(0.8, "0 is greedy, 1 the model's own distribution", low=0.0, high=100.0)
     top_k: int = option(0, "draw from the k most probable tokens; 0 for all", low=0)
-    top_p: float = option(1.0, "draw from the fewest tokens of this probability mass", low=1e-6, high=1.0)
+    top_p: float = option(0.95, "draw from the fewest tokens of this probability mass", low=1e-6, high=1.0)
     seed: int = option(0, "seed of the draws", low=0, high=2**31)
 
     def sampling(self) -> Sampling:
@@ -36,8 +37,14 @@ class Generation:
     prompt_tokens: int = 0
     tokens: list[int] = field(default_factory=list)
     text: str = ""
+    seconds: float = 0.0
     stopped: bool = False
     """Whether the model itself ended the text."""
+
+    @property
+    def tokens_per_second(self) -> float:
+        """New tokens by the time since the prompt was given, reading it included."""
+        return len(self.tokens) / self.seconds if self.seconds else 0.0
 
 
 def encode_prompt(tokenizer: Tokenizer, text: str, chat: bool) -> list[int]:
@@ -51,9 +58,10 @@ def write(engine: Engine, tokenizer: Tokenizer, plan: GenerationPlan, generation
     """Yield the text each new token completes, not cleaned, and keep it in ``generation``; close it to stop."""
     prompt = encode_prompt(tokenizer, plan.prompt, plan.chat)
     generation.prompt_tokens = len(prompt)
-    stream = Stream(tokenizer)
+    stream, began = Stream(tokenizer), time.perf_counter()
     for token in engine.generate(prompt, plan.sampling()):
         generation.tokens.append(token)
+        generation.seconds = time.perf_counter() - began
         if token in STOP_IDS:
             generation.stopped = True
             break
