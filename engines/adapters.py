@@ -163,7 +163,7 @@ def _read_peft_config(path: Path) -> LoRASettings:
     if raw.get("bias", "none") != "none" or raw.get("fan_in_fan_out"):
         raise UnsupportedError(f"{path}: bias or fan_in_fan_out is set, which Gemma-3's linears do not have")
     if raw.get("init_lora_weights") not in (True, False, None, "gaussian"):
-        raise UnsupportedError(f"{path}: init_lora_weights {str(raw['init_lora_weights'])[:40]!r} changes the base weights")
+        raise UnsupportedError(f"{path}: init_lora_weights {raw['init_lora_weights']!r:.40} changes the base weights")
     rank, alpha, targets = raw.get("r"), raw.get("lora_alpha"), raw.get("target_modules")
     if type(rank) is not int or not 0 < rank <= 65536 or not _within(alpha, -1e6, 1e6):
         raise CheckpointError(f"{path} has no valid r and lora_alpha: fetch the adapter again")

@@ -6,17 +6,22 @@ No engine, no numpy and no plot is imported before the first frame.
 from __future__ import annotations
 
 import asyncio
+import importlib
+import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable
 
+from textual import work
 from textual.app import App, SystemCommand
 from textual.binding import Binding
+from textual.dom import DOMNode
 from textual.screen import Screen
 
 from engines.errors import EngineError
-from gemma_tui.screens.workbench import Workbench
+from gemma_tui.screens.workbench import AFTER_FIRST_FRAME, Workbench
 from gemma_tui.session import Job, Session
 from gemma_tui.text import one_line
 from gemma_tui.widgets.dialogs import Question, Reading
@@ -24,6 +29,9 @@ from gemma_tui.widgets.status import StatusLine, describe
 
 QUIT_SECONDS = 1.8
 """How long leaving waits for a step in hand; with what the terminal takes it stays under two seconds."""
+
+HUNG_UP = 129
+STDIN = 0
 
 SWITCH_INTERVAL = 0.001
 """Seconds after which a thread that computes in Python must let the screen go on."""
@@ -106,7 +114,8 @@ class GemmaTui(App[None]):
                 break  # not on this platform, or not the main thread
         self.set_interval(0.1, self._watch)
         if self.first_model:
-            self.call_after_refresh(self.load, self.first_model)
+            self.set_timer(AFTER_FIRST_FRAME, lambda: self.load(self.first_model))
+        self.set_timer(AFTER_FIRST_FRAME, self._import_screens)
 
     def attempt(self, action: Callable[[], object]) -> bool:
         """Do something; if it is refused, say why. Returns whether it was done."""
@@ -152,6 +161,10 @@ class GemmaTui(App[None]):
         lines = [f"{key:>{width}}  {text}" for part in (ours, {"": ""}, other) for key, text in part.items()]
         self.push_screen(Reading(f"{self.current_mode}: keys", "\n".join(lines)))
 
+    async def action_quit(self) -> None:
+        """What Textual calls by itself; it must not pass over the question."""
+        await self.action_leave()
+
     async def action_leave(self) -> None:
         """Quit; with a run going on, ask first."""
         training = [job for job in self.session.jobs if job.kind == "train"]
@@ -162,21 +175,32 @@ class GemmaTui(App[None]):
         self.push_screen(Question(f"{training[0].label} is running.", answers), self._answered)
 
     def get_system_commands(self, screen: Screen[object]) -> Iterable[SystemCommand]:
-        """The palette: every action with a key."""
-        yield from super().get_system_commands(screen)
-        for _, binding, enabled, _ in screen.active_bindings.values():
-            if enabled and binding.description and binding.action:
-                action = binding.action
+        """The palette: every action of ours that has a key, and what Textual has besides."""
+        offered = set()
+        for node, binding, enabled, _ in screen.active_bindings.values():
+            if enabled and binding.id and binding.description not in offered and binding.id != "app.palette":
+                offered.add(binding.description)
 
-                async def act(action: str = action) -> None:
-                    await self.run_action(action)
+                async def act(action: str = binding.action, node: DOMNode = node) -> None:
+                    await self.run_action(action, node)
 
                 yield SystemCommand(binding.description, binding.tooltip or f"key {binding.key}", act)
+        for command in super().get_system_commands(screen):
+            if command.title not in offered:
+                yield command
+
+    @work(thread=True)
+    def _import_screens(self) -> None:
+        """Import what the other screens need before a key asks for it: on the event loop it would be felt."""
+        importlib.import_module("gemma_tui.screens.training")
+        importlib.import_module("gemma_tui.screens.generation")
 
     def _watch(self) -> None:
         for job in self.session.finished():
             self._ended(job)
         status = describe(self.session)
+        if not self.screen_stack:
+            return  # the app is closing
         for line in self.screen.query(StatusLine):
             line.text = status
 
@@ -232,9 +256,22 @@ def _fault(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}; please report this"
 
 
+def _watch_terminal(session: Session) -> None:
+    """End the program when its terminal is gone; Textual would wait for it for ever, and read it at full speed."""
+    while os.isatty(STDIN):
+        time.sleep(1)
+    session.stop()
+    deadline = time.monotonic() + QUIT_SECONDS
+    while session.jobs and time.monotonic() < deadline:
+        session.finished()
+        time.sleep(0.05)
+    os._exit(HUNG_UP)
+
+
 def run() -> int:
     """Run the app in this terminal; returns the exit code."""
     sys.setswitchinterval(SWITCH_INTERVAL)
     app = GemmaTui()
+    threading.Thread(target=_watch_terminal, args=(app.session,), daemon=True).start()
     app.run()
     return app.return_code or 0

@@ -10,6 +10,14 @@ from gemma_tui.errors import GemmaTuiError
 MAX_ROW_CHARACTERS = 64 << 20
 
 
+def data_path(written: str) -> Path:
+    """A path as a person writes it. The home of no one stays as it is, to be named as missing."""
+    try:
+        return Path(written).expanduser()
+    except RuntimeError:
+        return Path(written)
+
+
 def read_split_rows(path: Path) -> tuple[list[str], list[str]]:
     """Texts for training and for validation: of a folder's ``train`` and ``valid`` files, or of one file and none.
 

@@ -25,9 +25,10 @@ class LoRALinear(Linear):
         self.freeze(keys=["weight"])
 
     def __call__(self, x: mx.array) -> mx.array:
-        z = self.dropout(x)
-        z = (z @ self.lora_A.astype(x.dtype).T) @ self.lora_B.astype(x.dtype).T
-        return super().__call__(x) + self.scale * z
+        rows = x.reshape(-1, x.shape[-1])
+        z = self.dropout(rows) @ self.lora_A.astype(x.dtype).T
+        y = mx.addmm(super().__call__(rows), z, self.lora_B.astype(x.dtype).T, alpha=self.scale)
+        return y.reshape(*x.shape[:-1], -1)
 
     def merged(self) -> mx.array:
         """The weight with the update added, in float32."""

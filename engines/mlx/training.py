@@ -16,15 +16,17 @@ from engines.base import IGNORED, Batch, StepResult, TrainingSettings
 from engines.mlx.adapters import add_lora
 from engines.mlx.model import Gemma3
 
-LOGITS_BYTES = 128 << 20
-"""Logits are made for as many positions at a time as fit in this; for all of them they would be gigabytes."""
+LOGITS_BYTES = 8 << 20
+"""Logits are made for as many tokens of the vocabulary at a time as fit in this; all of them would be gigabytes."""
 
 
 def chunked_cross_entropy(hidden: mx.array, weight: mx.array, labels: mx.array, train_weight: bool) -> mx.array:
-    """Summed negative log-likelihood of a linear head, never holding all logits.
+    """Summed negative log-likelihood of a linear head, a tile of the vocabulary at a time.
 
-    The gradients of the hidden states, and of the head where it is trained, are made in the same pass as the loss,
-    since the logits are at hand then and would have to be computed again later.
+    The gradient of a hidden state is the mean row of the head under the model's prediction, less the row of the label:
+    softmax attention with the head as keys and values. So the running maximum and sum of flash attention
+    (arXiv:2205.14135, algorithm 1) give it in the pass that makes the loss, and no logit is computed twice. Only where
+    the head itself is trained does its gradient take a second pass, for which the sums must be known.
 
     Args:
         hidden: ``[n, d]``.
@@ -37,23 +39,28 @@ def chunked_cross_entropy(hidden: mx.array, weight: mx.array, labels: mx.array, 
 
     @mx.custom_function
     def loss_and_gradients(hidden: mx.array, weight: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-        total = mx.array(0.0)
-        head = weight.astype(hidden.dtype)
-        grad_hidden = []
-        grad_weight = mx.zeros(weight.shape if train_weight else (1,))
-        rows = max(1, LOGITS_BYTES // (4 * weight.shape[0]))
-        for start in range(0, hidden.shape[0], rows):
-            part, target = hidden[start : start + rows], labels[start : start + rows, None]
-            logits = (part @ head.T).astype(mx.float32)
-            scores = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-            total = total - mx.take_along_axis(scores, target, axis=1).sum()
-            error = mx.exp(scores)
-            at_target = mx.take_along_axis(error, target, axis=1)
-            error = mx.put_along_axis(error, target, at_target - 1, axis=1).astype(hidden.dtype)
-            grad_hidden.append(error @ head)
-            if train_weight:
-                grad_weight = grad_weight + (error.T @ part).astype(mx.float32)
-        return total, mx.concatenate(grad_hidden or [hidden]), grad_weight
+        count = hidden.shape[0]
+        size = max(1, LOGITS_BYTES // (4 * max(1, count)))
+        tiles = mx.split(weight, list(range(size, weight.shape[0], size)))
+        top = mx.full((count, 1), -math.inf)
+        mass = mx.zeros((count, 1))
+        mean_row = mx.zeros(hidden.shape)
+        for tile in tiles:
+            rows = tile.astype(hidden.dtype)
+            scores = (hidden @ rows.T).astype(mx.float32)
+            peak = mx.maximum(top, scores.max(axis=1, keepdims=True))
+            kept = mx.exp(top - peak)
+            scores = mx.exp(scores - peak)
+            mass = mass * kept + scores.sum(axis=1, keepdims=True)
+            mean_row = mean_row * kept + scores.astype(rows.dtype) @ rows
+            top = peak
+        target = weight[labels].astype(hidden.dtype)
+        label_score = (hidden.astype(mx.float32) * target.astype(mx.float32)).sum(axis=1, keepdims=True)
+        partition = top + mx.log(mass)
+        grad_hidden = (mean_row / mass - target).astype(hidden.dtype)
+        grad_weight = _head_gradient(hidden, tiles, labels, partition) if train_weight else mx.zeros((1,))
+        loss = (partition - label_score.astype(hidden.dtype).astype(mx.float32)).sum()
+        return loss, grad_hidden, grad_weight
 
     @loss_and_gradients.vjp
     def scaled(primals: tuple, cotangents: tuple, outputs: tuple) -> tuple[mx.array, mx.array]:
@@ -66,6 +73,15 @@ def chunked_cross_entropy(hidden: mx.array, weight: mx.array, labels: mx.array, 
 
     outputs: Any = loss_and_gradients(hidden, weight)
     return outputs[0]
+
+
+def _head_gradient(hidden: mx.array, tiles: Sequence[mx.array], labels: mx.array, partition: mx.array) -> mx.array:
+    """``(softmax - onehot)ᵀ hidden``, float32 ``[vocabulary, d]``; ``partition [n, 1]`` is the log of the sum."""
+    parts = []
+    for tile in tiles:
+        probabilities = mx.exp((hidden @ tile.astype(hidden.dtype).T).astype(mx.float32) - partition)
+        parts.append((probabilities.astype(hidden.dtype).T @ hidden).astype(mx.float32))
+    return mx.concatenate(parts).at[labels].add(-hidden.astype(mx.float32))
 
 
 def summed_loss(model: Gemma3, batch: Batch) -> mx.array:

@@ -27,9 +27,12 @@ class LoRALinear(Linear):
         self.dropout = settings.dropout
 
     def forward(self, x: Tensor) -> Tensor:
-        z = F.dropout(x, self.dropout, self.training)
-        z = F.linear(F.linear(z, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))
-        return super().forward(x) + self.scale * z
+        rows = x.flatten(0, -2)
+        z = F.linear(F.dropout(rows, self.dropout, self.training), self.lora_A.to(x.dtype))
+        # Added in place: a sum of its own would be the largest tensor of the layer once more. The small copy of B gives
+        # its gradient a layout that is multiplied many times faster.
+        y = super().forward(rows).addmm_(z, self.lora_B.to(x.dtype).T.contiguous(), alpha=self.scale)
+        return y.unflatten(0, x.shape[:-1])
 
     def merged(self) -> Tensor:
         """The weight with the update added, in float32."""

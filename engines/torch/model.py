@@ -106,6 +106,11 @@ class Attention(nn.Module):
         return self.o_proj(y.transpose(1, 2).reshape(batch, length, -1))
 
 
+def gated(gate: Tensor, up: Tensor) -> Tensor:
+    """``gelu_tanh(gate) * up``."""
+    return F.gelu(gate, approximate="tanh") * up
+
+
 class MLP(nn.Module):
     """``down(gelu_tanh(gate(x)) * up(x))``."""
 
@@ -116,7 +121,11 @@ class MLP(nn.Module):
         self.down_proj = Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x))
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        # The activation is cheap to compute again, and with the product one of the two widest tensors of a layer.
+        recompute = torch.is_grad_enabled()
+        y = checkpoint(gated, gate, up, use_reentrant=False, preserve_rng_state=False) if recompute else gated(gate, up)
+        return self.down_proj(y)
 
 
 class Block(nn.Module):

@@ -14,47 +14,59 @@ from engines.base import IGNORED, Batch, StepResult, TrainingSettings
 from engines.torch.adapters import add_lora
 from engines.torch.model import Gemma3
 
-LOGITS_BYTES = 128 << 20
-"""Logits are made for as many positions at a time as fit in this; for all of them they would be gigabytes."""
+LOGITS_BYTES = 8 << 20
+"""Logits are made for as many tokens of the vocabulary at a time as fit in this; all of them would be gigabytes."""
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
-    """Summed negative log-likelihood of a linear head, never holding all logits.
+    """Summed negative log-likelihood of a linear head, a tile of the vocabulary at a time.
 
-    The gradients of the hidden states, and of the head where it is trained, are made in the same pass as the loss,
-    since the logits are at hand then and would have to be computed again later.
+    The gradient of a hidden state is the mean row of the head under the model's prediction, less the row of the label:
+    softmax attention with the head as keys and values. So the running maximum and sum of flash attention
+    (arXiv:2205.14135, algorithm 1) give it in the pass that makes the loss, and no logit is computed twice. Only where
+    the head itself is trained does its gradient take a second pass, for which the sums must be known.
     """
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         """``hidden [n, d]``, ``weight [vocabulary, d]``, ``labels [n]`` to a float32 scalar, nats."""
-        total = torch.zeros((), device=hidden.device)
-        head = weight.to(hidden.dtype)
-        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        rows = max(1, LOGITS_BYTES // (4 * weight.shape[0]))
-        for start in range(0, hidden.shape[0], rows):
-            part, target = hidden[start : start + rows], labels[start : start + rows, None]
-            scores = F.log_softmax(F.linear(part, head).float(), dim=-1)
-            total -= scores.gather(1, target).sum()
-            if grad_hidden is None:
-                continue
-            error = scores.exp_()
-            error.scatter_add_(1, target, torch.full_like(target, -1.0, dtype=error.dtype))
-            error = error.to(hidden.dtype)
-            torch.mm(error, head, out=grad_hidden[start : start + rows])
-            if grad_weight is not None:
-                grad_weight += error.T @ part
+        count = hidden.shape[0]
+        tiles = weight.split(max(1, LOGITS_BYTES // (4 * max(1, count))))
+        top = torch.full((count, 1), -math.inf, device=hidden.device)
+        mass = torch.zeros_like(top)
+        mean_row = torch.zeros_like(hidden, dtype=torch.float32)
+        for tile in tiles:
+            rows = tile.to(hidden.dtype)
+            scores = F.linear(hidden, rows).float()
+            peak = torch.maximum(top, scores.amax(dim=1, keepdim=True))
+            kept = (top - peak).exp_()
+            scores.sub_(peak).exp_()
+            mass = mass * kept + scores.sum(dim=1, keepdim=True)
+            if ctx.needs_input_grad[0]:
+                mean_row.mul_(kept).add_(scores.to(rows.dtype) @ rows)
+            top = peak
+        target = weight[labels].to(hidden.dtype)
+        label_score = (hidden.float() * target.float()).sum(dim=1, keepdim=True).to(hidden.dtype).float()
+        partition = top + mass.log()
+        grad_hidden = (mean_row / mass - target).to(hidden.dtype) if ctx.needs_input_grad[0] else None
+        grad_weight = _head_gradient(hidden, tiles, labels, partition) if ctx.needs_input_grad[1] else None
         ctx.save_for_backward(grad_hidden, grad_weight)
-        return total
+        return (partition - label_score).sum()
 
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         """Scale the gradients made on the way forward."""
-        grad_hidden, grad_weight = ctx.saved_tensors
-        scale = outputs[0]
-        scaled = None if grad_weight is None else grad_weight.mul_(scale)
-        return None if grad_hidden is None else grad_hidden * scale.to(grad_hidden.dtype), scaled, None
+        scaled = [None if g is None else g.mul_(outputs[0].to(g.dtype)) for g in ctx.saved_tensors]
+        return scaled[0], scaled[1], None
+
+
+def _head_gradient(hidden: Tensor, tiles: Sequence[Tensor], labels: Tensor, partition: Tensor) -> Tensor:
+    """``(softmax - onehot)ᵀ hidden``, float32 ``[vocabulary, d]``; ``partition [n, 1]`` is the log of the sum."""
+    parts = []
+    for tile in tiles:
+        probabilities = (F.linear(hidden, tile.to(hidden.dtype)).float() - partition).exp_()
+        parts.append((probabilities.to(hidden.dtype).T @ hidden).float())
+    return torch.cat(parts).index_add_(0, labels, hidden.float(), alpha=-1)
 
 
 def summed_loss(model: Gemma3, batch: Batch) -> Tensor:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from gemma_tui.errors import UsageError
 from gemma_tui.hub import convert, demo, fit
 from gemma_tui.hub.models import REAL, Model, Summary, local_models, resolve, summary
 from gemma_tui.output import Output, bytes_text, count_text
+from gemma_tui.rows import data_path
 
 
 def list_models(args: argparse.Namespace, output: Output) -> int:
@@ -60,7 +60,7 @@ def import_model(args: argparse.Namespace, output: Output) -> int:
         if args.file == REAL:
             folder = demo.ensure_imported(progress)
         else:
-            source = Path(args.file).expanduser()
+            source = data_path(args.file)
             folder = convert.import_gguf(source, args.name or source.stem, progress)
     output.say(f"{folder.name} is ready: `gemma-tui generate {folder.name} --prompt ...`")
     output.row("end", status="done", model=folder.name, folder=str(folder))
@@ -71,7 +71,7 @@ def new(args: argparse.Namespace, output: Output) -> int:
     """Make an untrained model of a given shape, with a tokenizer of its own."""
     folder = convert.new_model(
         args.name,
-        Path(args.data).expanduser(),
+        data_path(args.data),
         {
             key: getattr(args, key)
             for key in (

@@ -6,6 +6,7 @@ import argparse
 import os
 import shutil
 import sys
+from contextlib import closing
 
 from gemma_tui.output import Output, age
 from gemma_tui.runs.store import Run, RunStore
@@ -13,53 +14,53 @@ from gemma_tui.runs.store import Run, RunStore
 
 def list_runs(args: argparse.Namespace, output: Output) -> int:
     """All runs, the newest first."""
-    store = RunStore()
-    runs = store.runs()
-    for run in runs:
-        output.row("run", **_facts(run))
-    rows = [
-        (r.run_id, r.state, r.study, r.engine, f"{r.step}/{r.steps}", age(r.created), r.plan["model"]) for r in runs
-    ]
-    if rows:
-        output.table(("run", "state", "study", "engine", "step", "age", "model"), rows)
-    else:
-        output.say("no runs yet: `gemma-tui train --model nano --data FILE` makes one")
-    output.row("end", status="done", runs=len(runs))
-    return 0
+    with closing(RunStore()) as store:
+        runs = store.runs()
+        for run in runs:
+            output.row("run", **_facts(run))
+        rows = [
+            (r.run_id, r.state, r.study, r.engine, f"{r.step}/{r.steps}", age(r.created), r.plan["model"]) for r in runs
+        ]
+        if rows:
+            output.table(("run", "state", "study", "engine", "step", "age", "model"), rows)
+        else:
+            output.say("no runs yet: `gemma-tui train --model nano --data FILE` makes one")
+        output.row("end", status="done", runs=len(runs))
+        return 0
 
 
 def show(args: argparse.Namespace, output: Output) -> int:
     """One run: its plan, chart and events."""
-    store = RunStore()
-    run = store.run(args.run_name)
-    output.row("run", **_facts(run), plan=dict(run.plan))
-    output.say(f"{run.run_id}: {run.state}, step {run.step} of {run.steps}, {run.engine}, {age(run.created)} old")
-    output.say(run.command)
-    if run.error:
-        output.say(f"error: {run.error}")
-    if not output.as_json:
-        show_chart(run.run_id)
-    for event in store.events(run.run_id):
-        output.row("event", event=event.kind, step=event.step, time=event.time, values=dict(event.values))
-        if event.kind in ("checkpoint", "warning"):
-            output.say(f"step {event.step}: {event.values.get('path') or event.values.get('text')}")
-    for metric in store.metrics(run.run_id):
-        output.row(metric.kind, step=metric.step, **metric.values)
-    output.row("end", status="done")
-    return 0
+    with closing(RunStore()) as store:
+        run = store.run(args.run_name)
+        output.row("run", **_facts(run), plan=dict(run.plan))
+        output.say(f"{run.run_id}: {run.state}, step {run.step} of {run.steps}, {run.engine}, {age(run.created)} old")
+        output.say(run.command)
+        if run.error:
+            output.say(f"error: {run.error}")
+        if not output.as_json:
+            show_chart(run.run_id)
+        for event in store.events(run.run_id):
+            output.row("event", event=event.kind, step=event.step, time=event.time, values=dict(event.values))
+            if event.kind in ("checkpoint", "warning"):
+                output.say(f"step {event.step}: {event.values.get('path') or event.values.get('text')}")
+        for metric in store.metrics(run.run_id):
+            output.row(metric.kind, step=metric.step, **metric.values)
+        output.row("end", status="done")
+        return 0
 
 
 def stop(args: argparse.Namespace, output: Output) -> int:
     """Ask a run, of whatever process, to save and end."""
-    store = RunStore()
-    run = store.run(args.run_name)
-    if run.active:
-        store.request(run.run_id, "stop")
-        output.say(f"{run.run_id} was asked to stop; it saves after the step in hand")
-    else:
-        output.say(f"{run.run_id} is {run.state} already")
-    output.row("end", status="done", run=run.run_id, asked=run.active)
-    return 0
+    with closing(RunStore()) as store:
+        run = store.run(args.run_name)
+        if run.active:
+            store.request(run.run_id, "stop")
+            output.say(f"{run.run_id} was asked to stop; it saves after the step in hand")
+        else:
+            output.say(f"{run.run_id} is {run.state} already")
+        output.row("end", status="done", run=run.run_id, asked=run.active)
+        return 0
 
 
 def show_chart(run_id: str) -> None:
@@ -67,7 +68,9 @@ def show_chart(run_id: str) -> None:
     from gemma_tui.plots import Series, draw
 
     train, valid = Series("train"), Series("validation")
-    for row in RunStore().metrics(run_id):
+    with closing(RunStore()) as store:
+        rows = store.metrics(run_id)
+    for row in rows:
         if row.kind == "step":
             train.add(row.step, row.values.get("loss"))
         else:

@@ -9,10 +9,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 from engines import open_engine
+from engines.base import Engine
 from gemma_tui import paths
 from gemma_tui.commands.plans import plan_from
 from gemma_tui.errors import GemmaTuiError
@@ -31,18 +32,21 @@ def train_command(args: argparse.Namespace, output: Output) -> int:
     plan = _plan(args)
     if args.detach:
         return _detach(output)
-    store, control = RunStore(), Control()
-    engine = open_engine(args.engine)
+    with closing(RunStore()) as store:
+        return _train(open_engine(args.engine), plan, store, output)
+
+
+def _train(engine: Engine, plan: TrainingPlan, store: RunStore, output: Output) -> int:
+    control = Control()
     recorded = record_training(engine, plan, control, store)
-    with stop_on_signal(control):
-        for event in recorded.events:
+    with stop_on_signal(control), closing(recorded.events) as events:
+        for event in events:
             row = event.row()
             if event.kind == "end":
                 row["interrupted"] = control.stop.is_set()
             if event.kind != "waiting":
                 output.row(row.pop("kind"), **row)
                 _say(output, event, plan)
-    store.close()
     if not output.as_json:
         from gemma_tui.commands.runs import show_chart
 

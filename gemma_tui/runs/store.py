@@ -111,9 +111,13 @@ class RunStore:
             raise GemmaTuiError(f"{self._folder} cannot be made ({error.strerror}): set GEMMA_TUI_HOME") from None
         with self._guard():
             self._db = sqlite3.connect(self._path, timeout=5, isolation_level=None)
-            self._db.execute("PRAGMA journal_mode=WAL")
-            self._db.execute("PRAGMA synchronous=NORMAL")
-            self._db.executescript(SCHEMA)
+            try:
+                self._db.execute("PRAGMA journal_mode=WAL")
+                self._db.execute("PRAGMA synchronous=NORMAL")
+                self._db.executescript(SCHEMA)
+            except sqlite3.Error:
+                self._db.close()
+                raise
 
     def close(self) -> None:
         """Close the connection."""

@@ -13,8 +13,9 @@ from textual.containers import Container
 from textual.widget import Widget
 from textual.widgets import DataTable, Static
 
+from engines.errors import EngineError
 from gemma_tui.output import bytes_text, count_text
-from gemma_tui.screens.workbench import Workbench
+from gemma_tui.screens.workbench import AFTER_FIRST_FRAME, Workbench
 from gemma_tui.text import one_line
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ class ModelsScreen(Workbench):
     def on_mount(self) -> None:
         """Look for models once the frame is there."""
         self.query_one(DataTable).add_columns(*COLUMNS)
-        self.action_look()
+        self.set_timer(AFTER_FIRST_FRAME, self._look)
 
     def command(self) -> str:
         """The listing, or the model under the cursor."""
@@ -83,7 +84,11 @@ class ModelsScreen(Workbench):
         from gemma_tui.hub import fit
         from gemma_tui.hub.models import local_models
 
-        found = {item.model.name: (item, fit.state(item)) for item in local_models()}
+        try:
+            found = {item.model.name: (item, fit.state(item)) for item in local_models()}
+        except OSError as error:
+            self.app.call_from_thread(self.bench.tell, f"{error.filename}: {error.strerror}", "error")
+            return
         self.app.call_from_thread(self._fill, found)
 
     def _fill(self, found: dict[str, tuple[Summary, str]]) -> None:
@@ -114,12 +119,17 @@ class ModelsScreen(Workbench):
 
     def _show(self, item: Summary, state: str) -> None:
         detail = self.query_one(".detail", Static)
+        try:
+            config = item.model.config() if item.installed and not item.problem else None
+        except EngineError as error:  # it was there when the list was made
+            detail.update(one_line(str(error), 400))
+            return
         if item.problem:
             detail.update(one_line(item.problem, 400))
-        elif not item.installed:
+        elif config is None:
             detail.update(f"{item.model.name}: the real Gemma-3 270M, {state}; it takes about half a minute, once")
         else:
-            detail.update(Text("\n".join(_facts(item, item.model.config()))))
+            detail.update(Text("\n".join(_facts(item, config))))
 
 
 def _facts(item: Summary, config: Gemma3Config) -> list[str]:

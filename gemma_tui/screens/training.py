@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from rich.text import Text
 from textual.binding import Binding
@@ -24,6 +25,9 @@ from gemma_tui.text import one_line
 from gemma_tui.widgets.chart import Chart
 from gemma_tui.widgets.plan_form import PlanForm
 from gemma_tui.widgets.status import bar, duration
+
+if TYPE_CHECKING:
+    from gemma_tui.session import Job
 
 WATCH_SECONDS = 0.25
 LIST_SECONDS = 2.0
@@ -62,13 +66,15 @@ class TrainingScreen(Workbench):
         self._pane = PLAN
         self._left = PLAN
         self._view: RunView | None = None
+        self._started: Job | None = None
+        self._adopted = "nano"
         self._store: RunStore | None = None
         self._listed: list[tuple[str, ...]] = []
 
     def body(self) -> Iterable[Widget]:
         """The three panes."""
         form = PlanForm(TrainingPlan)
-        form.values["model"] = self.bench.session.place.model or "nano"
+        self._adopted = form.values["model"] = self.bench.session.place.model or "nano"
         form.values["data"] = _sample_data()
         runs = RunTable(id=RUNS, cursor_type="row", classes="pane")
         charts = [Chart(title, id=measure) for measure, title in SMALL.items()]
@@ -85,7 +91,7 @@ class TrainingScreen(Workbench):
 
     def on_mount(self) -> None:
         """Open the store, and look at it from now on."""
-        self.query_one(f"#{RUNS}", DataTable).add_columns("run", "state", "engine", "step", "loss", "age")
+        self.query_one(f"#{RUNS}", DataTable).add_columns("run", "state", "engine", "step", "method", "age")
         self._arrange()
         self.query_one(PlanForm).focus()
         try:
@@ -98,10 +104,14 @@ class TrainingScreen(Workbench):
         self._list()
 
     def on_screen_resume(self) -> None:
-        """The model that was loaded meanwhile becomes the form's, unless one was typed."""
+        """The model that was loaded meanwhile becomes the form's, unless one was typed.
+
+        A run's adapter does not: another one cannot be trained on it, so its base stays.
+        """
         form = self.query_one(PlanForm)
         loaded = self.bench.session.place.model
-        if loaded and form.is_mounted and form.values["model"] in ("nano", "gemma-3-270m"):
+        if loaded and form.is_mounted and form.values["model"] == self._adopted and not _is_adapter(loaded):
+            self._adopted = loaded
             form.set("model", loaded)
 
     def on_resize(self, event: Resize) -> None:
@@ -116,12 +126,17 @@ class TrainingScreen(Workbench):
 
     def watch_run(self, run_id: str) -> None:
         """Show a run from its beginning."""
-        if self._store is None:
+        store = self._store
+        if store is None:
             return
-        self._view = RunView(self._store.run(run_id))
-        self.query_one(Log).clear()
-        self.action_pane(WATCH)
-        self._watch()
+
+        def show() -> None:
+            self._view, self._started = RunView(store.run(run_id)), None
+            self.query_one(Log).clear()
+            self.action_pane(WATCH)
+            self._watch()
+
+        self.bench.attempt(show)
 
     def action_start(self) -> None:
         """Train as the form says."""
@@ -130,7 +145,7 @@ class TrainingScreen(Workbench):
         def start() -> None:
             plan = build(TrainingPlan, {k: v for k, v in form.values.items() if v is not None}, "form")
             settings(plan)
-            self.bench.session.train(plan)
+            self._started = self.bench.session.train(plan)
             self._view = None
             self.query_one("#headline", Static).update("starting…")
             self.action_pane(WATCH)
@@ -149,15 +164,16 @@ class TrainingScreen(Workbench):
 
     def action_stop(self) -> None:
         """End the run that is shown, or what is starting, after its step; it saves."""
-        job = self.bench.session.job_of(self._view.run.run_id) if self._view else None
-        if job is not None:
+        view, store = self._view, self._store
+        job = self.bench.session.job_of(view.run.run_id) if view else self._started
+        if job is not None and not job.future.done():
             job.control.stop.set()
             self.bench.tell(f"{job.label} ends after this step and saves")
-        elif self._view is not None and self._view.run.active and self._store is not None:
-            self._store.request(self._view.run.run_id, "stop")
-            self.bench.tell(f"{self._view.run.run_id} was asked to stop")
+        elif view is not None and view.run.active and store is not None:
+            if self.bench.attempt(lambda: store.request(view.run.run_id, "stop")):
+                self.bench.tell(f"{view.run.run_id} was asked to stop")
         else:
-            self.bench.session.stop()
+            self.bench.tell("no run that goes on is shown", "warning")
 
     def action_pane(self, pane: str) -> None:
         """Show one of the panes."""
@@ -207,9 +223,9 @@ class TrainingScreen(Workbench):
 
     def _follow(self, store: RunStore) -> None:
         if self._view is None:
-            job = next((job for job in self.bench.session.jobs if job.run), None)
-            if job is None:
-                self._show_start()
+            job = self._started or next((job for job in self.bench.session.jobs if job.run), None)
+            if job is None or not job.run:
+                self._show_start(job)
                 return
             self._view = RunView(store.run(job.run))
             self.query_one(Log).clear()
@@ -222,10 +238,10 @@ class TrainingScreen(Workbench):
         if new:
             self._draw(view)
 
-    def _show_start(self) -> None:
-        job = next((job for job in self.bench.session.jobs if job.kind == "train"), None)
+    def _show_start(self, job: Job | None) -> None:
         if job is not None:
-            self.query_one("#headline", Static).update(one_line(f"starting… {job.detail}"))
+            begins = "did not start" if job.future.done() else f"starting… {job.detail}"
+            self.query_one("#headline", Static).update(one_line(begins))
 
     def _draw(self, view: RunView) -> None:
         loss = [Series(label, *view.lines[m]) for m, label in _LOSSES.items() if m in view.lines]
@@ -243,7 +259,7 @@ class TrainingScreen(Workbench):
             self.bench.tell(str(error), "error")
             return
         rows: list[tuple[str, ...]] = [
-            (r.run_id, r.state, r.engine, f"{r.step}/{r.steps}", str(r.plan["method"]), age(r.created)) for r in runs
+            (r.run_id, r.state, r.engine, f"{r.step}/{r.steps}", str(r.plan.get("method", "")), age(r.created)) for r in runs
         ]
         if rows == self._listed:
             return
@@ -262,6 +278,10 @@ _LOSSES = {"loss": "training", "valid_loss": "validation"}
 def _sample_data() -> str:
     corpus = paths.assets() / "corpus"
     return str(corpus) if corpus.is_dir() else ""
+
+
+def _is_adapter(name: str) -> bool:
+    return (paths.runs() / name / "adapter").is_dir()
 
 
 def _headline(view: RunView) -> str:

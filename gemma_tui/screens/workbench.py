@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from gemma_tui.app import GemmaTui
 
 
+AFTER_FIRST_FRAME = 0.2
+"""Seconds that threads wait at the start: importing takes turns with drawing, and the frame comes first."""
+
+
 class Workbench(Screen[None]):
     """A mode of the app: its name, its body, and the command that does the same."""
 

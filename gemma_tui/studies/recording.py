@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -23,7 +23,7 @@ class Recorded:
     """A registered run, and its events once someone iterates over them."""
 
     run: Run
-    events: Iterator[Event]
+    events: Generator[Event, None, None]
 
 
 def record_training(engine: Engine, plan: TrainingPlan, control: Control, store: RunStore) -> Recorded:
@@ -37,7 +37,9 @@ def record_training(engine: Engine, plan: TrainingPlan, control: Control, store:
     return Recorded(run, recorded(store, run, study, control))
 
 
-def recorded(store: RunStore, run: Run, study: Callable[[Path], Iterator[Event]], control: Control) -> Iterator[Event]:
+def recorded(
+    store: RunStore, run: Run, study: Callable[[Path], Iterator[Event]], control: Control
+) -> Generator[Event, None, None]:
     """The events of a study, kept as they come; the run's state follows, also when the study fails.
 
     Once a second the run's requests are read, so that another process can stop it.
@@ -57,7 +59,9 @@ def recorded(store: RunStore, run: Run, study: Callable[[Path], Iterator[Event]]
                 if store.run(run.run_id).request == "stop":
                     control.stop.set()
     except BaseException as error:
-        store.set_state(run.run_id, "failed", one_line(str(error) or type(error).__name__))
+        broken_off = isinstance(error, KeyboardInterrupt | GeneratorExit)
+        said = "broken off" if broken_off else one_line(str(error) or type(error).__name__)
+        store.set_state(run.run_id, "failed", said)
         raise
     state = "stopped" if control.stop.is_set() else "done"
     store.set_state(run.run_id, state)

@@ -11,6 +11,7 @@ from pathlib import Path
 from engines.base import Engine, LoRASettings, TrainingSettings
 from gemma_tui.errors import GemmaTuiError, UsageError
 from gemma_tui.hub.models import Model, copy_tokenizer, resolve
+from gemma_tui.rows import data_path
 from gemma_tui.studies.data import Splits, evaluation_batches, read_splits, training_batches
 from gemma_tui.studies.events import Control, Event
 from gemma_tui.studies.plan import option
@@ -129,7 +130,7 @@ def train(engine: Engine, plan: TrainingPlan, folder: Path, control: Control) ->
     model = resolve(plan.model)
     yield Event("load", values={"model": model.name})
     _open_model(engine, model, plan)
-    splits = read_splits(Path(plan.data).expanduser(), read_tokenizer(model.folder), plan.sequence_length)
+    splits = read_splits(data_path(plan.data), read_tokenizer(model.folder), plan.sequence_length)
     trainable = engine.start_training(chosen)
     yield Event("start", values=_facts(engine, plan, model, splits, trainable))
 

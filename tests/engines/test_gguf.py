@@ -106,7 +106,8 @@ def refusal(path: Path) -> str:
     with pytest.raises(CheckpointError) as caught:
         import_all(path)
     message = str(caught.value)
-    assert path.name in message and "\n" not in message and message.isprintable()
+    assert path.name in message
+    assert message.isprintable()
     return message
 
 
@@ -427,10 +428,12 @@ def test_mutated_bytes_are_imported_or_refused(tiny: Path, tmp_path: Path, data:
         whole[at : at + len(patch)] = patch
     path = tmp_path / "mutated.gguf"
     path.write_bytes(whole)
+    refused = ""
     try:
         import_all(path)
     except CheckpointError as error:
-        assert "mutated.gguf" in str(error)
+        refused = str(error)
+    assert not refused or "mutated.gguf" in refused
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -1,0 +1,436 @@
+"""Adapters on disk: ours load in PEFT and mlx-lm, PEFT's load here, all with equal logits; what is not plain LoRA
+is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import inside
+import numpy as np
+import pytest
+
+from engines.adapters import MLX_FOLDER, read_adapter, target_modules, write_adapter
+from engines.base import Batch, Engine, LoRASettings, TrainingSettings
+from engines.checkpoints import read_array, read_header, write_arrays
+from engines.errors import CheckpointError, EngineError, UnsupportedError
+from engines.gemma3 import Gemma3Config
+
+TinyFolder = Callable[..., Path]
+Tokens = Callable[..., np.ndarray]
+Logits = Callable[[Any, np.ndarray], np.ndarray]
+
+# PEFT still asks transformers for it by its old name.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+TOLERANCE = 1e-4
+LORA = LoRASettings(rank=3, alpha=5.0)
+
+
+@pytest.fixture
+def config(two_to_one: Gemma3Config) -> Gemma3Config:
+    """Square q_proj and o_proj, in which a transposed factor has a valid shape; √64 is exact in bfloat16."""
+    shapes = two_to_one.linear_shapes()
+    assert shapes["self_attn.q_proj"] == (64, 64)
+    return two_to_one
+
+
+@pytest.fixture
+def base(config: Gemma3Config, tiny_folder: TinyFolder) -> Path:
+    return tiny_folder(config)
+
+
+def random_factors(config: Gemma3Config, lora: LoRASettings, seed: int = 0) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    generator = np.random.default_rng(seed)
+    return {
+        module: (
+            generator.standard_normal((lora.rank, inner), np.float32) * np.float32(0.2),
+            generator.standard_normal((out, lora.rank), np.float32) * np.float32(0.2),
+        )
+        for module, (out, inner) in target_modules(config, lora.targets).items()
+    }
+
+
+@pytest.fixture
+def adapter(config: Gemma3Config, base: Path, tmp_path: Path) -> Path:
+    """An adapter whose B is not zero, so that it changes the logits."""
+    folder = tmp_path / "adapter"
+    write_adapter(folder, random_factors(config, LORA), LORA, config, str(base))
+    return folder
+
+
+def trained(engine: Engine, base: Path, lora: LoRASettings, text: np.ndarray) -> np.ndarray:
+    """Train a few steps, so that no factor is zero; returns the logits then."""
+    engine.load(base, "float32")
+    plain = engine.logits(text)
+    engine.start_training(TrainingSettings(lora))
+    some = Batch(text, np.roll(text, -1, axis=1))
+    for _ in range(3):
+        engine.train_step([some], 2e-2)
+    learnt = engine.logits(text)
+    assert np.abs(learnt - plain).max() > 0.1
+    return learnt
+
+
+def close(a: np.ndarray, b: np.ndarray) -> None:
+    np.testing.assert_allclose(a, b, rtol=0, atol=TOLERANCE)
+
+
+# ------------------------------------------------------------------------------------------------ PEFT
+
+
+@pytest.mark.parametrize("lora", [LORA, replace(LORA, targets=("q_proj", "v_proj", "down_proj"))], ids=["all", "some"])
+def test_a_trained_adapter_loads_in_peft_with_equal_logits(
+    engine: Engine,
+    base: Path,
+    tokens: Tokens,
+    reference_model: Callable[[Path], Any],
+    reference_logits: Logits,
+    tmp_path: Path,
+    lora: LoRASettings,
+) -> None:
+    from peft import PeftModel
+
+    expected = trained(engine, base, lora, tokens(20))
+    engine.save_adapter(tmp_path, str(base))
+    theirs = PeftModel.from_pretrained(reference_model(base), str(tmp_path)).eval()
+    close(reference_logits(theirs, tokens(20)), expected)
+
+
+def test_peft_finds_every_factor_it_expects(
+    adapter: Path, base: Path, reference_model: Callable[[Path], Any], config: Gemma3Config
+) -> None:
+    from peft import PeftModel
+
+    theirs = PeftModel.from_pretrained(reference_model(base), str(adapter))
+    loaded = {name: p.detach().numpy() for name, p in theirs.named_parameters() if "lora_" in name}
+    stored = {name: read_array(tensor) for name, tensor in read_header(adapter / "adapter_model.safetensors").items()}
+    assert len(loaded) == len(stored) == 2 * 7 * config.num_hidden_layers
+    for name, array in stored.items():
+        np.testing.assert_array_equal(loaded[name.replace(".weight", ".default.weight")], array)
+
+
+def peft_adapter(network: Any, folder: Path, **terms: Any) -> Any:
+    """An adapter that PEFT made and saved, with random factors."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    targets = list(LORA.targets)
+    made = get_peft_model(
+        network, LoraConfig(r=4, lora_alpha=6, target_modules=targets, task_type="CAUSAL_LM", **terms)
+    )
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in made.named_parameters():
+        if "lora_" in name:
+            parameter.data = 0.2 * torch.randn(parameter.shape, generator=generator)
+    made.save_pretrained(str(folder))
+    return made.eval()
+
+
+def test_an_adapter_of_peft_loads_with_equal_logits(
+    engine: Engine,
+    base: Path,
+    tokens: Tokens,
+    reference_model: Callable[[Path], Any],
+    reference_logits: Logits,
+    tmp_path: Path,
+) -> None:
+    theirs = peft_adapter(reference_model(base), tmp_path)
+    engine.load(base, "float32")
+    plain = engine.logits(tokens(20))
+    engine.load_adapter(tmp_path)
+    found = engine.logits(tokens(20))
+    close(found, reference_logits(theirs, tokens(20)))
+    assert np.abs(found - plain).max() > 0.1
+
+
+def test_an_adapter_of_peft_comes_back_from_us_unchanged(
+    engine: Engine, base: Path, reference_model: Callable[[Path], Any], tmp_path: Path
+) -> None:
+    peft_adapter(reference_model(base), tmp_path / "theirs")
+    engine.load(base, "float32")
+    engine.load_adapter(tmp_path / "theirs")
+    engine.save_adapter(tmp_path / "ours", str(base))
+    theirs, ours = (read_header(tmp_path / side / "adapter_model.safetensors") for side in ("theirs", "ours"))
+    assert theirs.keys() == ours.keys()
+    for name, tensor in theirs.items():
+        np.testing.assert_array_equal(read_array(ours[name]), read_array(tensor))
+
+
+@pytest.mark.parametrize("terms", [{"use_dora": True}, {"use_rslora": True}, {"rank_pattern": {"q_proj": 8}}], ids=str)
+def test_kinds_of_peft_that_compute_otherwise_are_refused(
+    base: Path, config: Gemma3Config, reference_model: Callable[[Path], Any], tmp_path: Path, terms: dict[str, Any]
+) -> None:
+    peft_adapter(reference_model(base), tmp_path, **terms)
+    with pytest.raises(UnsupportedError, match=next(iter(terms))):
+        read_adapter(tmp_path, config)
+
+
+# ------------------------------------------------------------------------------------------------ mlx-lm
+
+
+def mlx_lm_model(base: Path) -> Any:
+    import mlx.core as mx
+    from mlx_lm.models.gemma3_text import Model, ModelArgs
+
+    raw = json.loads((base / "config.json").read_text())
+    theirs = Model(ModelArgs.from_dict(raw))
+    weights = {name: mx.array(read_array(tensor)) for name, tensor in read_header(base / "model.safetensors").items()}
+    theirs.load_weights(list(theirs.sanitize(weights).items()))
+    return theirs.eval()
+
+
+def mlx_lm_logits(theirs: Any, text: np.ndarray) -> np.ndarray:
+    import mlx.core as mx
+
+    return np.array(theirs(mx.array(text)))
+
+
+def test_mlx_lm_reads_our_model_with_equal_logits(engine: Engine, base: Path, tokens: Tokens) -> None:
+    pytest.importorskip("mlx_lm")
+    engine.load(base, "float32")
+    close(mlx_lm_logits(mlx_lm_model(base), tokens(20)), engine.logits(tokens(20)))
+
+
+@pytest.mark.parametrize("lora", [LORA, replace(LORA, targets=("q_proj", "v_proj", "down_proj"))], ids=["all", "some"])
+def test_a_trained_adapter_loads_in_mlx_lm_with_equal_logits(
+    engine: Engine, base: Path, tokens: Tokens, tmp_path: Path, lora: LoRASettings
+) -> None:
+    utils = pytest.importorskip("mlx_lm.tuner.utils")
+    expected = trained(engine, base, lora, tokens(20))
+    engine.save_adapter(tmp_path, str(base))
+    theirs = utils.load_adapters(mlx_lm_model(base), str(tmp_path / MLX_FOLDER)).eval()
+    close(mlx_lm_logits(theirs, tokens(20)), expected)
+
+
+# ------------------------------------------------------------------------------------------------ the factors
+
+
+def test_both_engines_load_an_adapter_alike(
+    both_engines: tuple[Engine, Engine], base: Path, adapter: Path, tokens: Tokens
+) -> None:
+    found = []
+    for engine in both_engines:
+        engine.load(base, "float32")
+        engine.load_adapter(adapter)
+        found.append(engine.logits(tokens(20)))
+    close(*found)
+
+
+@pytest.mark.parametrize("name", ["self_attn.q_proj", "self_attn.o_proj"])
+def test_a_transposed_update_would_show(
+    engine: Engine, config: Gemma3Config, base: Path, adapter: Path, tokens: Tokens, tmp_path: Path, name: str
+) -> None:
+    """Where in = out, ``lora_A`` and ``lora_B`` can be swapped for each other's transposes without a shape error."""
+    factors, lora = read_adapter(adapter, config)
+    module = f"model.layers.1.{name}"
+    lora_a, lora_b = factors[module]
+    factors[module] = (np.ascontiguousarray(lora_b.T), np.ascontiguousarray(lora_a.T))
+    write_adapter(tmp_path / "transposed", factors, lora, config, str(base))
+    found = []
+    for folder in (adapter, tmp_path / "transposed"):
+        engine.load(base, "float32")
+        engine.load_adapter(folder)
+        found.append(engine.logits(tokens(20)))
+    assert np.abs(found[0] - found[1]).max() > 100 * TOLERANCE
+
+
+def test_the_update_is_scaled_by_alpha_over_rank(
+    engine: Engine, config: Gemma3Config, base: Path, tokens: Tokens, tmp_path: Path
+) -> None:
+    """Twice alpha with half of B is the same function."""
+    factors = random_factors(config, LORA)
+    halved = {module: (lora_a, lora_b / 2) for module, (lora_a, lora_b) in factors.items()}
+    found = []
+    for i, (some, lora) in enumerate([(factors, LORA), (halved, replace(LORA, alpha=2 * LORA.alpha))]):
+        write_adapter(tmp_path / str(i), some, lora, config, str(base))
+        engine.load(base, "float32")
+        engine.load_adapter(tmp_path / str(i))
+        found.append(engine.logits(tokens(9)))
+    close(*found)
+
+
+def test_a_saved_model_has_the_adapter_merged(
+    engine: Engine, config: Gemma3Config, base: Path, adapter: Path, tokens: Tokens, tmp_path: Path
+) -> None:
+    engine.load(base, "float32")
+    engine.load_adapter(adapter)
+    expected = engine.logits(tokens(20))
+    engine.save_model(tmp_path / "merged", config.to_dict())
+    engine.load(tmp_path / "merged", "float32")
+    close(engine.logits(tokens(20)), expected)
+
+
+def test_merging_is_done_in_float32(
+    engine: Engine, config: Gemma3Config, tiny_folder: TinyFolder, adapter: Path, tmp_path: Path
+) -> None:
+    engine.load(tiny_folder(config, dtype="bfloat16"), "bfloat16")
+    before = inside.weights(engine)["model.layers.0.mlp.up_proj.weight"]
+    engine.load_adapter(adapter)
+    engine.save_model(tmp_path / "merged", config.to_dict(), "float32")
+    lora_a, lora_b = read_adapter(adapter, config)[0]["model.layers.0.mlp.up_proj"]
+    expected = before + np.float32(LORA.alpha / LORA.rank) * (lora_b @ lora_a)
+    merged = read_array(read_header(tmp_path / "merged" / "model.safetensors")["model.layers.0.mlp.up_proj.weight"])
+    np.testing.assert_allclose(merged, expected, rtol=0, atol=1e-6)
+
+
+def test_an_adapter_replaces_the_one_before_it(
+    engine: Engine, config: Gemma3Config, base: Path, adapter: Path, tokens: Tokens, tmp_path: Path
+) -> None:
+    write_adapter(tmp_path / "other", random_factors(config, LORA, seed=1), LORA, config, str(base))
+    engine.load(base, "float32")
+    engine.load_adapter(adapter)
+    expected = engine.logits(tokens(9))
+    engine.load_adapter(tmp_path / "other")
+    assert np.abs(engine.logits(tokens(9)) - expected).max() > 0.1
+    engine.load_adapter(adapter)
+    np.testing.assert_array_equal(engine.logits(tokens(9)), expected)
+
+
+def test_a_model_without_adapters_has_none_to_save(engine: Engine, base: Path, tmp_path: Path) -> None:
+    engine.load(base)
+    with pytest.raises(UnsupportedError, match="no adapters"):
+        engine.save_adapter(tmp_path, "base")
+
+
+def test_an_unknown_target_is_refused(engine: Engine, base: Path) -> None:
+    engine.load(base)
+    with pytest.raises(UnsupportedError, match="lm_head"):
+        engine.start_training(TrainingSettings(LoRASettings(2, 2.0, targets=("q_proj", "lm_head"))))
+
+
+# ------------------------------------------------------------------------------------------------ refusals
+
+
+def refusal(folder: Path, config: Gemma3Config) -> str:
+    with pytest.raises(EngineError) as caught:
+        read_adapter(folder, config)
+    message = str(caught.value)
+    assert str(folder) in message
+    assert message.isprintable()
+    assert len(message) < 2 * len(str(folder)) + 300
+    return message
+
+
+def change(folder: Path, **terms: Any) -> Path:
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | terms))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "terms",
+    [
+        {"peft_type": "LOHA"},
+        {"peft_type": "IA3"},
+        {"peft_type": "PROMPT_TUNING"},
+        {"peft_type": None},
+        {"use_dora": True},
+        {"use_rslora": True},
+        {"rank_pattern": {"q_proj": 8}},
+        {"alpha_pattern": {"q_proj": 8}},
+        {"modules_to_save": ["embed_tokens"]},
+        {"layers_to_transform": [0]},
+        {"layer_replication": [[0, 2], [1, 3]]},
+        {"alora_invocation_tokens": [1, 2]},
+        {"bias": "all"},
+        {"fan_in_fan_out": True},
+        {"init_lora_weights": "pissa"},
+        {"init_lora_weights": "x" * 100_000},
+        {"target_modules": "all-linear"},
+        {"target_modules": None},
+        {"target_modules": [["q_proj"]]},
+        {"target_modules": ["\x1b[2J"]},
+        {"r": 0},
+        {"r": -3},
+        {"r": 3.0},
+        {"r": True},
+        {"r": 1 << 70},
+        {"lora_alpha": None},
+        {"lora_alpha": "5"},
+        {"lora_alpha": True},
+        {"lora_alpha": float("nan")},
+        {"lora_alpha": float("inf")},
+        {"lora_alpha": 10**400},
+        {"lora_dropout": 5.0},
+        {"lora_dropout": -0.1},
+        {"lora_dropout": float("nan")},
+        {"lora_dropout": True},
+        {"lora_dropout": "0.1"},
+    ],
+    ids=lambda terms: str(terms)[:50],
+)
+def test_a_config_that_is_not_plain_lora_is_refused(adapter: Path, config: Gemma3Config, terms: dict[str, Any]) -> None:
+    refusal(change(adapter, **terms), config)
+
+
+def test_an_adapter_on_other_modules_than_the_seven_linears_is_refused(adapter: Path, config: Gemma3Config) -> None:
+    with pytest.raises(UnsupportedError, match="embed_tokens"):
+        read_adapter(change(adapter, target_modules=["q_proj", "embed_tokens"]), config)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "null", "{", "[" * 100_000, '{"r":' * 100_000, '{"r": ' + "9" * 5000 + "}", b'{"peft_type": "\xff"}'],
+    ids=["empty", "list", "null", "cut", "lists", "objects", "5000 digits", "not UTF-8"],
+)
+def test_a_file_that_is_no_adapter_config_is_refused(adapter: Path, config: Gemma3Config, text: str | bytes) -> None:
+    (adapter / "adapter_config.json").write_bytes(text if isinstance(text, bytes) else text.encode())
+    refusal(adapter, config)
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_a_missing_file_is_named(adapter: Path, config: Gemma3Config, name: str) -> None:
+    (adapter / name).unlink()
+    assert name in refusal(adapter, config)
+
+
+def test_pickled_factors_are_not_read(adapter: Path, config: Gemma3Config) -> None:
+    (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
+    assert "adapter_model.safetensors" in refusal(adapter, config)
+
+
+def with_factors(adapter: Path, edit: Callable[[dict[str, np.ndarray]], object]) -> Path:
+    path = adapter / "adapter_model.safetensors"
+    arrays = {name: read_array(tensor) for name, tensor in read_header(path).items()}
+    edit(arrays)
+    write_arrays(path, arrays)
+    return adapter
+
+
+A = "base_model.model.model.layers.1.mlp.up_proj.lora_A.weight"
+
+
+@pytest.mark.parametrize(
+    ("edit", "named"),
+    [
+        (lambda arrays: arrays.pop(A), "model.layers.1.mlp.up_proj"),
+        (lambda arrays: arrays.update({A: arrays[A].T.copy()}), "model.layers.1.mlp.up_proj"),
+        (lambda arrays: arrays.update({A: arrays[A][:2].copy()}), "model.layers.1.mlp.up_proj"),
+        (lambda arrays: arrays.update({A.replace(".1.", ".7."): arrays[A]}), "model.layers.7"),
+        (lambda arrays: arrays.update({A.replace("lora_A", "lora_magnitude_vector"): arrays[A]}), "magnitude"),
+        (lambda arrays: arrays.update({"\x1b]0;title\x07": arrays[A]}), "title"),
+    ],
+    ids=["one missing", "one transposed", "another rank", "one layer more", "dora", "escape sequence"],
+)
+def test_factors_that_do_not_fit_are_refused(
+    adapter: Path, config: Gemma3Config, edit: Callable[[dict[str, np.ndarray]], object], named: str
+) -> None:
+    assert named in refusal(with_factors(adapter, edit), config)
+
+
+def test_an_adapter_of_another_model_is_refused(adapter: Path, four_to_one: Gemma3Config) -> None:
+    refusal(adapter, four_to_one)
+
+
+def test_a_refused_adapter_leaves_the_model_as_it_was(
+    engine: Engine, base: Path, adapter: Path, tokens: Tokens
+) -> None:
+    engine.load(base, "float32")
+    expected = engine.logits(tokens(6))
+    with pytest.raises(CheckpointError):
+        engine.load_adapter(with_factors(adapter, lambda arrays: arrays.pop(A)))
+    np.testing.assert_array_equal(engine.logits(tokens(6)), expected)

@@ -1,0 +1,167 @@
+from __future__ import annotations
+
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from samples import TEXTS, write_rows
+
+from engines.base import IGNORED, Batch
+from gemma_tui.errors import GemmaTuiError
+from gemma_tui.studies.data import PADDING, evaluation_batches, make_batch, read_splits, training_batches, windows
+from gemma_tui.tokenizer import BOS, EOS, PAD, Tokenizer, train_tokenizer
+
+GEMMA = train_tokenizer(TEXTS, 450)
+ROWS = st.lists(st.text("abc de\n漢", max_size=80), max_size=5)
+
+
+def numbered(lengths: list[int]) -> list[np.ndarray]:
+    """Windows that can be told apart by their first token after ``<bos>``."""
+    return [np.array([BOS, 1000 + i, *range(5, 3 + n)], np.int32) for i, n in enumerate(lengths)]
+
+
+def names(batches: list[Batch]) -> list[int]:
+    return [int(row[1]) - 1000 for batch in batches for row in batch.tokens]
+
+
+def same(a: list[Batch], b: list[Batch]) -> bool:
+    pairs = list(zip(a, b, strict=True))
+    return all(np.array_equal(x.tokens, y.tokens) and np.array_equal(x.labels, y.labels) for x, y in pairs)
+
+
+SEQUENCES = numbered([3 + n * 7 % 40 for n in range(23)])
+
+
+@given(ROWS, st.integers(8, 40))
+def test_windows_hold_every_token_of_a_row_once_and_in_order(rows: list[str], length: int) -> None:
+    found = windows(rows, GEMMA, length)
+    expected = [i for row in rows if row for i in [*GEMMA.encode(row, bos=False), EOS]]
+    assert [i for window in found for i in window[1:]] == expected
+
+
+@given(ROWS, st.integers(8, 40))
+def test_windows_begin_with_one_bos_and_keep_the_length(rows: list[str], length: int) -> None:
+    for window in windows(rows, GEMMA, length):
+        assert window.dtype == np.int32
+        assert window[0] == BOS
+        assert BOS not in window[1:]
+        assert 2 <= len(window) <= length + 1
+
+
+@given(st.text("abc de", min_size=1, max_size=400), st.integers(8, 40))
+def test_a_long_row_is_cut_evenly_and_its_last_window_alone_ends(row: str, length: int) -> None:
+    found = windows([row], GEMMA, length)
+    sizes = [len(window) - 1 for window in found]
+    assert max(sizes) - min(sizes) <= 1
+    assert len(found) == -(-sum(sizes) // length)
+    assert [EOS in window for window in found] == [False] * (len(found) - 1) + [True]
+    assert found[-1][-1] == EOS
+
+
+def test_no_window_crosses_from_one_row_into_another() -> None:
+    assert [list(w) for w in windows(["a", "", "b"], GEMMA, 64)] == [
+        [BOS, *GEMMA.encode("a", bos=False), EOS],
+        [BOS, *GEMMA.encode("b", bos=False), EOS],
+    ]
+
+
+def test_a_label_is_the_next_token_and_padding_is_ignored() -> None:
+    batch = make_batch([np.array([BOS, 7, 8, EOS], np.int32), np.array([BOS, 9], np.int32)])
+    assert batch.tokens.shape == batch.labels.shape == (2, PADDING)
+    assert batch.tokens[:, :4].tolist() == [[BOS, 7, 8, PAD], [BOS, PAD, PAD, PAD]]
+    assert batch.labels[:, :4].tolist() == [[7, 8, EOS, IGNORED], [9, IGNORED, IGNORED, IGNORED]]
+    assert (batch.tokens[:, 4:] == PAD).all()
+    assert (batch.labels[:, 4:] == IGNORED).all()
+    assert batch.supervised == 4
+
+
+@pytest.mark.parametrize(("longest", "padded"), [(1, 32), (32, 32), (33, 64), (64, 64)])
+def test_lengths_are_padded_to_few_shapes(longest: int, padded: int) -> None:
+    assert make_batch([np.arange(longest + 1, dtype=np.int32)]).tokens.shape == (1, padded)
+
+
+@pytest.mark.parametrize("size", [1, 4, 23, 100])
+def test_an_epoch_holds_no_window_twice_and_leaves_out_less_than_a_batch(size: int) -> None:
+    per_epoch = max(1, len(SEQUENCES) // size)
+    seen = Counter(names(list(islice(training_batches(SEQUENCES, size, seed=0), per_epoch))))
+    assert set(seen.values()) == {1}
+    assert len(seen) == per_epoch * min(size, len(SEQUENCES))
+
+
+def test_every_window_is_trained_on_once_per_epoch() -> None:
+    batches = list(islice(training_batches(SEQUENCES[:20], 4, seed=3), 15))
+    for epoch in range(3):
+        assert sorted(names(batches[5 * epoch : 5 * epoch + 5])) == list(range(20))
+
+
+def test_the_order_depends_on_the_epoch_and_the_seed_alone() -> None:
+    def epochs(seed: int) -> tuple[list[int], list[int]]:
+        batches = list(islice(training_batches(SEQUENCES[:20], 4, seed), 10))
+        return names(batches[:5]), names(batches[5:])
+
+    assert epochs(3) == epochs(3)
+    assert len({str(order) for seed in range(4) for order in epochs(seed)}) == 8
+
+
+@pytest.mark.parametrize("start", [1, 4, 5, 6, 13])
+def test_training_goes_on_exactly_where_it_was(start: int) -> None:
+    whole = list(islice(training_batches(SEQUENCES, 4, seed=1), 20))
+    assert same(list(islice(training_batches(SEQUENCES, 4, seed=1, start=start), 20 - start)), whole[start:])
+
+
+def test_windows_of_like_length_share_a_batch() -> None:
+    lengths = [9] * 8 + [33] * 8
+    shapes = Counter(b.tokens.shape for b in islice(training_batches(numbered(lengths), 4, seed=0), 4))
+    assert shapes == {(4, 32): 4}
+    mixed = [b.tokens.shape[1] for b in islice(training_batches(numbered([9] * 8 + [100] * 8), 4, seed=0), 4)]
+    assert sorted(mixed) == [32, 32, 128, 128]
+
+
+def test_evaluation_is_always_on_the_same_windows() -> None:
+    first, second = (list(evaluation_batches(SEQUENCES, 4, limit=3)) for _ in range(2))
+    assert same(first, second)
+    assert len(first) == 3
+    assert len(set(names(first))) == 12
+
+
+@pytest.mark.parametrize("size", [1, 4, 100])
+def test_evaluation_without_a_limit_is_on_every_window(size: int) -> None:
+    assert sorted(names(list(evaluation_batches(SEQUENCES, size, limit=0)))) == list(range(23))
+
+
+def test_evaluation_is_spread_over_the_windows() -> None:
+    seen = names(list(evaluation_batches(numbered([5] * 100), 2, limit=5)))
+    assert max(seen) >= 80
+    assert min(seen) < 20
+
+
+def test_a_folder_keeps_its_own_validation_rows(corpus: Path, tokenizer: Tokenizer) -> None:
+    splits = read_splits(corpus, tokenizer, 256)
+    assert [len(splits.train), len(splits.valid)] == [20, 4]
+    assert splits.valid_characters == sum(map(len, TEXTS[20:]))
+    assert tokenizer.decode(splits.valid[0].tolist()) == TEXTS[20]
+
+
+def test_the_last_windows_of_a_single_file_are_held_out(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    texts = [f"row {n}" for n in range(40)]
+    splits = read_splits(write_rows(tmp_path / "data.jsonl", texts), tokenizer, 64)
+    assert [tokenizer.decode(w.tolist()) for w in splits.train] == texts[:38]
+    assert [tokenizer.decode(w.tolist()) for w in splits.valid] == texts[38:]
+
+
+def test_a_single_window_is_trained_on_and_not_held_out(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    splits = read_splits(write_rows(tmp_path / "data.jsonl", ["one"]), tokenizer, 64)
+    assert [len(splits.train), len(splits.valid)] == [1, 0]
+
+
+@pytest.mark.parametrize("name", ["data.jsonl", "data.txt"])
+@pytest.mark.parametrize("texts", [[], ["", ""]])
+def test_data_without_text_are_refused(tmp_path: Path, tokenizer: Tokenizer, name: str, texts: list[str]) -> None:
+    path = tmp_path / name
+    path.write_text("") if name.endswith(".txt") else write_rows(path, texts)
+    with pytest.raises(GemmaTuiError, match="holds no text to train on"):
+        read_splits(path, tokenizer, 64)

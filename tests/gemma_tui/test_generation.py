@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engines.base import Engine
+from gemma_tui.errors import UsageError
+from gemma_tui.studies.generation import Generation, GenerationPlan, encode_prompt, write
+from gemma_tui.studies.plan import build
+from gemma_tui.tokenizer import BOS, END_OF_TURN, EOS, START_OF_TURN, Tokenizer
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *[("max_tokens", v) for v in (0, -1, 1_000_001, "many")],
+        *[("temperature", v) for v in (-0.1, 100.1, math.nan, math.inf, "nan", "hot")],
+        *[("top_p", v) for v in (0, -1, 1.01, math.nan, "nan")],
+        *[("top_k", v) for v in (-1, 1.5)],
+        ("seed", -1),
+        ("prompt", ""),
+    ],
+)
+def test_what_cannot_be_sampled_is_refused_by_name(name: str, value: object) -> None:
+    with pytest.raises(UsageError, match=name.replace("_", "[_-]")):
+        build(GenerationPlan, {"prompt": "a", name: value})
+
+
+@pytest.mark.parametrize(
+    "values", [{"temperature": 0}, {"temperature": 100}, {"top_p": 1}, {"max_tokens": 1_000_000}, {"top_k": 0}]
+)
+def test_the_ends_of_the_ranges_are_possible(values: dict[str, Any]) -> None:
+    sampling = build(GenerationPlan, {"prompt": "a", **values}).sampling()
+    assert sampling.stop_ids == (EOS, END_OF_TURN)
+    assert all(getattr(sampling, name) == value for name, value in values.items())
+
+
+def test_a_prompt_has_one_bos(tokenizer: Tokenizer) -> None:
+    assert encode_prompt(tokenizer, "<bos>fox", chat=False) == tokenizer.encode("fox")
+
+
+def test_a_chat_is_one_turn_of_the_user_and_the_models_turn_begun(tokenizer: Tokenizer) -> None:
+    ids = encode_prompt(tokenizer, "fox", chat=True)
+    assert ids[:2] == [BOS, START_OF_TURN]
+    assert [ids.count(BOS), ids.count(START_OF_TURN), ids.count(END_OF_TURN)] == [1, 2, 1]
+    assert tokenizer.backend.decode(ids, skip_special_tokens=False) == (
+        "<bos><start_of_turn>user\nfox<end_of_turn>\n<start_of_turn>model\n"
+    )
+
+
+class Says:
+    """An engine that says what it is told to, and counts how much of it was wanted."""
+
+    def __init__(self, tokens: list[int]) -> None:
+        self.tokens, self.drawn = tokens, 0
+
+    def generate(self, prompt: list[int], sampling: object) -> Any:
+        for token in self.tokens:
+            self.drawn += 1
+            yield token
+
+
+@pytest.mark.parametrize("stop", [EOS, END_OF_TURN])
+def test_a_stop_token_ends_the_text_and_is_not_in_it(tokenizer: Tokenizer, stop: int) -> None:
+    words = tokenizer.encode("The dogs", bos=False)
+    engine, generation = Says([*words, stop, *words]), Generation()
+    pieces = list(write(engine, tokenizer, GenerationPlan("fox"), generation))  # type: ignore[arg-type]
+    assert "".join(pieces) == generation.text == "The dogs"
+    assert generation.stopped
+    assert generation.tokens == [*words, stop]
+    assert engine.drawn == len(words) + 1
+
+
+def test_bytes_held_back_are_given_out_at_the_end(tokenizer: Tokenizer) -> None:
+    half, generation = tokenizer.encode("漢", bos=False)[:2], Generation()
+    assert "".join(write(Says(half), tokenizer, GenerationPlan("fox"), generation)) == "\ufffd\ufffd"  # type: ignore[arg-type]
+    assert not generation.stopped
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_text_is_its_tokens_and_the_same_for_a_seed(
+    engine: Engine, prepared_model: Path, tokenizer: Tokenizer, temperature: float
+) -> None:
+    engine.load(prepared_model)
+    plan = GenerationPlan("The fox", max_tokens=12, temperature=temperature, seed=5)
+    first, second = Generation(), Generation()
+    pieces = list(write(engine, tokenizer, plan, first))
+    list(write(engine, tokenizer, plan, second))
+    assert [first.tokens, first.text] == [second.tokens, second.text]
+    assert "".join(pieces) == first.text == tokenizer.decode(first.tokens)
+    assert len(first.tokens) == 12 or first.stopped
+    assert first.prompt_tokens == len(tokenizer.encode("The fox"))
+
+
+def test_both_engines_write_the_same(
+    both_engines: tuple[Engine, Engine], prepared_model: Path, tokenizer: Tokenizer
+) -> None:
+    written = []
+    for engine in both_engines:
+        engine.load(prepared_model, "float32")
+        generation = Generation()
+        list(write(engine, tokenizer, GenerationPlan("The fox", max_tokens=12, temperature=0.0), generation))
+        written.append(generation.tokens)
+    assert written[0] == written[1]

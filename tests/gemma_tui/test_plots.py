@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from gemma_tui.plots import Series, draw, reduce, ticks
+
+BLANK = "⠀"
+
+
+def line(values: list[float | None], label: str = "loss") -> Series:
+    return Series(label, [float(i) for i in range(len(values))], values)
+
+
+def body(text: str) -> str:
+    return "\n".join(text.splitlines()[1:])
+
+
+def test_the_lowest_and_highest_point_of_every_column_are_kept() -> None:
+    values = np.random.default_rng(0).standard_normal(4000)
+    x, y = reduce(line(values.tolist()), columns=40)
+    assert len(x) <= 80
+    assert x == sorted(x)
+    kept = dict(zip(x, y, strict=True))
+    for column in np.split(np.arange(4000), 40):
+        for place in (column[values[column].argmin()], column[values[column].argmax()]):
+            assert kept[float(place)] == values[place]
+
+
+@pytest.mark.parametrize("place", [0, 1, 1234, 9998, 9999])
+@pytest.mark.parametrize("spike", [-50.0, 50.0])
+def test_a_spike_is_not_lost(place: int, spike: float) -> None:
+    values: list[float | None] = [1.0] * 10_000
+    values[place] = spike
+    x, y = reduce(line(values), columns=60)
+    assert (float(place), spike) in zip(x, y, strict=True)
+
+
+def test_few_points_are_kept_as_they_are() -> None:
+    assert reduce(line([3.0, 1.0, 2.0]), columns=8) == ([0.0, 1.0, 2.0], [3.0, 1.0, 2.0])
+
+
+@pytest.mark.parametrize("gap", [None, math.nan, math.inf, -math.inf])
+def test_a_value_that_is_not_finite_is_left_out(gap: float | None) -> None:
+    assert reduce(line([1.0, gap, 2.0]), columns=8) == ([0.0, 2.0], [1.0, 2.0])
+    assert len(draw([line([1.0, gap, 2.0])], 40, 10, "t", colour=False).splitlines()) == 10
+
+
+def test_a_logarithmic_axis_leaves_out_what_has_no_logarithm() -> None:
+    assert reduce(line([0.0, -1.0, 1.0, 100.0, None]), columns=8, log=True) == ([2.0, 3.0], [0.0, 2.0])
+
+
+def test_a_logarithmic_axis_is_labelled_with_the_values_themselves() -> None:
+    text = draw([line([1.0, 10.0, 100.0, 1000.0])], 40, 14, "t", log=True, colour=False)
+    labels = {row.split("┤")[0].strip() for row in text.splitlines() if "┤" in row}
+    assert {"10", "100"} <= labels
+
+
+DRAWN = {
+    "a line": [line([3.0, 2.0, 1.0])],
+    "two lines": [line([3.0, 2.0, 1.0]), line([1.0, 4.0], "valid")],
+    "nothing": [],
+    "an empty series": [line([])],
+    "only gaps": [line([None, math.nan])],
+    "one point": [line([2.0])],
+    "a constant": [line([5.0] * 9)],
+    "huge": [line([1e300, -1e300])],
+    "tiny": [line([1e-300, 2e-300])],
+    "many points": [line([math.sin(i / 50) for i in range(5000)])],
+    "ten lines": [line([float(i), 2.0], f"line {i}") for i in range(10)],
+}
+
+
+@pytest.mark.parametrize("size", [(80, 16), (40, 10), (24, 8)])
+@pytest.mark.parametrize("kind", DRAWN)
+def test_a_chart_has_exactly_the_size_asked_for_and_no_escape_without_colour(kind: str, size: tuple[int, int]) -> None:
+    width, height = size
+    rows = draw(DRAWN[kind], width, height, "loss, nats per token", colour=False).splitlines()
+    assert len(rows) == height
+    assert max(map(len, rows)) <= width
+    assert {len(row) for row in rows[1:]} == {width}
+    assert not any("\x1b" in row for row in rows)
+
+
+def test_colour_changes_no_character() -> None:
+    assert "\x1b[" in draw([line([3.0, 2.0, 1.0])], 40, 10, "t", colour=True)
+
+
+def test_lines_without_colour_are_told_apart_by_their_markers() -> None:
+    text = draw([line([1.0] * 9, "train"), line([2.0] * 9, "valid")], 60, 12, "t", colour=False)
+    assert text.splitlines()[0] == "t  ⠒ train  x valid"
+    assert "x" in body(text)
+    assert any("\u2801" <= c <= "\u28ff" for c in body(text))
+
+
+def test_one_chart_leaves_nothing_for_the_next() -> None:
+    alone = draw([line([1.0, 2.0])], 40, 10, "t", colour=False)
+    draw([line([9.0, 1.0, 9.0])], 70, 20, "u", log=True)
+    assert draw([line([1.0, 2.0])], 40, 10, "t", colour=False) == alone
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (-3.2, 17.0), (1e-9, 3e-9), (0.0, 1e12), (2.0, 2.0)])
+def test_ticks_are_few_round_and_inside(low: float, high: float) -> None:
+    places = ticks(low, high, 5)
+    slack = (high - low) * 1e-6
+    assert 1 <= len(places) <= 7
+    assert all(low - slack <= place <= high + slack for place in places)
+    assert places == sorted(places)
