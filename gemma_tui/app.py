@@ -27,7 +27,7 @@ from gemma_tui.text import one_line
 from gemma_tui.widgets.dialogs import Question, Reading
 from gemma_tui.widgets.status import StatusLine, describe
 
-QUIT_SECONDS = 1.8
+QUIT_SECONDS = 1.5
 """How long leaving waits for a step in hand; with what the terminal takes it stays under two seconds."""
 
 HUNG_UP = 129
@@ -274,4 +274,9 @@ def run() -> int:
     app = GemmaTui()
     threading.Thread(target=_watch_terminal, args=(app.session,), daemon=True).start()
     app.run()
-    return app.return_code or 0
+    code = app.return_code or 0
+    if app.session.jobs:
+        # The interpreter would wait for an engine in the middle of a step; what there was to save is saved.
+        sys.stdout.flush()
+        os._exit(code)
+    return code

@@ -71,6 +71,7 @@ class Session:
     def __init__(self, engine: str = "auto") -> None:
         self.engine = default_engine() if engine == "auto" else engine
         self._places: dict[str, Place] = {}
+        self._ended: list[Job] = []
 
     @property
     def place(self) -> Place:
@@ -88,7 +89,7 @@ class Session:
 
     def finished(self) -> list[Job]:
         """Jobs that have ended since the last call; each is told once."""
-        ended = []
+        ended, self._ended = self._ended, []
         for place in self._places.values():
             if place.job is not None and place.job.future.done():
                 ended.append(place.job)
@@ -203,8 +204,13 @@ class Session:
 
     def _start(self, job: Job, work: Callable[[Engine, Job], None]) -> Job:
         place = self._at(job.engine)
-        if place.job is not None:
-            raise UnsupportedError(f"{job.engine} is busy with {place.job.label}: stop it first, or switch the engine")
+        before = place.job
+        if before is not None and before.future.done():
+            self._ended.append(before)
+        elif before is not None and before.kind == job.kind == "load":
+            before.control.stop.set()  # another model was chosen meanwhile
+        elif before is not None:
+            raise UnsupportedError(f"{job.engine} is busy with {before.label}: stop it first, or switch the engine")
         place.job = job
 
         def run(engine: Engine) -> None:

@@ -259,7 +259,8 @@ class TrainingScreen(Workbench):
             self.bench.tell(str(error), "error")
             return
         rows: list[tuple[str, ...]] = [
-            (r.run_id, r.state, r.engine, f"{r.step}/{r.steps}", str(r.plan.get("method", "")), age(r.created)) for r in runs
+            (r.run_id, r.state, r.engine, f"{r.step}/{r.steps}", str(r.plan.get("method", "")), age(r.created))
+            for r in runs
         ]
         if rows == self._listed:
             return

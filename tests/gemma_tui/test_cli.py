@@ -19,6 +19,7 @@ from engines import ENGINES, available_engines
 from gemma_tui import VERSION, paths
 from gemma_tui.cli import main
 from gemma_tui.runs.store import RunStore
+from gemma_tui.studies.events import Event
 from gemma_tui.tokenizer import Tokenizer
 
 Commands = Callable[..., tuple[int, list[dict[str, Any]], str]]
@@ -276,6 +277,20 @@ def test_memory_that_does_not_suffice_is_one_line(command: Commands, monkeypatch
     assert "not enough memory: choose a smaller model or batch" in errors
 
 
+def test_a_run_broken_off_between_two_events_does_not_stay_running(
+    command: Commands, tiny: str, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(output: object, event: Event, plan: object) -> None:
+        if event.kind == "step":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("gemma_tui.commands.train._say", interrupt)
+    code, rows, errors = command("train", "--model", tiny, "--data", str(corpus), *SMALL)
+    assert (code, rows[-1], errors) == (130, {"kind": "end", "status": "interrupted"}, "")
+    _, rows, _ = command("runs", "list")
+    assert (rows[0]["state"], rows[0]["error"]) == ("failed", "broken off")
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_training_saves_and_leaves_with_130(
     command: Commands, tiny: str, corpus: Path, number: signal.Signals
@@ -335,7 +350,7 @@ def test_without_a_terminal_the_app_does_not_hang_and_names_the_commands() -> No
 
 
 def test_a_reader_that_leaves_is_no_error() -> None:
-    with process("doctor", "--json", stderr=subprocess.PIPE) as child:
+    with process("models", "list", "--json", stderr=subprocess.PIPE) as child:
         assert child.stdout is not None
         assert child.stderr is not None
         child.stdout.close()

@@ -1,0 +1,440 @@
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from textual.widgets import DataTable, Input, Label, Log
+
+from engines import ENGINES, available_engines
+from gemma_tui import paths
+from gemma_tui.runs.store import RunStore
+from gemma_tui.studies.training import METHODS, SCHEDULES, TrainingPlan
+from gemma_tui.widgets.chart import Chart
+from gemma_tui.widgets.plan_form import Field, PlanForm
+
+from .conftest import Open, Opened, Size
+
+LORA_ROWS = {"rank", "alpha", "dropout", "targets"}
+LONG = 100_000
+
+
+def headline(it: Opened) -> str:
+    return it.static("#headline")
+
+
+def log(it: Opened) -> str:
+    return "\n".join(it.app.screen.query_one(Log).lines)
+
+
+def points(it: Opened, chart: str) -> int:
+    return sum(len(s.x) for s in it.app.screen.query_one(f"#{chart}", Chart).series)
+
+
+async def on_row(it: Opened, form: PlanForm[Any], name: str) -> None:
+    form.focus()
+    form.move_cursor(row=form.get_row_index(name))
+    await it.pilot.pause()
+
+
+async def listed(it: Opened, *names: str) -> DataTable[Any]:
+    """The pane with the runs, once they are in it."""
+    await it.press("l")
+    table = it.app.screen.query_one("#runs", DataTable)
+    await it.until(lambda: {str(k.value) for k in table.rows} >= set(names), f"{names} in the list")
+    return table
+
+
+class TestForm:
+    async def test_choices_go_round_and_what_is_open_can_be_opened_again(self, opened: Open, size: Size) -> None:
+        async with opened(size) as it:
+            form = await it.plan("nano", "x")
+            for name, choices in (("schedule", SCHEDULES), ("dtype", (None, "float32", "bfloat16"))):
+                await on_row(it, form, name)
+                first = choices.index(form.values[name])
+                seen = [form.values[name]]
+                for _ in choices[1:]:
+                    await it.press("enter")
+                    seen.append(form.values[name])
+                assert seen == [choices[(first + i) % len(choices)] for i in range(len(choices))]
+                await it.press("enter")
+                assert form.values[name] == seen[0]
+
+    async def test_a_yes_or_no_is_turned_by_enter(self, opened: Open) -> None:
+        async with opened() as it:
+            form = await it.plan("nano", "x")
+            await on_row(it, form, "fresh")
+            for value, word in ((True, "yes"), (False, "no")):
+                await it.press("enter")
+                assert form.values["fresh"] is value
+                assert str(form.get_cell("fresh", "value")) == word
+
+    @pytest.mark.parametrize(
+        ("name", "wrong", "problem", "right", "value"),
+        [
+            ("steps", "many", "a whole number", "2_000", 2000),
+            ("steps", "0", "1 to 10,000,000", "1", 1),
+            ("steps", "1.5", "a whole number", "3", 3),
+            ("learning_rate", "-1", "0 to 10", "3e-4", 3e-4),
+            ("learning_rate", "nan", "a number", "", None),
+            ("dropout", "1", "0 to 0.99", "0.5", 0.5),
+        ],
+    )
+    async def test_a_wrong_value_stays_in_the_field_and_is_explained(
+        self, opened: Open, name: str, wrong: str, problem: str, right: str, value: object
+    ) -> None:
+        async with opened() as it:
+            form = await it.plan("nano", "x")
+            before = form.values[name]
+            await on_row(it, form, name)
+            await it.press("enter")
+            field = it.app.screen
+            assert isinstance(field, Field)
+            typed = field.query_one(Input)
+            typed.value = wrong
+            await it.press("enter")
+            assert it.app.screen is field
+            assert typed.value == wrong
+            assert problem in str(field.query_one("#problem", Label).content)
+            assert form.values[name] == before
+            typed.value = right
+            await it.press("enter")
+            await it.until(lambda: it.app.screen is not field, "the end of the field")
+            assert form.values[name] == value
+
+    async def test_escape_keeps_the_old_value(self, opened: Open) -> None:
+        async with opened() as it:
+            form = await it.plan("nano", "x", steps=12)
+            await on_row(it, form, "steps")
+            await it.press("enter")
+            await it.press("9", "escape")
+            await it.until(lambda: not isinstance(it.app.screen, Field), "the end of the field")
+            assert form.values["steps"] == 12
+
+    async def test_backspace_puts_the_default_back(self, opened: Open) -> None:
+        async with opened() as it:
+            form = await it.plan("nano", "x", steps=12, rank=3, dtype="bfloat16")
+            for name in ("steps", "rank", "dtype"):
+                await on_row(it, form, name)
+                await it.press("backspace")
+                assert form.values[name] == form.options[name].default
+
+    async def test_the_rows_of_a_method_come_and_go_with_it(self, opened: Open, size: Size) -> None:
+        async with opened(size) as it:
+            form = await it.plan("nano", "x")
+            assert {str(k.value) for k in form.rows} >= LORA_ROWS
+            await on_row(it, form, "method")
+            for method in (*METHODS[1:], METHODS[0]):
+                await it.press("enter")
+                shown = {str(k.value) for k in form.rows}
+                assert form.values["method"] == method
+                assert (LORA_ROWS <= shown) is (method == "lora")
+                assert ("save_dtype" in shown) is (method == "full")
+                assert form.get_row_index("method") == form.cursor_row
+
+    async def test_every_option_is_explained_and_what_is_needed_is_said(self, opened: Open, size: Size) -> None:
+        async with opened(size) as it:
+            form = await it.plan("", "")
+            for name in ("model", "data"):
+                assert str(form.get_cell(name, "value")) == "needed"
+            for name, option in form.options.items():
+                if name in {str(k.value) for k in form.rows}:
+                    await on_row(it, form, name)
+                    await it.until(lambda text=option.help: text in it.static("#explained"), option.help)
+            await it.press("s")
+            await it.until(lambda: "--model is needed" in it.told(), "what is missing")
+            assert not it.app.session.jobs
+
+
+async def test_a_run_from_start_to_its_text(
+    opened: Open, tiny: str, corpus: Path, size: Size, engine_name: str
+) -> None:
+    async with opened(size, model=tiny, engine=engine_name) as it:
+        await it.loaded(tiny)
+        await it.plan(tiny, corpus, steps=6, name="walk")
+        await it.press("s")
+        await it.until(lambda: "walk-1 has ended and is saved" in it.told(), "the end")
+        await it.until(lambda: "walk-1  done  ████████ 6/6" in headline(it), "the headline")
+        assert "valid " in headline(it)
+        assert "loading tiny" in log(it)
+        assert "trained" in log(it)
+        assert f"saved {paths.runs() / 'walk-1' / 'adapter'}" in log(it)
+        assert points(it, "loss") == 6 + 3
+        for chart in ("learning_rate", "grad_norm", "tokens_per_second"):
+            assert points(it, chart) == 6
+        await it.until(lambda: it.sees("loss, nats per token", "training", "validation", "learning rate"), "the charts")
+        await it.until(lambda: any("x" in row and "┤" in row for row in it.rows()), "points in a chart")
+        assert (paths.runs() / "walk-1" / "adapter" / "adapter_model.safetensors").is_file()
+
+        assert it.app.session.place.model == "walk-1"
+        await it.mode("5", "generation")
+        await it.press("g")
+        await it.until(lambda: "tokens/s" in it.static("#speed"), "the text of the tuned model")
+
+        await it.mode("2", "training")
+        assert it.app.screen.query_one(PlanForm).values["model"] == tiny, "another adapter starts from the base"
+
+
+async def test_a_fully_trained_model_is_loaded_afterwards(opened: Open, tiny: str, corpus: Path) -> None:
+    async with opened() as it:
+        await it.plan(tiny, corpus, steps=2, method="full", fresh=True)
+        await it.press("s")
+        await it.until(lambda: "full-1 has ended and is saved" in it.told(), "the end")
+        assert it.app.session.place.model == "full-1"
+        assert (paths.runs() / "full-1" / "model" / "config.json").is_file()
+
+
+async def test_pausing_holds_the_steps_and_space_goes_on(opened: Open, tiny: str, corpus: Path, size: Size) -> None:
+    async with opened(size) as it:
+        run = await it.started(tiny, corpus, steps=LONG)
+        await it.until(lambda: f"{run}  running" in headline(it), "the headline")
+        await it.press("space")
+        await it.until(lambda: f"{run}  paused" in headline(it), "the pause")
+        await it.until(lambda: " paused " in it.rows()[1], "the pause in the status")
+        held = RunStore().run(run).step
+        await it.until(lambda: "paused" in log(it), "the event")
+        assert RunStore().run(run).step == held
+        await it.press("space")
+        await it.until(lambda: RunStore().run(run).step > held, "another step")
+        await it.until(lambda: "goes on" in log(it), "the event")
+        await it.until(lambda: " paused " not in it.rows()[1], "the status without the pause")
+
+
+async def test_stopping_saves(opened: Open, tiny: str, corpus: Path) -> None:
+    async with opened() as it:
+        run = await it.started(tiny, corpus, steps=LONG)
+        await it.until(lambda: run in headline(it), "the headline")
+        await it.press("x")
+        await it.until(lambda: f"{run}  stopped" in headline(it), "the end")
+        await it.until(lambda: not it.app.session.jobs, "the end of the job")
+        assert "ends after this step and saves" in it.told()
+        assert (paths.runs() / run / "adapter" / "adapter_model.safetensors").is_file()
+        assert 0 < RunStore().run(run).step < LONG
+
+
+async def test_stopping_a_paused_run_ends_it(opened: Open, tiny: str, corpus: Path) -> None:
+    async with opened() as it:
+        run = await it.started(tiny, corpus, steps=LONG)
+        await it.press("space")
+        await it.until(lambda: f"{run}  paused" in headline(it), "the pause")
+        await it.press("x")
+        await it.until(lambda: f"{run}  stopped" in headline(it), "the end")
+
+
+async def test_stop_and_pause_without_a_run_say_so(opened: Open) -> None:
+    async with opened() as it:
+        await it.mode("2", "training")
+        for key, words in (("space", "no run of this app is shown"), ("x", "no run that goes on is shown")):
+            await it.press(key)
+            await it.until(lambda words=words: words in it.told(), words)
+
+
+async def test_x_leaves_a_run_alone_that_is_not_shown(opened: Open, tiny: str, corpus: Path) -> None:
+    store = RunStore()
+    old = store.create("old", "training", "torch", {"method": "lora"}, "gemma-tui train", 2).run_id
+    store.set_state(old, "done")
+    async with opened() as it:
+        run = await it.started(tiny, corpus, steps=LONG)
+        table = await listed(it, run, old)
+        table.move_cursor(row=table.get_row_index(old))
+        await it.press("enter")
+        await it.until(lambda: f"{old}  done" in headline(it), "the old run")
+        await it.press("x")
+        assert not it.app.session.jobs[0].control.stop.is_set()
+
+
+async def test_the_list_has_all_runs_and_enter_opens_one(opened: Open, size: Size) -> None:
+    store = RunStore()
+    for name, state in (("first", "done"), ("second", "failed")):
+        run = store.create(name, "training", "torch", {"method": "full"}, "gemma-tui train", 4).run_id
+        for step in (1, 2, 3):
+            store.record(run, "step", step, {"loss": 5.0 - step, "learning_rate": 1e-3, "grad_norm": 1.0})
+        store.record(run, "warning", 3, {"text": f"{name} stumbled"})
+        store.set_state(run, state, "the loss was not finite" if state == "failed" else "")
+    async with opened(size) as it:
+        await it.mode("2", "training")
+        table = await listed(it, "first-1", "second-1")
+        assert it.sees("run state engine step method age", "first-1 done torch 3/4 full")
+        for name, loss in (("first-1", "loss 2.000"), ("second-1", "the loss was not finite")):
+            await it.press("l")
+            table.move_cursor(row=table.get_row_index(name))
+            await it.press("enter")
+            await it.until(lambda name=name, loss=loss: name in headline(it) and loss in headline(it), name)
+            assert points(it, "loss") == 3
+            assert log(it).strip() == f"3  warning: {name[:-2]} stumbled"
+
+
+OTHER_PROCESS = """
+import sys, time
+from gemma_tui.runs.store import RunStore
+store = RunStore()
+run = store.create("elsewhere", "training", "torch", {"method": "lora"}, "gemma-tui train", 1000).run_id
+print(run, flush=True)
+for step in range(1, 1000):
+    store.record(run, "step", step, {"loss": 3.0, "learning_rate": 1e-3, "grad_norm": 1.0, "tokens_per_second": 9.0})
+    if store.run(run).request == "stop":
+        store.set_state(run, "stopped")
+        break
+    time.sleep(0.05)
+"""
+
+
+async def test_a_run_of_another_process_is_watched_asked_to_stop_and_known_as_lost(opened: Open) -> None:
+    other = subprocess.Popen([sys.executable, "-c", OTHER_PROCESS], stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout is not None
+        run = other.stdout.readline().strip()
+        async with opened() as it:
+            await it.mode("2", "training")
+            await listed(it, run)
+            await it.press("enter")
+            await it.until(lambda: f"{run}  running" in headline(it) and points(it, "loss") > 1, "the run")
+            seen = points(it, "loss")
+            await it.until(lambda: points(it, "loss") > seen, "more of it")
+            await it.press("space")
+            await it.until(lambda: "no run of this app is shown" in it.told(), "that it cannot be paused")
+            await it.press("x")
+            await it.until(lambda: f"{run} was asked to stop" in it.told(), "the request")
+            await it.until(lambda: f"{run}  stopped" in headline(it), "its end")
+            RunStore().set_state(run, "running")
+            other.wait(30)
+            await it.until(lambda: f"{run}  lost" in headline(it), "the loss of its process")
+    finally:
+        other.kill()
+        other.wait()
+        other.stdout.close()  # type: ignore[union-attr]
+
+
+async def test_a_run_that_fails_tells_it_once_and_the_app_goes_on(opened: Open, tiny: str, corpus: Path) -> None:
+    async with opened(model=tiny) as it:
+        await it.loaded(tiny)
+        await it.plan(tiny, corpus / "nowhere.jsonl")
+        await it.press("s")
+        await it.until(lambda: "does not exist" in it.told(), "the reason")
+        assert it.told().count("nowhere.jsonl") == 1
+        await it.until(lambda: "lora-1  failed" in headline(it) and "does not exist" in headline(it), "the headline")
+        run = await it.started(tiny, corpus, steps=LONG)
+        await it.until(lambda: f"{run}  running" in headline(it), "the next run")
+
+
+async def test_a_fault_that_no_one_foresaw_is_told_and_the_app_goes_on(
+    opened: Open, tiny: str, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from engines.torch.engine import TorchEngine
+
+    def burst(*arguments: object) -> None:
+        raise ZeroDivisionError("by nothing")
+
+    monkeypatch.setattr(TorchEngine, "train_step", burst)
+    async with opened() as it:
+        await it.plan(tiny, corpus)
+        await it.press("s")
+        await it.until(lambda: "ZeroDivisionError: by nothing" in it.told(), "the fault")
+        await it.until(lambda: "lora-1  failed" in headline(it), "the headline")
+
+
+async def test_a_name_that_is_none_is_refused_in_one_message(opened: Open, tiny: str, corpus: Path) -> None:
+    async with opened() as it:
+        await it.plan(tiny, corpus, name="../up")
+        await it.press("s")
+        await it.until(lambda: "is no run name" in it.told(), "the reason")
+        await it.until(lambda: "did not start" in headline(it), "the headline")
+
+
+@pytest.mark.skipif(len(available_engines()) < 2, reason="one engine only")
+async def test_switching_the_engine_leaves_the_run_where_it_is(
+    opened: Open, tiny: str, corpus: Path, size: Size
+) -> None:
+    first, other = ENGINES
+    async with opened(size, engine=first) as it:
+        run = await it.started(tiny, corpus, steps=LONG)
+        await it.press("e")
+        assert it.app.session.engine == other
+        await it.until(lambda: f"engine {other}; {run} goes on with {first}" in it.told(), "what goes on")
+        await it.until(lambda: it.rows()[1].strip().startswith(other) and f"{run} on {first}" in it.rows()[1], "status")
+        share = it.app.session.jobs[0].share
+        await it.until(lambda: it.app.session.jobs[0].share > share, "another step")
+
+        await it.plan(tiny, corpus, steps=LONG, name="second")
+        await it.press("s")
+        await it.until(lambda: "second-1  running" in headline(it), "the run that was started last")
+        assert len(it.app.session.jobs) == 2
+
+
+async def test_the_loss_gets_a_logarithmic_axis(opened: Open, tiny: str, corpus: Path) -> None:
+    async with opened() as it:
+        await it.plan(tiny, corpus, steps=3)
+        await it.press("s")
+        await it.until(lambda: "lora-1  done" in headline(it), "the end")
+        await it.press("y")
+        await it.until(lambda: it.sees("loss, nats per token (log)"), "the axis")
+        await it.press("y")
+        await it.until(lambda: not it.sees("(log)"), "the axis")
+
+
+async def test_the_rest_of_the_time_is_told_from_the_steps(opened: Open) -> None:
+    """An evaluation also has its seconds; they are not those of the steps."""
+    store = RunStore()
+    run = store.create("timed", "training", "torch", {"method": "lora"}, "gemma-tui train", 100).run_id
+    store.record(run, "step", 10, {"loss": 3.0, "seconds": 20.0})
+    store.record(run, "evaluation", 10, {"valid_loss": 3.0, "seconds": 0.1})
+    async with opened() as it:
+        await it.mode("2", "training")
+        await listed(it, run)
+        await it.press("enter")
+        await it.until(lambda: "3:00 min left" in headline(it), "the time")
+
+
+async def test_the_store_being_gone_is_told_once_and_the_app_lives(opened: Open) -> None:
+    async with opened() as it:
+        await it.mode("2", "training")
+        await it.until(lambda: (paths.runs() / "gemma-tui.db").exists(), "the store")
+        store = it.app.screen._store  # type: ignore[attr-defined]
+        run = store.create("gone", "training", "torch", {"method": "lora"}, "gemma-tui train", 100).run_id
+        await listed(it, run)
+        await it.press("enter")
+        await it.until(lambda: run in headline(it), "the run")
+        store._db.execute("DROP TABLE gt_events")
+        await it.until(lambda: "gemma-tui.db" in it.told(), "the reason")
+        time.sleep(0)
+        await it.press("x")
+        await it.mode("1", "models")
+
+
+async def test_no_store_at_all_is_told(opened: Open, home: Path) -> None:
+    home.mkdir()
+    shutil.rmtree(paths.runs(), ignore_errors=True)
+    paths.runs().write_text("a file where a folder should be")
+    async with opened() as it:
+        await it.mode("2", "training")
+        await it.until(lambda: "cannot be made" in it.told(), "the reason")
+        for key in ("l", "w", "x", "space", "y", "p"):
+            await it.press(key)
+
+
+async def test_the_form_takes_the_model_that_is_loaded_unless_one_was_chosen(opened: Open, tiny: str) -> None:
+    shutil.copytree(paths.models() / tiny, paths.models() / "tinier")
+    async with opened() as it:
+        await it.mode("2", "training")
+        form = it.app.screen.query_one(PlanForm)
+        for name in (tiny, "tinier"):
+            it.app.load(name)
+            await it.loaded(name)
+            await it.mode("1", "models")
+            await it.mode("2", "training")
+            assert form.values["model"] == name
+        form.set("model", "chosen")
+        it.app.load(tiny)
+        await it.loaded(tiny)
+        await it.mode("1", "models")
+        await it.mode("2", "training")
+        assert form.values["model"] == "chosen"
+
+
+def test_the_form_has_every_option_of_the_plan() -> None:
+    form = PlanForm(TrainingPlan)
+    assert list(form.values) == list(TrainingPlan.__dataclass_fields__)
