@@ -21,6 +21,7 @@ from textual.dom import DOMNode
 from textual.screen import Screen
 
 from engines.errors import EngineError
+from engines.memory import is_out_of_memory
 from gemma_tui.screens.workbench import AFTER_FIRST_FRAME, Workbench
 from gemma_tui.session import Job, Session
 from gemma_tui.text import one_line
@@ -251,7 +252,7 @@ class GemmaTui(App[None]):
 
 def _fault(error: BaseException) -> str:
     """A line for an error that no one foresaw; out of memory is the one that has a remedy."""
-    if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
+    if is_out_of_memory(error):
         return "not enough memory: choose a smaller model, batch or sequence length"
     return f"{type(error).__name__}: {error}; please report this"
 

@@ -12,12 +12,14 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from engines.errors import EngineError
+from engines.memory import is_out_of_memory
 from gemma_tui import VERSION
 from gemma_tui.errors import UsageError
 from gemma_tui.output import Output, error_line
 from gemma_tui.text import clean
 
 DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+OUT_OF_MEMORY = "not enough memory: choose a smaller model, batch or sequence length"
 COMMANDS = "models list, generate, train, runs list, doctor"
 
 
@@ -43,10 +45,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = getattr(importlib.import_module(f"gemma_tui.commands.{module}"), function)(args, output)
     except EngineError as error:
         return _failed(output, error, USAGE if isinstance(error, UsageError) else FAILED, args.debug)
-    except MemoryError as error:
-        return _failed(
-            output, MemoryError(f"not enough memory: choose a smaller model or batch{error}"), FAILED, args.debug
-        )
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return _failed(output, EngineError(OUT_OF_MEMORY), FAILED, args.debug)
     except KeyboardInterrupt:
         output.row("end", status="interrupted")
         return INTERRUPTED

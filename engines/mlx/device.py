@@ -38,6 +38,13 @@ def used(device: mx.Device) -> int:
     return mx.get_active_memory()
 
 
+def free(device: mx.Device) -> int:
+    """Bytes that are still to be had."""
+    if device.type == mx.cpu:
+        return int(psutil.virtual_memory().available)
+    return describe(device).memory_total - mx.get_active_memory()
+
+
 def release() -> None:
     """Give cached blocks back."""
     mx.clear_cache()

@@ -26,9 +26,11 @@ from engines.checkpoints import as_bfloat16, iterate_model, write_json, write_sa
 from engines.errors import UnsupportedError
 from engines.gemma3 import Gemma3Config, read_config
 from engines.initialisation import gemma3_weights
+from engines.memory import TRAINED_BYTES, ensure_memory
 from engines.mlx import adapters, decoding, device, training
 from engines.mlx.model import Gemma3
 
+ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16}
 LOG_PROBS_ROWS = 64
 
@@ -90,6 +92,9 @@ class MLXEngine:
 
     def start_training(self, settings: TrainingSettings) -> int:
         model = self._loaded()
+        lora = settings.lora
+        trained = model.config.parameter_count() if lora is None else model.config.lora_count(lora.rank, lora.targets)
+        ensure_memory("training", TRAINED_BYTES * trained, device.free(self._device))
         self._settings = settings
         self._optimizer = training.start_training(model, settings)
         return sum(p.size for _, p in tree_flatten(model.trainable_parameters()))
@@ -148,6 +153,11 @@ class MLXEngine:
         chosen = dtype or self.device().dtypes[0]
         if chosen not in DTYPES:
             raise UnsupportedError(f"dtype {chosen!r} is not offered: Gemma-3 runs in {' or '.join(DTYPES)}")
+        ensure_memory(
+            f"{folder or 'the model'} in {chosen}",
+            ITEM_BYTES[chosen] * config.parameter_count(),
+            device.free(self._device),
+        )
         # MLX is lazy: the zeros a module starts with are never made, since every parameter is replaced.
         model = Gemma3(config, DTYPES[chosen])
         done, total = 0, config.parameter_count()

@@ -41,7 +41,7 @@ def chunked_cross_entropy(hidden: mx.array, weight: mx.array, labels: mx.array, 
     def loss_and_gradients(hidden: mx.array, weight: mx.array) -> tuple[mx.array, mx.array, mx.array]:
         count = hidden.shape[0]
         size = max(1, LOGITS_BYTES // (4 * max(1, count)))
-        tiles = mx.split(weight, list(range(size, weight.shape[0], size)))
+        tiles: Any = mx.split(weight, list(range(size, weight.shape[0], size)))
         top = mx.full((count, 1), -math.inf)
         mass = mx.zeros((count, 1))
         mean_row = mx.zeros(hidden.shape)

@@ -32,6 +32,15 @@ def used(device: torch.device) -> int:
     return int(psutil.Process().memory_info().rss)
 
 
+def free(device: torch.device) -> int:
+    """Bytes that are still to be had."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
+    return int(psutil.virtual_memory().available)
+
+
 def release(device: torch.device) -> None:
     """Give cached blocks back."""
     if device.type == "cuda":

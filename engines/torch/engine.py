@@ -25,9 +25,11 @@ from engines.checkpoints import as_bfloat16, iterate_model, write_json, write_sa
 from engines.errors import UnsupportedError
 from engines.gemma3 import Gemma3Config, read_config
 from engines.initialisation import gemma3_weights
+from engines.memory import TRAINED_BYTES, ensure_memory
 from engines.torch import adapters, decoding, device, training
 from engines.torch.model import Gemma3
 
+ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 LOG_PROBS_ROWS = 64
 
@@ -89,6 +91,9 @@ class TorchEngine:
 
     def start_training(self, settings: TrainingSettings) -> int:
         model = self._loaded()
+        lora = settings.lora
+        trained = model.config.parameter_count() if lora is None else model.config.lora_count(lora.rank, lora.targets)
+        ensure_memory("training", TRAINED_BYTES * trained, device.free(self._device))
         self._settings = settings
         self._optimizer = training.start_training(model, settings)
         return sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -149,6 +154,11 @@ class TorchEngine:
         chosen = dtype or self.device().dtypes[0]
         if chosen not in DTYPES:
             raise UnsupportedError(f"dtype {chosen!r} is not offered: Gemma-3 runs in {' or '.join(DTYPES)}")
+        ensure_memory(
+            f"{folder or 'the model'} in {chosen}",
+            ITEM_BYTES[chosen] * config.parameter_count(),
+            device.free(self._device),
+        )
         with torch.device("meta"):
             model = Gemma3(config, DTYPES[chosen])
         done, total = 0, config.parameter_count()

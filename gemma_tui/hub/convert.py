@@ -16,7 +16,8 @@ import numpy as np
 from engines.base import Progress
 from engines.checkpoints import as_bfloat16, write_json, write_safetensors
 from engines.gemma3 import parse_config
-from engines.gguf import gemma3_config, gemma3_tensors, read_gguf, tokenizer_json
+from engines.gguf import read_gguf
+from engines.gguf_gemma3 import gemma3_config, gemma3_tensors, tokenizer_json
 from gemma_tui import paths
 from gemma_tui.errors import GemmaTuiError, UsageError
 from gemma_tui.rows import read_split_rows

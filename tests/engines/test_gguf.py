@@ -20,7 +20,7 @@ from gguf.quants import quantize
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from engines import gguf
+from engines import gguf, gguf_gemma3
 from engines.errors import CheckpointError
 
 HIDDEN, FFN, HEADS, HEAD_DIM = 32, 64, 2, 32
@@ -96,10 +96,10 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def import_all(path: Path) -> None:
     file = gguf.read_gguf(path)
-    json.dumps(gguf.gemma3_config(file))
-    for _ in gguf.gemma3_tensors(file):
+    json.dumps(gguf_gemma3.gemma3_config(file))
+    for _ in gguf_gemma3.gemma3_tensors(file):
         pass
-    json.dumps(gguf.tokenizer_json(file))
+    json.dumps(gguf_gemma3.tokenizer_json(file))
 
 
 def refusal(path: Path) -> str:
@@ -115,7 +115,7 @@ def refusal(path: Path) -> str:
 
 
 def test_parameters_have_hugging_face_names_shapes_and_values(tiny: Path) -> None:
-    found = dict(gguf.gemma3_tensors(gguf.read_gguf(tiny)))
+    found = dict(gguf_gemma3.gemma3_tensors(gguf.read_gguf(tiny)))
     assert len(found) == len(shapes())
     assert all(array.dtype == np.float32 for array in found.values())
     layer = "model.layers.0."
@@ -128,7 +128,7 @@ def test_parameters_have_hugging_face_names_shapes_and_values(tiny: Path) -> Non
 
 
 def test_norms_lose_the_one_that_llama_cpp_adds(tiny: Path) -> None:
-    found = dict(gguf.gemma3_tensors(gguf.read_gguf(tiny)))
+    found = dict(gguf_gemma3.gemma3_tensors(gguf.read_gguf(tiny)))
     sources = ["attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm"]
     for path, source in zip(NORM_PATHS, sources, strict=True):
         np.testing.assert_array_equal(found[f"model.layers.0.{path}.weight"], values(f"blk.0.{source}.weight") - 1)
@@ -145,7 +145,7 @@ def test_large_tensors_are_dequantised_in_pieces(tiny: Path, monkeypatch: pytest
 
 
 def test_config(tiny: Path) -> None:
-    config = gguf.gemma3_config(gguf.read_gguf(tiny))
+    config = gguf_gemma3.gemma3_config(gguf.read_gguf(tiny))
     expected = {
         "architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", "vocab_size": len(PIECES),
         "hidden_size": HIDDEN, "intermediate_size": FFN, "num_hidden_layers": 1, "num_attention_heads": HEADS,
@@ -167,7 +167,7 @@ def test_linear_rope_scaling_and_end_of_turn(tmp_path: Path) -> None:
         writer.add_eos_token_id(1)
         writer.add_eot_token_id(4)
 
-    config = gguf.gemma3_config(gguf.read_gguf(write_tiny(tmp_path / "m.gguf", change)))
+    config = gguf_gemma3.gemma3_config(gguf.read_gguf(write_tiny(tmp_path / "m.gguf", change)))
     assert config["rope_scaling"] == {"rope_type": "linear", "factor": 8.0}
     assert config["eos_token_id"] == [1, 4]
 
@@ -175,11 +175,11 @@ def test_linear_rope_scaling_and_end_of_turn(tmp_path: Path) -> None:
 def test_the_27b_divides_its_queries_differently(tiny: Path) -> None:
     file = gguf.read_gguf(tiny)
     file.metadata.update({"gemma3.block_count": 62, "gemma3.embedding_length": 5376, "gemma3.attention.head_count": 32})
-    assert gguf.gemma3_config(file)["query_pre_attn_scalar"] == 168
+    assert gguf_gemma3.gemma3_config(file)["query_pre_attn_scalar"] == 168
 
 
 def test_merges_follow_score_then_lengths(tiny: Path) -> None:
-    tokenizer = gguf.tokenizer_json(gguf.read_gguf(tiny))
+    tokenizer = gguf_gemma3.tokenizer_json(gguf.read_gguf(tiny))
     assert tokenizer["model"]["merges"] == [
         ("\n", "\n"), ("▁", "▁"), ("a", "b"), ("ab", "ab"), ("a", "bab"), ("▁", "ab"), ("b", "ab"),
     ]  # fmt: skip
@@ -191,7 +191,7 @@ def test_merges_follow_score_then_lengths(tiny: Path) -> None:
 
 def test_padding_rows_are_not_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(globals(), "KINDS", [*KINDS[:-1], 5])
-    tokenizer = gguf.tokenizer_json(gguf.read_gguf(write_tiny(tmp_path / "m.gguf")))
+    tokenizer = gguf_gemma3.tokenizer_json(gguf.read_gguf(write_tiny(tmp_path / "m.gguf")))
     assert "\n" not in tokenizer["model"]["vocab"]
     assert len(tokenizer["added_tokens"]) == 7
 
@@ -397,7 +397,7 @@ def test_hostile_vocabulary(tiny: Path, key: str, value: object) -> None:
     file = gguf.read_gguf(tiny)
     file.metadata[f"tokenizer.ggml.{key}"] = value
     with pytest.raises(CheckpointError, match=r"tiny\.gguf"):
-        gguf.tokenizer_json(file)
+        gguf_gemma3.tokenizer_json(file)
 
 
 @pytest.mark.parametrize(
@@ -414,7 +414,7 @@ def test_hostile_architecture(tiny: Path, key: str, value: object) -> None:
     file = gguf.read_gguf(tiny)
     file.metadata[f"gemma3.{key}"] = value
     with pytest.raises(CheckpointError, match=r"tiny\.gguf"):
-        gguf.gemma3_config(file)
+        gguf_gemma3.gemma3_config(file)
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -496,7 +496,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> gguf.GGUFFile:
 
 @pytest.fixture(scope="module")
 def real_tokenizer(real: gguf.GGUFFile) -> str:
-    return json.dumps(gguf.tokenizer_json(real), sort_keys=True)
+    return json.dumps(gguf_gemma3.tokenizer_json(real), sort_keys=True)
 
 
 def test_real_tokenizer_is_googles(real_tokenizer: str) -> None:
@@ -517,10 +517,10 @@ def test_real_values(real: gguf.GGUFFile) -> None:
 
 
 def test_real_model(real: gguf.GGUFFile) -> None:
-    config = gguf.gemma3_config(real)
+    config = gguf_gemma3.gemma3_config(real)
     assert (config["num_hidden_layers"], config["hidden_size"], config["vocab_size"]) == (18, 640, 262_144)
     assert [i for i, kind in enumerate(config["layer_types"]) if kind == "full_attention"] == [5, 11, 17]
     assert (config["sliding_window"], config["rms_norm_eps"], config["query_pre_attn_scalar"]) == (512, 1e-6, 256)
-    names = {name: array for name, array in gguf.gemma3_tensors(real) if name.endswith("norm.weight")}
+    names = {name: array for name, array in gguf_gemma3.gemma3_tensors(real) if name.endswith("norm.weight")}
     assert len(names) == 18 * 6 + 1
     assert names["model.norm.weight"][:6].tolist() == [6.125, 8.5625, 46.0, 144.0, 282.0, 5.8125]

@@ -437,7 +437,7 @@ def hostile_option() -> list[str]:
 
 
 def hostile_debug() -> list[str]:
-    return [*hostile_folder(), "--debug"]
+    return [*hostile_rows(), "--debug"]
 
 
 @pytest.mark.parametrize("as_json", [[], ["--json"]], ids=["text", "json"])
