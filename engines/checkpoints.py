@@ -12,9 +12,10 @@ import math
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -233,21 +234,32 @@ def write_safetensors(
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
     blob = json.dumps(header).encode()
     blob += b" " * (-len(blob) % 8)
+    with replacing(path) as file:
+        file.write(len(blob).to_bytes(8, "little") + blob)
+        for (name, array), expected in zip(tensors, shapes, strict=True):
+            dtype, shape = shapes[expected]
+            if name != expected or array.shape != shape or array.itemsize != ITEM_BYTES[dtype]:
+                raise ValueError(f"{name} {array.dtype} {array.shape} does not follow the header at {expected}")
+            file.write(np.ascontiguousarray(array).data)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file that takes the place of ``path`` when the block ends well, whole and on disk; the old one stays if not.
+
+    Raises:
+        CheckpointError: the disk is full or not writable; nothing is left behind.
+    """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with partial.open("wb") as file:
-            file.write(len(blob).to_bytes(8, "little") + blob)
-            for (name, array), expected in zip(tensors, shapes, strict=True):
-                dtype, shape = shapes[expected]
-                if name != expected or array.shape != shape or array.itemsize != ITEM_BYTES[dtype]:
-                    raise ValueError(f"{name} {array.dtype} {array.shape} does not follow the header at {expected}")
-                file.write(np.ascontiguousarray(array).data)
+            yield file
+            file.flush()
             sync(file.fileno())
         partial.replace(path)
     except OSError as error:
-        raise CheckpointError(
-            f"{path} cannot be written ({error.strerror}): free some space or take another folder"
-        ) from None
+        reason = f"{path} cannot be written ({error.strerror}): free some space or take another folder"
+        raise CheckpointError(reason) from None
     finally:
         partial.unlink(missing_ok=True)
 
@@ -265,20 +277,8 @@ def write_json(path: Path, value: Any) -> None:
     Raises:
         CheckpointError: the disk is full or not writable; the old file stays.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            json.dump(value, file, ensure_ascii=False, indent=2)
-            file.write("\n")
-            file.flush()
-            sync(file.fileno())
-        partial.replace(path)
-    except OSError as error:
-        raise CheckpointError(
-            f"{path} cannot be written ({error.strerror}): free some space or take another folder"
-        ) from None
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(path) as file:
+        file.write((json.dumps(value, ensure_ascii=False, indent=2) + "\n").encode())
 
 
 def sync(descriptor: int) -> None:

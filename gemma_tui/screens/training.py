@@ -296,7 +296,7 @@ def _headline(view: RunView) -> str:
         parts.append(f"{duration((run.steps - run.step) * last['seconds'] / run.step)} left")
     if run.error:
         parts.append(run.error)
-    return one_line("  ".join(parts), 300)
+    return "  ".join(one_line(part, 300) for part in parts)
 
 
 def _event_line(event: Row) -> str:
@@ -312,4 +312,4 @@ def _event_line(event: Row) -> str:
         "pause": lambda: "paused",
         "resume": lambda: "goes on",
     }.get(event.kind)
-    return one_line(f"{event.step:>6}  {text()}", 200) if text else ""
+    return f"{event.step:>6}  {one_line(text(), 200)}" if text else ""

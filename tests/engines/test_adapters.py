@@ -147,6 +147,25 @@ def test_an_adapter_of_peft_loads_with_equal_logits(
     assert np.abs(found - plain).max() > 0.1
 
 
+def test_gradients_of_the_factors_are_those_of_peft(
+    engine: Engine, base: Path, tokens: Tokens, reference_model: Callable[[Path], Any], tmp_path: Path
+) -> None:
+    import torch
+
+    text, labels = tokens(12, batch=2), tokens(12, batch=2, seed=1)
+    theirs = peft_adapter(reference_model(base), tmp_path)
+    logits = theirs(torch.from_numpy(text).long()).logits.flatten(0, 1)
+    torch.nn.functional.cross_entropy(logits, torch.from_numpy(labels).long().flatten(), reduction="sum").backward()
+    expected = {name: p.grad.numpy() for name, p in theirs.named_parameters() if "lora_" in name}
+    engine.load(base, "float32")
+    engine.load_adapter(tmp_path)
+    found = inside.gradients(engine, Batch(text, labels))
+    assert len(found) == len(expected)
+    for name, gradient in found.items():
+        theirs_too = expected[f"base_model.model.{name}.default.weight"]
+        np.testing.assert_allclose(gradient, theirs_too, rtol=0, atol=1e-4 * np.abs(theirs_too).max(), err_msg=name)
+
+
 def test_an_adapter_of_peft_comes_back_from_us_unchanged(
     engine: Engine, base: Path, reference_model: Callable[[Path], Any], tmp_path: Path
 ) -> None:

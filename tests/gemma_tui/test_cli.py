@@ -267,14 +267,17 @@ def test_an_interrupt_while_a_command_works_is_told(command: Commands, monkeypat
     assert (code, rows, errors) == (130, [{"kind": "end", "status": "interrupted"}], "")
 
 
-def test_memory_that_does_not_suffice_is_one_line(command: Commands, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)")])
+def test_memory_that_does_not_suffice_is_one_line(
+    command: Commands, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
     def exhaust(*given: object) -> None:
-        raise MemoryError
+        raise error
 
     monkeypatch.setattr("gemma_tui.commands.models.local_models", exhaust)
     code, rows, errors = command("models", "list")
     assert (code, kinds(rows), errors.count("\n")) == (1, ["end"], 1)
-    assert "not enough memory: choose a smaller model or batch" in errors
+    assert "not enough memory: choose a smaller model" in errors
 
 
 def test_a_run_broken_off_between_two_events_does_not_stay_running(

@@ -1,0 +1,61 @@
+"""Make the pictures of the README from the app itself: ``python -m tests.screenshots``."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from textual.pilot import Pilot
+from textual.widgets import Static
+
+from gemma_tui.app import GemmaTui
+from gemma_tui.widgets.plan_form import PlanForm
+
+FOLDER = Path(__file__).resolve().parent.parent / "assets" / "screenshots"
+SIZE = (120, 34)
+STEPS = 60
+
+
+async def until(pilot: Pilot[None], done: Callable[[], bool], seconds: float = 120) -> None:
+    """Let the app go on until something holds."""
+    for _ in range(int(seconds * 10)):
+        if done():
+            return
+        await pilot.pause(0.1)
+    raise TimeoutError("the app did not get there")
+
+
+async def main() -> None:
+    """A LoRA run on nano, followed to its end, and a text from the tuned model."""
+    app = GemmaTui()
+    async with app.run_test(size=SIZE) as pilot:
+        await until(pilot, lambda: bool(app.session.place.model))
+        await pilot.pause(1)
+        app.save_screenshot("models.svg", str(FOLDER))
+        await pilot.press("2")
+        await pilot.pause(0.5)
+        form = app.screen.query_one(PlanForm)
+        for name, value in (("data", "assets/corpus"), ("steps", STEPS), ("evaluate_every", 10)):
+            form.set(name, value)
+        form.set("learning_rate", 1e-3)
+        await pilot.press("s")
+        headline = app.screen.query_one("#headline", Static)
+        await until(pilot, lambda: f"{STEPS * 3 // 4}/{STEPS}" in str(headline.content))
+        await pilot.pause(0.6)
+        app.save_screenshot("training.svg", str(FOLDER))
+        await until(pilot, lambda: not app.session.jobs)
+        await pilot.press("5")
+        await pilot.pause(0.5)
+        await pilot.press("g")
+        await until(pilot, lambda: not app.session.jobs)
+        await pilot.pause(0.5)
+        app.save_screenshot("generation.svg", str(FOLDER))
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as home:
+        os.environ["GEMMA_TUI_HOME"] = home
+        asyncio.run(main())
