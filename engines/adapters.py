@@ -167,7 +167,7 @@ def _read_peft_config(path: Path) -> LoRASettings:
     rank, alpha, targets = raw.get("r"), raw.get("lora_alpha"), raw.get("target_modules")
     if type(rank) is not int or not 0 < rank <= 65536:
         raise CheckpointError(f"{path} has no valid r: fetch the adapter again")
-    if not isinstance(alpha, int | float):
+    if not _within(alpha, -1e6, 1e6):
         raise CheckpointError(f"{path} has no valid lora_alpha: fetch the adapter again")
     if not isinstance(targets, list) or not all(
         isinstance(t, str) and re.fullmatch(r"[\w.]{1,80}", t) for t in targets

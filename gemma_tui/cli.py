@@ -28,6 +28,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         error_line(f"{message}; `{self.prog} --help` shows what there is")
+        Output("--json" in sys.argv).row("end", status="failed", error=message)
         sys.exit(USAGE)
 
 

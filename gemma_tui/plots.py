@@ -20,7 +20,7 @@ SIGNS = ("⠒", "x", "o", "+", "*", "#", "@")
 
 @dataclass
 class Series:
-    """A named line; a y that is None or not finite is a gap."""
+    """A named line; a y that is None or not finite is left out."""
 
     label: str
     x: list[float] = field(default_factory=list)

@@ -18,6 +18,16 @@ def data_path(written: str) -> Path:
         return Path(written)
 
 
+def read_sources(sources: str) -> tuple[list[str], list[str]]:
+    """Texts for training and for validation of all files and folders that are named, with commas between.
+
+    Raises:
+        GemmaTuiError: as ``read_split_rows``.
+    """
+    found = [read_split_rows(data_path(part.strip())) for part in sources.split(",") if part.strip()]
+    return [row for train, _ in found for row in train], [row for _, valid in found for row in valid]
+
+
 def read_split_rows(path: Path) -> tuple[list[str], list[str]]:
     """Texts for training and for validation: of a folder's ``train`` and ``valid`` files, or of one file and none.
 

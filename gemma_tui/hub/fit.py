@@ -40,7 +40,7 @@ def band(needed: int, available: int) -> str:
 def state(item: Summary) -> str:
     """What one can do with a model here, in a few words."""
     if item.problem:
-        return "broken"
+        return "no weights" if item.parameters else "broken"
     if not item.installed:
         return "import with enter" if packaged() else "needs the extra `demo`"
     return band(4 * item.parameters, psutil.virtual_memory().total)

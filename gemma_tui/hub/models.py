@@ -20,6 +20,7 @@ NANO = "nano"
 REAL = "gemma-3-270m"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
 NAME = re.compile(r"[\w.\-]{1,120}")
+WEIGHTS = re.compile(r"\.(safetensors(\.index\.json)?|bin|pt|pth|pkl)$")
 REPO_ID = re.compile(r"[\w][\w.\-]{0,95}/[\w][\w.\-]{0,95}")
 
 
@@ -100,6 +101,9 @@ def summary(model: Model) -> Summary:
     """Size, dtype and parameter count from the files' headers; no weights are read."""
     try:
         config = model.config()
+        if not any(WEIGHTS.search(path.name) for path in model.folder.iterdir()):
+            fresh = f"no weights yet: `gemma-tui train --model {model.name} --fresh --method full` makes them"
+            return Summary(model, config.parameter_count(), problem=fresh)
         tensors = model_tensors(model.folder)
     except EngineError as error:
         return Summary(model, problem=str(error))

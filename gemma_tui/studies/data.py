@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from engines.base import IGNORED, Batch
 from gemma_tui.errors import GemmaTuiError
-from gemma_tui.rows import read_split_rows
+from gemma_tui.rows import read_sources
 from gemma_tui.tokenizer import BOS, EOS, PAD, Tokenizer
 
 PADDING = 32
@@ -36,22 +35,25 @@ class Splits:
     valid_characters: int
 
 
-def read_splits(path: Path, tokenizer: Tokenizer, sequence_length: int) -> Splits:
-    """Windows for training and validation from a ``.txt`` or ``.jsonl`` file, or a folder with ``train`` and ``valid``.
+def read_splits(sources: str, tokenizer: Tokenizer, sequence_length: int) -> Splits:
+    """Windows for training and validation from ``.txt`` or ``.jsonl`` files, or folders with ``train`` and ``valid``.
+
+    Args:
+        sources: one path, or several with commas between.
 
     Without validation rows the last 5 % of the training windows are held out.
 
     Raises:
         GemmaTuiError: files are missing, unreadable or empty, or a row has no ``text``.
     """
-    train_rows, valid_rows = read_split_rows(path)
+    train_rows, valid_rows = read_sources(sources)
     train = windows(train_rows, tokenizer, sequence_length)
     valid = windows(valid_rows, tokenizer, sequence_length)
     if not valid:
         held = max(1, int(len(train) * VALID_SHARE)) if len(train) > 1 else 0
         train, valid = train[: len(train) - held], train[len(train) - held :]
     if not train:
-        raise GemmaTuiError(f"{path} holds no text to train on: name a file with some")
+        raise GemmaTuiError(f"{sources} holds no text to train on: name a file with some")
     return Splits(train, valid, sum(map(len, train_rows)), sum(map(len, valid_rows)))
 
 

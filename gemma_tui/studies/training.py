@@ -11,7 +11,6 @@ from pathlib import Path
 from engines.base import Engine, LoRASettings, TrainingSettings
 from gemma_tui.errors import GemmaTuiError, UsageError
 from gemma_tui.hub.models import Model, copy_tokenizer, resolve
-from gemma_tui.rows import data_path
 from gemma_tui.studies.data import Splits, evaluation_batches, read_splits, training_batches
 from gemma_tui.studies.events import Control, Event
 from gemma_tui.studies.plan import option
@@ -31,7 +30,9 @@ class TrainingPlan:
     """What a training run is. Every field is an option of ``gemma-tui train`` and a line of the form."""
 
     model: str = option("", "model: a name, a folder, a hub id or a run", required=True, group="What")
-    data: str = option("", "text: a .jsonl or .txt file, or a folder with train and valid", required=True, group="What")
+    data: str = option(
+        "", "text: .jsonl or .txt, or a folder with train and valid; several with commas", required=True, group="What"
+    )
     method: str = option("lora", "what is trained", choices=METHODS, group="What")
     name: str = option("", "name of the run; empty takes the method", group="What")
     fresh: bool = option(False, "start from new weights of the model's shape", group="What")
@@ -130,7 +131,7 @@ def train(engine: Engine, plan: TrainingPlan, folder: Path, control: Control) ->
     model = resolve(plan.model)
     yield Event("load", values={"model": model.name})
     _open_model(engine, model, plan)
-    splits = read_splits(data_path(plan.data), read_tokenizer(model.folder), plan.sequence_length)
+    splits = read_splits(plan.data, read_tokenizer(model.folder), plan.sequence_length)
     trainable = engine.start_training(chosen)
     yield Event("start", values=_facts(engine, plan, model, splits, trainable))
 

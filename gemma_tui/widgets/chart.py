@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 
 from rich.text import Text
@@ -56,5 +55,5 @@ class Chart(Widget):
         if width < 12 or height < 4:
             return Text()
         title = f"{self.title} (log)" if self.log_axis else self.title
-        colour = "NO_COLOR" not in os.environ
+        colour = not self.app.no_color
         return Text.from_ansi(draw(self.series, width, height, title, self.log_axis, colour), no_wrap=True)

@@ -41,7 +41,10 @@ class StatusLine(Widget):
     """engine · device · dtype · model · memory · what is running."""
 
     DEFAULT_CSS = """
-    StatusLine { height: 1; text-wrap: nowrap; text-overflow: ellipsis; background: $boost; color: $foreground; padding: 0 1; }
+    StatusLine {
+        height: 1; padding: 0 1; background: $boost; color: $foreground;
+        text-wrap: nowrap; text-overflow: ellipsis;
+    }
     """
 
     text: reactive[str] = reactive("")

@@ -140,7 +140,7 @@ def test_evaluation_is_spread_over_the_windows() -> None:
 
 
 def test_a_folder_keeps_its_own_validation_rows(corpus: Path, tokenizer: Tokenizer) -> None:
-    splits = read_splits(corpus, tokenizer, 256)
+    splits = read_splits(str(corpus), tokenizer, 256)
     assert [len(splits.train), len(splits.valid)] == [20, 4]
     assert splits.valid_characters == sum(map(len, TEXTS[20:]))
     assert tokenizer.decode(splits.valid[0].tolist()) == TEXTS[20]
@@ -148,13 +148,13 @@ def test_a_folder_keeps_its_own_validation_rows(corpus: Path, tokenizer: Tokeniz
 
 def test_the_last_windows_of_a_single_file_are_held_out(tmp_path: Path, tokenizer: Tokenizer) -> None:
     texts = [f"row {n}" for n in range(40)]
-    splits = read_splits(write_rows(tmp_path / "data.jsonl", texts), tokenizer, 64)
+    splits = read_splits(str(write_rows(tmp_path / "data.jsonl", texts)), tokenizer, 64)
     assert [tokenizer.decode(w.tolist()) for w in splits.train] == texts[:38]
     assert [tokenizer.decode(w.tolist()) for w in splits.valid] == texts[38:]
 
 
 def test_a_single_window_is_trained_on_and_not_held_out(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    splits = read_splits(write_rows(tmp_path / "data.jsonl", ["one"]), tokenizer, 64)
+    splits = read_splits(str(write_rows(tmp_path / "data.jsonl", ["one"])), tokenizer, 64)
     assert [len(splits.train), len(splits.valid)] == [1, 0]
 
 
@@ -164,4 +164,11 @@ def test_data_without_text_are_refused(tmp_path: Path, tokenizer: Tokenizer, nam
     path = tmp_path / name
     path.write_text("") if name.endswith(".txt") else write_rows(path, texts)
     with pytest.raises(GemmaTuiError, match="holds no text to train on"):
-        read_splits(path, tokenizer, 64)
+        read_splits(str(path), tokenizer, 64)
+
+
+def test_several_sources_are_joined(tmp_path: Path, corpus: Path, tokenizer: Tokenizer) -> None:
+    more = write_rows(tmp_path / "more.jsonl", ["another text"])
+    alone, both = (read_splits(sources, tokenizer, 64) for sources in (str(corpus), f"{corpus}, {more}"))
+    assert len(both.train) == len(alone.train) + 1
+    assert len(both.valid) == len(alone.valid)

@@ -78,7 +78,7 @@ def test_a_step_tells_the_rate_of_the_plan_and_how_many_tokens_it_saw(
     _, events = finished(engine, chosen, store)
     steps = [e.values for e in events if e.kind == "step"]
     assert [v["learning_rate"] for v in steps] == pytest.approx([0.005, 0.01, chosen.rate(3), 0.001])
-    batches = list(islice(training_batches(read_splits(corpus, tokenizer, 32).train, 2, seed=7), 8))
+    batches = list(islice(training_batches(read_splits(str(corpus), tokenizer, 32).train, 2, seed=7), 8))
     seen = np.cumsum([a.supervised + b.supervised for a, b in zip(batches[::2], batches[1::2], strict=True)])
     assert [v["tokens"] for v in steps] == seen.tolist()
     assert all(v["tokens_per_second"] > 0 and v["memory"] > 0 for v in steps)
@@ -135,7 +135,7 @@ def test_the_evaluation_loss_is_the_mean_of_the_log_probabilities(
     engine: Engine, tiny: str, corpus: Path, tokenizer: Tokenizer
 ) -> None:
     engine.load(resolve(tiny).folder, "float32")
-    splits = read_splits(corpus, tokenizer, 32)
+    splits = read_splits(str(corpus), tokenizer, 32)
     log_probs = np.concatenate([engine.log_probs(window[None])[0] for window in splits.valid])
     for size in (1, 3):
         assert evaluate(engine, splits, size, 0, Control()) == pytest.approx(-log_probs.mean(), rel=1e-5)
@@ -148,7 +148,7 @@ def test_an_evaluation_is_of_the_model_as_it_is_then(
     run_id, events = finished(engine, chosen, store)
     engine.load(resolve(run_id).folder, "float32")
     last = [e.values for e in events if e.kind == "evaluation"][-1]
-    loss = evaluate(engine, read_splits(corpus, tokenizer, 32), 2, 0, Control())
+    loss = evaluate(engine, read_splits(str(corpus), tokenizer, 32), 2, 0, Control())
     assert last["valid_loss"] == pytest.approx(loss, rel=1e-5)
     assert last["perplexity"] == pytest.approx(np.exp(loss), rel=1e-5)
 

@@ -386,7 +386,8 @@ async def test_the_rest_of_the_time_is_told_from_the_steps(opened: Open) -> None
         await it.mode("2", "training")
         await listed(it, run)
         await it.press("enter")
-        await it.until(lambda: "3:00 min left" in headline(it), "the time")
+        await it.until(lambda: "left" in headline(it), "the time")
+        assert "3:00 min left" in headline(it)
 
 
 async def test_the_store_being_gone_is_told_once_and_the_app_lives(opened: Open) -> None:

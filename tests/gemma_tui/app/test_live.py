@@ -1,0 +1,154 @@
+"""Nothing holds up the screen: keys are answered while an engine computes."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engines.torch.engine import TorchEngine
+from gemma_tui.app import SWITCH_INTERVAL
+
+from .conftest import Open, Opened, Size
+
+LONG = 1_000_000
+GAP = 0.05
+"""Seconds; a longer gap is felt."""
+
+
+async def gaps(it: Opened, seconds: float) -> list[float]:
+    """How long the event loop was away, time after time, beyond the tick itself."""
+    tick, found, end = 0.005, [], time.monotonic() + seconds
+    while (began := time.monotonic()) < end:
+        await asyncio.sleep(tick)
+        found.append(time.monotonic() - began - tick)
+    return sorted(found)
+
+
+@pytest.fixture
+def quick_switches() -> Any:
+    """As the program itself sets it."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(SWITCH_INTERVAL)
+    yield
+    sys.setswitchinterval(before)
+
+
+@pytest.mark.usefixtures("quick_switches")
+async def test_the_event_loop_goes_on_while_a_run_trains(
+    opened: Open, tiny: str, corpus: Path, size: Size, engine_name: str, record_property: Any
+) -> None:
+    async with opened(size, engine=engine_name) as it:
+        await it.started(tiny, corpus, steps=LONG)
+        found = await gaps(it, 2.0)
+        p95, longest = found[int(0.95 * len(found))], found[-1]
+        record_property("p95_ms", round(1000 * p95, 1))
+        record_property("max_ms", round(1000 * longest, 1))
+        assert p95 < GAP, f"p95 {1000 * p95:.0f} ms, longest {1000 * longest:.0f} ms of {len(found)}"
+        assert it.app.session.jobs, "it was training all the time"
+
+
+@pytest.mark.usefixtures("quick_switches")
+async def test_a_job_that_only_computes_in_python_does_not_hold_up_keys(opened: Open) -> None:
+    ended = threading.Event()
+
+    def hog(engine: object) -> None:
+        while not ended.is_set():
+            sum(range(1000))
+
+    async with opened() as it:
+        it.app.session.place.thread.submit(hog)
+        try:
+            found = await gaps(it, 1.0)
+            assert found[int(0.95 * len(found))] < GAP
+            began = time.monotonic()
+            await it.mode("3", "capacity")
+            assert time.monotonic() - began < 2
+        finally:
+            ended.set()
+
+
+async def test_a_chart_is_drawn_at_most_four_times_a_second(opened: Open, tiny: str, corpus: Path) -> None:
+    from gemma_tui.widgets.chart import Chart
+
+    async with opened() as it:
+        await it.started(tiny, corpus, steps=LONG)
+        drawn = {chart: 0 for chart in it.app.screen.query(Chart)}
+        for chart in drawn:
+            render = chart.render
+
+            def counted(chart: Chart = chart, render: Any = render) -> Any:
+                drawn[chart] += 1
+                return render()
+
+            chart.render = counted  # type: ignore[method-assign]
+        began = time.monotonic()
+        await asyncio.sleep(1.5)
+        seconds = time.monotonic() - began
+        assert all(count <= 4 * seconds + 2 for count in drawn.values())
+        assert any(drawn.values())
+
+
+async def test_a_job_that_never_looks_at_its_stop_sign_does_not_keep_the_app(
+    opened: Open, tiny: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    release = threading.Event()
+    monkeypatch.setattr(TorchEngine, "load", lambda *a: release.wait(30))
+    async with opened() as it:
+        it.app.load(tiny)
+        await it.until(lambda: it.app.session.jobs, "the job")
+        try:
+            began = time.monotonic()
+            await it.press("q")
+            while not it.app._exit:
+                assert time.monotonic() - began < 10
+                await asyncio.sleep(0.01)
+            assert time.monotonic() - began < 2.1
+        finally:
+            release.set()
+
+
+STUBBORN = """
+import sys, time
+from gemma_tui import app
+class Stubborn(app.GemmaTui):
+    def __init__(self):
+        super().__init__(model="", engine="torch")
+    def on_mount(self):
+        from gemma_tui.session import Job
+        def work(engine, job):
+            while True:
+                time.sleep(0.01)
+        self.set_timer(0.1, lambda: self.session._start(Job("load", "never ending", "torch"), work))
+app.GemmaTui = Stubborn
+sys.exit(app.run())
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals")
+def test_the_program_leaves_within_two_seconds_whatever_its_engine_does() -> None:
+    from .terminal import Terminal
+
+    it = Terminal(program=STUBBORN)
+    try:
+        it.until("never ending")
+        began = time.monotonic()
+        it.press("q")
+        assert it.ended(10) == 0
+        assert time.monotonic() - began < 2.5, "2 s, and what the interpreter takes to end"
+    finally:
+        it.close()
+
+
+def test_without_a_terminal_it_says_so_and_does_not_hang() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "gemma_tui"], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=30
+    )
+    assert done.returncode == 2
+    assert "needs a terminal" in done.stderr
