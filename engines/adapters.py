@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -179,5 +179,5 @@ def _read_peft_config(path: Path) -> LoRASettings:
     return LoRASettings(rank, float(alpha), float(dropout), tuple(targets))
 
 
-def _within(value: Any, low: float, high: float) -> bool:
+def _within(value: Any, low: float, high: float) -> TypeGuard[float]:
     return type(value) in (int, float) and low <= value <= high

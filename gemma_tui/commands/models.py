@@ -21,6 +21,9 @@ def list_models(args: argparse.Namespace, output: Output) -> int:
             problem=item.problem,
         )  # fmt: skip
     output.table(("model", "parameters", "dtype", "size", "state", "where"), [_line(item) for item in found])
+    for item in found:
+        if item.problem:
+            output.say(f"{item.model.name}: {item.problem}")
     output.row("end", status="done", models=len(found))
     return 0
 
@@ -89,4 +92,4 @@ def new(args: argparse.Namespace, output: Output) -> int:
 def _line(item: Summary) -> tuple[str, ...]:
     size = bytes_text(item.nbytes) if item.nbytes else ""
     parameters = count_text(item.parameters) if item.parameters else ""
-    return item.model.name, parameters, item.dtype, size, item.problem or fit.state(item), item.model.source
+    return item.model.name, parameters, item.dtype, size, fit.state(item), item.model.source

@@ -145,15 +145,14 @@ def opened() -> Iterator[Open]:
             await it.until(lambda: app.screen.is_current and app.current_mode == "models", "the first frame")
             await pilot.pause()
             yield it
-            app.session.stop()
-            for job in app.session.jobs:
-                job.control.pause.clear()
-                await it.until(job.future.done, "the end of a job")
 
     yield start
     for app in apps:
+        app.session.stop()
         for place in app.session._places.values():
             place.thread.close()
+            # A thread left inside torch aborts the interpreter at its end.
+            place.thread._thread.join(SECONDS)
 
 
 @pytest.fixture(autouse=True)

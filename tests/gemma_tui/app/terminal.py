@@ -11,6 +11,7 @@ import struct
 import sys
 import termios
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 SECONDS = 60.0
@@ -54,10 +55,14 @@ class Terminal:
 
     def until(self, *words: str, since: int = 0) -> None:
         """Wait until all these were written."""
+        self.wait(lambda: all(word in self.text(since) for word in words), str(words))
+
+    def wait(self, condition: Callable[[], bool], what: str = "it") -> None:
+        """Wait for a condition while the program goes on."""
         deadline = time.monotonic() + SECONDS
-        while not all(word in self.text(since) for word in words):
+        while not condition():
             assert self.read(), f"the program ended: {self.text()[-2000:]}"
-            assert time.monotonic() < deadline, f"{words} never came: {self.text()[-2000:]}"
+            assert time.monotonic() < deadline, f"{what} never came: {self.text()[-2000:]}"
 
     def press(self, keys: str) -> None:
         os.write(self.master, keys.encode())

@@ -86,9 +86,7 @@ async def test_all_tokens_that_were_asked_for_come_and_the_seed_repeats_them(ope
         assert texts[0] == texts[1]
 
 
-async def test_the_end_that_the_model_sets_is_told(
-    opened: Open, tiny: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_the_end_that_the_model_sets_is_told(opened: Open, tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gemma_tui.studies.generation, "STOP_IDS", tuple(range(1000)))
     async with opened(model=tiny) as it:
         await ready(it, tiny)

@@ -64,9 +64,7 @@ async def test_enter_loads_with_progress(
         assert it.app.session.engine == engine_name
 
 
-async def test_a_broken_model_shows_its_problem_and_loading_it_tells_why(
-    opened: Open, broken: str, size: Size
-) -> None:
+async def test_a_broken_model_shows_its_problem_and_loading_it_tells_why(opened: Open, broken: str, size: Size) -> None:
     async with opened(size) as it:
         await choose(it, broken)
         await it.until(lambda: "num_attention_heads" in it.static(".detail"), "the problem")

