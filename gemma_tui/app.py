@@ -24,7 +24,7 @@ from engines.errors import EngineError
 from engines.memory import is_out_of_memory
 from gemma_tui.screens.workbench import AFTER_FIRST_FRAME, Workbench
 from gemma_tui.session import Job, Session
-from gemma_tui.text import one_line
+from gemma_tui.text import clean, one_line
 from gemma_tui.widgets.dialogs import Question, Reading
 from gemma_tui.widgets.status import StatusLine, describe
 
@@ -143,7 +143,7 @@ class GemmaTui(App[None]):
         """Show the command that does what the screen is set to, and copy it."""
         screen = self.screen
         if isinstance(screen, Workbench):
-            text = screen.command()
+            text = clean(screen.command())  # a shell obeys what it is pasted
             self.copy_to_clipboard(text)
             self.push_screen(Reading("the same as a command (copied)", text))
 

@@ -312,4 +312,7 @@ def _event_line(event: Row) -> str:
         "pause": lambda: "paused",
         "resume": lambda: "goes on",
     }.get(event.kind)
-    return f"{event.step:>6}  {one_line(text(), 200)}" if text else ""
+    try:
+        return f"{event.step:>6}  {one_line(text(), 200)}" if text else ""
+    except (KeyError, TypeError, ValueError):  # another version wrote it
+        return f"{event.step:>6}  {one_line(event.kind)}"

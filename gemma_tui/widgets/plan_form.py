@@ -125,6 +125,14 @@ class PlanForm(DataTable[Text], Generic[P]):
         return Text("needed" if missing else shown, "bold red" if missing else "")
 
 
+class Line(Input):
+    """An input that shows what is pasted without obeying it: Textual passes control characters on."""
+
+    def validate_value(self, value: str) -> str:
+        """Cleaned, and on one line; the length stays, and so does the cursor."""
+        return clean(value).translate({ord("\t"): "␉", ord("\n"): "␊"})
+
+
 class Field(ModalScreen[str | None]):
     """One value to type, with its help; it closes only with a valid value or none."""
 
@@ -142,7 +150,7 @@ class Field(ModalScreen[str | None]):
     def __init__(self, option: Option, value: Any) -> None:
         super().__init__()
         self.option = option
-        self.value = "" if value is None else clean(str(value))
+        self.value = "" if value is None else str(value)
 
     def compose(self) -> ComposeResult:
         """Name and help, the field, and what is wrong with it."""
@@ -152,7 +160,7 @@ class Field(ModalScreen[str | None]):
             if o.hint or o.optional:
                 left_open = f"; empty: {o.open_means}" if o.optional else ""
                 yield Label(f"{o.hint}{left_open}", markup=False)
-            yield Input(self.value, compact=True, select_on_focus=False)
+            yield Line(self.value, compact=True, select_on_focus=False)
             yield Label("enter keeps it, escape leaves the old value", id="problem", markup=False)
 
     def on_input_submitted(self, event: Input.Submitted) -> None:

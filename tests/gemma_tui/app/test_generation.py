@@ -66,8 +66,7 @@ async def test_the_text_streams_with_its_speed_and_x_ends_it(
         before = len(written(it))
         await it.until(lambda: len(written(it)) > before, "more text")
         await it.press("x")
-        await it.until(lambda: it.static("#speed").endswith("ended"), "the end")
-        assert not it.app.session.jobs
+        await it.until(lambda: it.static("#speed").endswith("ended") and not it.app.session.jobs, "the end")
         assert not written(it).endswith("▌")
         assert it.app.session.place.model == tiny
 

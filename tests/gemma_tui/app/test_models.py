@@ -115,6 +115,31 @@ async def test_loading_while_the_engine_is_busy_is_refused(opened: Open, tiny: s
         assert [job.run for job in it.app.session.jobs] == [run]
 
 
+async def test_another_choice_takes_the_place_of_what_is_loading(
+    opened: Open, tiny: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(paths.models() / tiny, paths.models() / "other")
+    go_on, resolve = threading.Event(), gemma_tui.hub.models.resolve
+
+    def slow(name: str, progress: Any = None) -> Any:
+        if name == tiny and progress is not None:
+            assert go_on.wait(30)
+            progress(0.4, "reading the weights")
+        return resolve(name, progress)
+
+    monkeypatch.setattr(gemma_tui.hub.models, "resolve", slow)
+    async with opened() as it:
+        await choose(it, tiny)
+        await it.press("enter")
+        await it.until(lambda: "loading tiny" in it.rows()[1], "the first load")
+        await choose(it, "other")
+        await it.press("enter")
+        await it.until(lambda: "loading other" in it.rows()[1], "the second load")
+        go_on.set()
+        await it.loaded("other")
+        assert not it.told()
+
+
 async def test_a_failing_load_tells_one_line_and_the_next_works(
     opened: Open, tiny: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -54,8 +54,8 @@ async def test_the_status_line_names_engine_device_dtype_model_memory_and_what_r
         await it.until(lambda: run in it.rows()[1] and "/100,000" in it.rows()[1], "the run in the status")
 
 
-async def test_help_lists_every_binding(opened: Open, size: Size) -> None:
-    async with opened(size) as it:
+async def test_help_lists_every_binding(opened: Open) -> None:
+    async with opened() as it:
         for key, mode in MODES.items():
             await it.mode(key, mode)
             active = it.app.screen.active_bindings.values()
@@ -106,8 +106,8 @@ async def test_every_palette_command_of_a_screen_finds_its_action(
         assert done == ["start", "pause", "stop", "next_pane", "log_axis"]
 
 
-async def test_c_shows_a_command_that_the_command_line_takes(opened: Open, tiny: str, corpus: Path, size: Size) -> None:
-    async with opened(size, model=tiny) as it:
+async def test_c_shows_a_command_that_the_command_line_takes(opened: Open, tiny: str, corpus: Path) -> None:
+    async with opened(model=tiny) as it:
         await it.loaded(tiny)
         await it.table()
         await it.plan(tiny, corpus, steps=7, method="full", name="a-name", fresh=True, learning_rate=3e-4)
@@ -171,20 +171,18 @@ async def test_nothing_overlaps_or_is_cut_and_all_keys_fit(opened: Open, tiny: s
                 assert not _layout_faults(it)
 
 
-@pytest.mark.parametrize("end", [(80, 24), (200, 60), (30, 8)], ids=str)
-async def test_resizing_while_a_run_goes_on(opened: Open, tiny: str, corpus: Path, end: Size) -> None:
+async def test_resizing_while_a_run_goes_on(opened: Open, tiny: str, corpus: Path) -> None:
     async with opened((120, 40)) as it:
         run = await it.started(tiny, corpus, steps=100_000)
-        for size in ((80, 24), (10, 4), (150, 20), (60, 50), (1, 1), end):
+        for size in ((80, 24), (10, 4), (150, 20), (200, 60), (1, 1), (30, 8), (80, 24)):
             await it.pilot.resize_terminal(*size)
         step = it.app.session.jobs[0].detail
         await it.until(lambda: it.app.session.jobs[0].detail != step, "the next step")
-        await it.until(lambda: it.app.screen.size == end, "the last size")
-        if end != (30, 8):
-            await it.until(lambda: it.sees(f"{run} running"), "the headline")
+        await it.until(lambda: it.app.screen.size == (80, 24), "the last size")
+        await it.until(lambda: it.sees(f"{run} running"), "the headline")
 
 
-@pytest.mark.parametrize("small", [(30, 8), (12, 4), (5, 3), (1, 1)], ids=str)
+@pytest.mark.parametrize("small", [(30, 8), (1, 1)], ids=str)
 async def test_a_very_small_terminal_does_not_crash(opened: Open, tiny: str, small: Size) -> None:
     async with opened(small, model=tiny) as it:
         await it.loaded(tiny)
