@@ -83,7 +83,7 @@ class GenerationScreen(Workbench):
 
     def on_plan_form_explained(self, event: PlanForm.Explained) -> None:
         """What the option under the cursor does."""
-        self.query_one("#explained", Static).update(event.text)
+        self.query_one("#explained", Static).update(event.text, layout=False)
 
     def _watch(self) -> None:
         if self._job is None or not self.is_current:
@@ -100,4 +100,4 @@ class GenerationScreen(Workbench):
         self.query_one("#written", VerticalScroll).scroll_end(animate=False)
         end = "x stops" if running else "the model ended the text" if generation.stopped else "ended"
         speed = f"{len(generation.tokens)} tokens, {generation.tokens_per_second:.1f} tokens/s, {end}"
-        self.query_one("#speed", Static).update(speed)
+        self.query_one("#speed", Static).update(speed, layout=False)

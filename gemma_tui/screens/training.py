@@ -29,7 +29,7 @@ from gemma_tui.widgets.status import bar, duration
 if TYPE_CHECKING:
     from gemma_tui.session import Job
 
-WATCH_SECONDS = 0.25
+WATCH_SECONDS = 0.4
 LIST_SECONDS = 2.0
 PLAN, WATCH, RUNS = "plan", "watch", "runs"
 SMALL = {
@@ -147,7 +147,7 @@ class TrainingScreen(Workbench):
             settings(plan)
             self._started = self.bench.session.train(plan)
             self._view = None
-            self.query_one("#headline", Static).update("starting…")
+            self.query_one("#headline", Static).update("starting…", layout=False)
             self.action_pane(WATCH)
 
         self.bench.attempt(start)
@@ -193,7 +193,7 @@ class TrainingScreen(Workbench):
 
     def on_plan_form_explained(self, event: PlanForm.Explained) -> None:
         """What the option under the cursor does."""
-        self.query_one("#explained", Static).update(event.text)
+        self.query_one("#explained", Static).update(event.text, layout=False)
 
     def on_data_table_row_selected(self, event: DataTable.RowSelected) -> None:
         """Open the run under the cursor."""
@@ -217,9 +217,9 @@ class TrainingScreen(Workbench):
         except GemmaTuiError as error:
             self._store = None
             self.bench.tell(str(error), "error")
-        for chart in sorted(self.query(Chart), key=lambda c: c.id != "loss"):
-            if chart.redraw():
-                break
+        stale = [chart for chart in self.query(Chart) if chart.stale and chart.is_on_screen]
+        if stale:
+            min(stale, key=lambda chart: chart.drawn).redraw()
 
     def _follow(self, store: RunStore) -> None:
         if self._view is None:
@@ -231,7 +231,7 @@ class TrainingScreen(Workbench):
             self.query_one(Log).clear()
         view = self._view
         new = view.read(store)
-        self.query_one("#headline", Static).update(_headline(view))
+        self.query_one("#headline", Static).update(_headline(view), layout=False)
         for event in view.take():
             if line := _event_line(event):
                 self.query_one(Log).write_line(line)
@@ -241,7 +241,7 @@ class TrainingScreen(Workbench):
     def _show_start(self, job: Job | None) -> None:
         if job is not None:
             begins = "did not start" if job.future.done() else f"starting… {job.detail}"
-            self.query_one("#headline", Static).update(one_line(begins))
+            self.query_one("#headline", Static).update(one_line(begins), layout=False)
 
     def _draw(self, view: RunView) -> None:
         loss = [Series(label, *view.lines[m]) for m, label in _LOSSES.items() if m in view.lines]

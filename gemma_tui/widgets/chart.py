@@ -1,4 +1,4 @@
-"""A line chart that is drawn again at most four times a second."""
+"""A line chart, drawn when it is told to."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from rich.text import Text
 from textual.widget import Widget
 
 from gemma_tui.plots import Series, draw
-
-SECONDS = 0.25
 
 
 class Chart(Widget):
@@ -27,22 +25,21 @@ class Chart(Widget):
         self.title = title
         self.log_axis = log
         self.series: list[Series] = []
-        self._drawn = 0.0
-        self._stale = False
+        self.drawn = 0.0
+        """When it was drawn last, on the monotonic clock."""
+        self.stale = False
+        """Whether there is something new to draw."""
 
     def show(self, series: list[Series]) -> None:
         """Draw other lines, or the same ones after they grew."""
         self.series = series
-        self._stale = True
+        self.stale = True
 
-    def redraw(self) -> bool:
-        """Draw if something changed and the last time is long enough ago; returns whether it did."""
-        due = self._stale and self.is_on_screen and time.monotonic() - self._drawn > SECONDS
-        if due:
-            self._stale = False
-            self._drawn = time.monotonic()
-            self.refresh()
-        return due
+    def redraw(self) -> None:
+        """Draw what is new. A chart takes some 20 ms, so whoever has several draws one at a time."""
+        self.stale = False
+        self.drawn = time.monotonic()
+        self.refresh()
 
     def toggle_log(self) -> None:
         """Switch between a linear and a logarithmic y axis."""

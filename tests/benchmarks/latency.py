@@ -21,7 +21,7 @@ import time
 from tests.benchmarks.measure import machine
 
 DOWN, UP = b"\x1b[B", b"\x1b[A"
-FIRST_ROW, SECOND_ROW = b"model: a name", b"text: a .jsonl"
+FIRST_ROW, SECOND_ROW = b"model: a name", b"text: .jsonl"
 
 
 class Terminal:

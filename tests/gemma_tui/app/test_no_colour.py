@@ -83,21 +83,17 @@ async def test_a_chart_that_has_no_room_stays_empty_or_small(size: tuple[int, in
     assert all(sum(len(text) for text, _ in line) <= size[0] for line in lines)
 
 
-async def test_a_chart_is_drawn_only_when_due(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_chart_knows_whether_there_is_something_new_to_draw() -> None:
     app = OneChart()
     async with app.run_test(size=(60, 16)) as pilot:
         chart = app.chart
-        assert not chart.redraw(), "nothing changed"
+        assert not chart.stale
         chart.show(LINES)
-        assert chart.redraw()
-        chart.show(LINES)
-        assert not chart.redraw(), "too early"
-        monkeypatch.setattr("gemma_tui.widgets.chart.SECONDS", 0.0)
-        assert chart.redraw()
-        chart.show(LINES)
-        chart.display = False
+        assert chart.stale
+        chart.redraw()
+        assert not chart.stale
         await pilot.pause()
-        assert not chart.redraw(), "nobody sees it"
+        assert MARKERS[1] in "".join(strip.text for strip in chart.render_lines(chart.size.region)[1:])
 
 
 def test_a_chart_of_the_command_line_without_colour_has_no_escape(tmp_path: Path) -> None:

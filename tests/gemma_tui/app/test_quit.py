@@ -92,18 +92,19 @@ async def test_save_and_quit_leaves_in_time_with_everything_saved(
 async def test_a_step_that_takes_long_does_not_keep_it(
     opened: Open, tiny: str, corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    go_on, step = threading.Event(), TorchEngine.train_step
-    slow: list[bool] = []
+    slow, held, go_on, step = threading.Event(), threading.Event(), threading.Event(), TorchEngine.train_step
 
     def train_step(self: TorchEngine, *arguments: object) -> object:
-        if slow:
+        if slow.is_set():
+            held.set()
             go_on.wait(30)
         return step(self, *arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(TorchEngine, "train_step", train_step)
     async with opened() as it:
         run = await it.started(tiny, corpus, steps=LONG)
-        slow.append(True)
+        slow.set()
+        await it.until(held.is_set, "the slow step")
         await asked(it)
         await it.press("s")
         try:
