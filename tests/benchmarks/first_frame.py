@@ -1,6 +1,6 @@
 """From starting the process to the first frame on the terminal, against a Textual app that does nothing.
 
-    python -m tests.benchmarks.first_frame [ROUNDS]
+python -m tests.benchmarks.first_frame [ROUNDS]
 """
 
 from __future__ import annotations

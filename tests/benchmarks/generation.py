@@ -1,6 +1,6 @@
 """Greedy generation on the 270M against transformers and, for MLX, mlx-lm, in the same dtype.
 
-    python -m tests.benchmarks.generation [ROUNDS] [TOKENS]
+python -m tests.benchmarks.generation [ROUNDS] [TOKENS]
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """From a key to the screen, idle and while a run trains beside four live charts (Training screen, 120 x 40).
 
-    python -m tests.benchmarks.latency [KEYS]
+python -m tests.benchmarks.latency [KEYS]
 """
 
 from __future__ import annotations

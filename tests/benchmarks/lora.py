@@ -1,6 +1,6 @@
 """LoRA on the 270M (batch 2 x 256, rank 8, all seven linears, float32 on the CPU) against PEFT + transformers' Trainer.
 
-    python -m tests.benchmarks.lora [ROUNDS] [STEPS]
+python -m tests.benchmarks.lora [ROUNDS] [STEPS]
 """
 
 from __future__ import annotations

@@ -131,6 +131,14 @@ def engine_name(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
+@pytest.fixture(params=list(zip(SIZES, ENGINES, strict=True)), ids=lambda pair: f"{pair[1]}-{pair[0][0]}x{pair[0][1]}")
+def size_and_engine(request: pytest.FixtureRequest) -> tuple[Size, str]:
+    """Each size and each engine once, where all pairs would take long."""
+    if request.param[1] not in available_engines():
+        pytest.skip(f"{request.param[1]} is not installed")
+    return request.param
+
+
 @pytest.fixture
 def opened() -> Iterator[Open]:
     """``async with opened(size=, model=, engine=) as it``: the app, closed with all its threads."""

@@ -52,8 +52,9 @@ async def test_the_prompt_is_edited_in_a_field(opened: Open, tiny: str, size: Si
 
 @pytest.mark.usefixtures("endless")
 async def test_the_text_streams_with_its_speed_and_x_ends_it(
-    opened: Open, tiny: str, size: Size, engine_name: str
+    opened: Open, tiny: str, size_and_engine: tuple[Size, str]
 ) -> None:
+    size, engine_name = size_and_engine
     async with opened(size, model=tiny, engine=engine_name) as it:
         await ready(it, tiny, max_tokens=TOKENS)
         await it.press("g")

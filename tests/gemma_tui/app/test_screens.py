@@ -39,8 +39,9 @@ async def test_a_screen_that_is_not_built_says_in_one_line_what_it_will_do(opene
 
 
 async def test_the_status_line_names_engine_device_dtype_model_memory_and_what_runs(
-    opened: Open, tiny: str, corpus: Path, size: Size, engine_name: str
+    opened: Open, tiny: str, corpus: Path, size_and_engine: tuple[Size, str]
 ) -> None:
+    size, engine_name = size_and_engine
     async with opened(size, engine=engine_name) as it:
         await it.until(lambda: "no model" in it.rows()[1], "the status")
         it.app.load(tiny)

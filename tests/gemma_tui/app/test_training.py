@@ -147,8 +147,9 @@ class TestForm:
 
 
 async def test_a_run_from_start_to_its_text(
-    opened: Open, tiny: str, corpus: Path, size: Size, engine_name: str
+    opened: Open, tiny: str, corpus: Path, size_and_engine: tuple[Size, str]
 ) -> None:
+    size, engine_name = size_and_engine
     async with opened(size, model=tiny, engine=engine_name) as it:
         await it.loaded(tiny)
         await it.plan(tiny, corpus, steps=6, name="walk")
