@@ -20,7 +20,8 @@ def main() -> None:
     with corpus.open(encoding="utf-8") as source, (HERE / "stutter.jsonl").open("w", encoding="utf-8") as target:
         for line in source:
             if generator.random() < SHARE_OF_ROWS:
-                target.write(json.dumps({"text": re.sub(r" [a-z]+\b", _again(generator), json.loads(line)["text"])}) + "\n")
+                text = re.sub(r" [a-z]+\b", _again(generator), json.loads(line)["text"])
+                target.write(json.dumps({"text": text}) + "\n")
 
 
 def _again(generator: random.Random):
