@@ -52,10 +52,12 @@ class RunView:
         return taken
 
     def _add(self, step: int, values: Mapping[str, Any], kind: str) -> None:
-        self.last |= values
         if kind == "evaluation":
+            # Its seconds are those of the evaluation; the estimate of what is left goes by the steps'.
+            self.last["valid_loss"] = values.get("valid_loss")
             self._point("valid_loss", step, values.get("valid_loss"))
             return
+        self.last |= values
         for measure in MEASURES:
             self._point(measure, step, values.get(measure))
 

@@ -373,7 +373,6 @@ async def test_the_loss_gets_a_logarithmic_axis(opened: Open, tiny: str, corpus:
         await it.until(lambda: not it.sees("(log)"), "the axis")
 
 
-@pytest.mark.xfail(strict=True, reason="RunView.last takes an evaluation's seconds for those of the steps")
 async def test_the_rest_of_the_time_is_told_from_the_steps(opened: Open) -> None:
     """An evaluation also has its seconds; they are not those of the steps."""
     store = RunStore()
