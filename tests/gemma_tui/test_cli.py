@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shlex
@@ -381,7 +380,6 @@ def test_the_help_of_what_computes_imports_no_framework(verb: str) -> None:
     assert not imported(code) & {"torch", "mlx", "textual", "transformers"}
 
 
-@pytest.mark.skipif(importlib.util.find_spec("gemma_tui.app") is None, reason="there is no app")
 def test_the_app_imports_no_framework() -> None:
     found = imported("import gemma_tui.app\nprint()")
     assert "textual" in found
