@@ -14,7 +14,6 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 
-from textual import work
 from textual.app import App, SystemCommand
 from textual.binding import Binding
 from textual.dom import DOMNode
@@ -190,11 +189,14 @@ class GemmaTui(App[None]):
             if command.title not in offered:
                 yield command
 
-    @work(thread=True)
     def _import_screens(self) -> None:
         """Import what the other screens need before a key asks for it: on the event loop it would be felt."""
-        importlib.import_module("gemma_tui.screens.training")
-        importlib.import_module("gemma_tui.screens.generation")
+
+        def imports() -> None:
+            importlib.import_module("gemma_tui.screens.training")
+            importlib.import_module("gemma_tui.screens.generation")
+
+        threading.Thread(target=imports, daemon=True).start()  # no worker: leaving would wait for one
 
     def _watch(self) -> None:
         for job in self.session.finished():

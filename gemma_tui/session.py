@@ -111,9 +111,12 @@ class Session:
         before, self.engine = self.place, others[0]
         if before.job is not None:
             return f"engine {self.engine}; {before.job.label} goes on with {before.thread.name}"
-        if before.model and before.model != self.place.model and self.place.job is None:
-            self.load(before.model)
+        if self.place.job is not None:
+            busy = f"engine {self.engine} is busy with {self.place.job.label}"
+            return f"{busy}; {before.model} stays loaded on {before.thread.name}" if before.model else busy
         if before.model:
+            if before.model != self.place.model:
+                self.load(before.model)
             before.thread.submit(lambda engine: engine.unload())
             before.model, before.info = "", None
         return f"engine {self.engine}"

@@ -19,7 +19,7 @@ def generate(model: Gemma3, prompt: Sequence[int], sampling: Sampling) -> Iterat
     """Yield tokens after the prompt, until ``max_tokens`` or a stop id, which is yielded too."""
     generator = np.random.default_rng(sampling.seed)
     cache = model.make_cache()
-    tokens = mx.array([list(prompt)])
+    tokens = mx.array([[int(token) for token in prompt]])
     for _ in range(sampling.max_tokens):
         for start in range(0, tokens.shape[1], PREFILL):
             hidden = model(tokens[:, start : start + PREFILL], cache)

@@ -106,11 +106,6 @@ class Attention(nn.Module):
         return self.o_proj(y.transpose(1, 2).reshape(batch, length, -1))
 
 
-def gated(gate: Tensor, up: Tensor) -> Tensor:
-    """``gelu_tanh(gate) * up``."""
-    return F.gelu(gate, approximate="tanh") * up
-
-
 class MLP(nn.Module):
     """``down(gelu_tanh(gate(x)) * up(x))``."""
 
@@ -122,10 +117,14 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_proj(x), self.up_proj(x)
-        # The activation is cheap to compute again, and with the product one of the two widest tensors of a layer.
-        recompute = torch.is_grad_enabled()
-        y = checkpoint(gated, gate, up, use_reentrant=False, preserve_rng_state=False) if recompute else gated(gate, up)
-        return self.down_proj(y)
+        if not torch.is_grad_enabled():
+            return self.down(gate, up)
+        # Activation and product would be two of the widest tensors of a layer; computing them again is cheap.
+        return checkpoint(self.down, gate, up, use_reentrant=False)
+
+    def down(self, gate: Tensor, up: Tensor) -> Tensor:
+        """The second half, which is computed again on the way back."""
+        return self.down_proj(F.gelu(gate, approximate="tanh") * up)
 
 
 class Block(nn.Module):

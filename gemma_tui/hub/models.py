@@ -19,6 +19,7 @@ from gemma_tui.errors import GemmaTuiError
 NANO = "nano"
 REAL = "gemma-3-270m"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
+RUNS_LISTED = 50
 NAME = re.compile(r"[\w.\-]{1,120}")
 WEIGHTS = re.compile(r"\.(safetensors(\.index\.json)?|bin|pt|pth|pkl)$")
 REPO_ID = re.compile(r"[\w][\w.\-]{0,95}/[\w][\w.\-]{0,95}")
@@ -84,7 +85,7 @@ def resolve(name: str, progress: Progress | None = None) -> Model:
 
 
 def local_models() -> list[Summary]:
-    """Everything that can be loaded here: built-in models, the data folder, the hub cache."""
+    """Everything that can be loaded here: built-in models, the data folder, the hub cache, what runs have trained."""
     from gemma_tui.hub.demo import imported_folder
 
     nano = Model(NANO, paths.assets() / "gemma-3-nano", "built-in")
@@ -92,9 +93,9 @@ def local_models() -> list[Summary]:
     waiting = Summary(real, parameters=268_098_176, dtype="BF16", nbytes=536_196_352, installed=False)
     found = [summary(nano), summary(real) if (real.folder / "config.json").is_file() else waiting]
     if paths.models().is_dir():
-        folders = sorted(p for p in paths.models().iterdir() if (p / "config.json").is_file() and p.name != REAL)
-        found += [summary(Model(p.name, p, "data folder")) for p in folders]
-    return found + [summary(model) for model in _cached_models()]
+        folders = sorted(p for p in paths.models().iterdir() if (p / "config.json").is_file())
+        found += [summary(Model(p.name, p, "data folder")) for p in folders if p.name not in (NANO, REAL)]
+    return found + [summary(model) for model in (*_cached_models(), *_trained_models())]
 
 
 def summary(model: Model) -> Summary:
@@ -159,6 +160,20 @@ def _cached_models() -> Iterator[Model]:
         snapshot = _snapshot(repo.repo_id) if repo.repo_type == "model" else None
         if snapshot is not None and _may_be_gemma(snapshot):
             yield Model(repo.repo_id, snapshot, "hub cache")
+
+
+def _trained_models() -> Iterator[Model]:
+    """What the newest runs left; one whose base is gone cannot be loaded and is not listed."""
+    if not paths.runs().is_dir():
+        return
+    folders = sorted((p for p in paths.runs().iterdir() if p.is_dir()), key=lambda p: p.stat().st_mtime, reverse=True)
+    for folder in folders[:RUNS_LISTED]:
+        try:
+            model = _run_model(folder.name)
+        except EngineError:
+            continue
+        if model is not None:
+            yield model
 
 
 def _may_be_gemma(snapshot: Path) -> bool:

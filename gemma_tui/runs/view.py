@@ -61,7 +61,7 @@ class RunView:
         for measure in MEASURES:
             self._point(measure, step, values.get(measure))
 
-    def _point(self, measure: str, step: int, value: float | None) -> None:
+    def _point(self, measure: str, step: int, value: Any) -> None:
         steps, points = self.lines.setdefault(measure, ([], []))
         steps.append(step)
-        points.append(value)
+        points.append(value if isinstance(value, int | float) else None)  # another program may have written it

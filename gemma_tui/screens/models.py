@@ -127,7 +127,7 @@ class ModelsScreen(Workbench):
         if item.problem:
             detail.update(one_line(item.problem, 400))
         elif config is None:
-            detail.update(f"{item.model.name}: the real Gemma-3 270M, {state}; it takes about half a minute, once")
+            detail.update(f"{item.model.name}: the real Gemma-3 270M, {state}; it takes some seconds, once")
         else:
             detail.update(Text("\n".join(_facts(item, config))))
 

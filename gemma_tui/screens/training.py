@@ -10,13 +10,13 @@ from textual.binding import Binding
 from textual.containers import Horizontal, Vertical
 from textual.events import Resize
 from textual.widget import Widget
-from textual.widgets import DataTable, Log, Static
+from textual.widgets import DataTable, RichLog, Static
 
 from gemma_tui import paths
 from gemma_tui.errors import GemmaTuiError
 from gemma_tui.output import age
 from gemma_tui.plots import Series
-from gemma_tui.runs.store import Row, RunStore
+from gemma_tui.runs.store import Row, Run, RunStore
 from gemma_tui.runs.view import RunView
 from gemma_tui.screens.workbench import Workbench
 from gemma_tui.studies.plan import build, command
@@ -82,7 +82,7 @@ class TrainingScreen(Workbench):
             Static("no run yet: press s to start one", id="headline", markup=False),
             Chart("loss, nats per token", id="loss"),
             Horizontal(*charts, id="small"),
-            Log(id="log", max_lines=500),
+            RichLog(id="log", max_lines=500, wrap=True),
             id=WATCH,
             classes="pane",
         )
@@ -119,7 +119,11 @@ class TrainingScreen(Workbench):
         self.call_after_refresh(self._arrange)
 
     def command(self) -> str:
-        """The command that runs the plan."""
+        """The command that runs the plan, or that made the run which is looked at."""
+        if self._pane == WATCH and self._view is not None:
+            return self._view.run.command
+        if self._pane == RUNS and (run := self._chosen_run()) is not None:
+            return run.command
         form = self.query_one(PlanForm)
         plan = TrainingPlan(**form.values)
         return command(("train", "--engine", self.bench.session.engine), plan)
@@ -132,7 +136,7 @@ class TrainingScreen(Workbench):
 
         def show() -> None:
             self._view, self._started = RunView(store.run(run_id)), None
-            self.query_one(Log).clear()
+            self.query_one(RichLog).clear()
             self.action_pane(WATCH)
             self._watch()
 
@@ -154,8 +158,8 @@ class TrainingScreen(Workbench):
 
     def action_pause(self) -> None:
         """Pause the run that is shown, or let it go on."""
-        job = self.bench.session.job_of(self._view.run.run_id) if self._view else None
-        if job is None:
+        job = self._shown_job()
+        if job is None or job.future.done():
             self.bench.tell("no run of this app is shown", "warning")
         elif job.control.pause.is_set():
             job.control.pause.clear()
@@ -164,8 +168,7 @@ class TrainingScreen(Workbench):
 
     def action_stop(self) -> None:
         """End the run that is shown, or what is starting, after its step; it saves."""
-        view, store = self._view, self._store
-        job = self.bench.session.job_of(view.run.run_id) if view else self._started
+        view, store, job = self._view, self._store, self._shown_job()
         if job is not None and not job.future.done():
             job.control.stop.set()
             self.bench.tell(f"{job.label} ends after this step and saves")
@@ -175,13 +178,23 @@ class TrainingScreen(Workbench):
         else:
             self.bench.tell("no run that goes on is shown", "warning")
 
+    def _chosen_run(self) -> Run | None:
+        table = self.query_one(RunTable)
+        if self._store is None or not table.row_count:
+            return None
+        return self._store.run(str(table.coordinate_to_cell_key(table.cursor_coordinate).row_key.value))
+
+    def _shown_job(self) -> Job | None:
+        """The job of the run that is shown, or what is starting."""
+        return self.bench.session.job_of(self._view.run.run_id) if self._view else self._started
+
     def action_pane(self, pane: str) -> None:
         """Show one of the panes."""
         self._pane = pane
         if pane != WATCH:
             self._left = pane
         self._arrange()
-        self.query_one({PLAN: "PlanForm", RUNS: "RunTable", WATCH: "Log"}[pane]).focus()
+        self.query_one({PLAN: "PlanForm", RUNS: "RunTable", WATCH: "RichLog"}[pane]).focus()
 
     def action_next_pane(self) -> None:
         """Show the pane that follows."""
@@ -228,13 +241,13 @@ class TrainingScreen(Workbench):
                 self._show_start(job)
                 return
             self._view = RunView(store.run(job.run))
-            self.query_one(Log).clear()
+            self.query_one(RichLog).clear()
         view = self._view
         new = view.read(store)
         self.query_one("#headline", Static).update(_headline(view), layout=False)
         for event in view.take():
             if line := _event_line(event):
-                self.query_one(Log).write_line(line)
+                self.query_one(RichLog).write(Text(line))
         if new:
             self._draw(view)
 

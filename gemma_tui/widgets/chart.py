@@ -52,5 +52,7 @@ class Chart(Widget):
         if width < 12 or height < 4:
             return Text()
         title = f"{self.title} (log)" if self.log_axis else self.title
+        if not any(line.x for line in self.series):
+            return Text(f"{title}\n\n  nothing yet", no_wrap=True)
         colour = not self.app.no_color
         return Text.from_ansi(draw(self.series, width, height, title, self.log_axis, colour), no_wrap=True)

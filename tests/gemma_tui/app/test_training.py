@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from textual.widgets import DataTable, Input, Label, Log
+from textual.widgets import DataTable, Input, Label, RichLog
 
 from engines import ENGINES, available_engines
 from gemma_tui import paths
@@ -36,7 +36,7 @@ def headline(it: Opened) -> str:
 
 
 def log(it: Opened) -> str:
-    return "\n".join(it.app.screen.query_one(Log).lines)
+    return "".join(strip.text for strip in it.app.screen.query_one(RichLog).lines)
 
 
 def points(it: Opened, chart: str) -> int:
