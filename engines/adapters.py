@@ -117,7 +117,7 @@ def _peft_config(settings: LoRASettings, base: str) -> dict[str, Any]:
 
 def _mlx_config(settings: LoRASettings, config: Gemma3Config, base: str) -> dict[str, Any]:
     paths = [path for path in config.linear_shapes() if path.split(".")[-1] in settings.targets]
-    scale = settings.alpha / settings.rank
+    scale = settings.scale
     return {
         "model": base,
         "fine_tune_type": "lora",

@@ -6,6 +6,7 @@ arrays, names are Hugging Face parameter names. Tensors never leave an engine.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,10 +56,13 @@ class Batch:
         tokens: int32 ``[batch, length]``, padded on the right.
         labels: int32 ``[batch, length]``; ``labels[b, t]`` is the token to be predicted *at* position t, that is
             ``tokens[b, t + 1]``, or ``IGNORED``.
+        segments: int32 ``[batch, length]``, the number of the document each token belongs to, where several are packed
+            into a row; no token sees another document, and positions start at 0 with each. None: a row is one document.
     """
 
     tokens: np.ndarray
     labels: np.ndarray
+    segments: np.ndarray | None = None
 
     @property
     def supervised(self) -> int:
@@ -66,31 +70,125 @@ class Batch:
         return int((self.labels != IGNORED).sum())
 
 
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""The linears of a layer, by the last part of their names."""
+
+
 @dataclass(frozen=True)
 class LoRASettings:
-    """Low-rank adapters: ``W + alpha / rank * B @ A`` on every layer's ``targets`` (Hu et al., arXiv:2106.09685)."""
+    """Low-rank adapters: ``W + scale * B @ A`` on the ``targets`` of some layers (Hu et al., arXiv:2106.09685).
+
+    Attributes:
+        layers: the layers that have adapters; None for all.
+        rslora: scale by alpha / √rank instead of alpha / rank (Kalajdzievski, arXiv:2312.03732).
+        dora: train the length of each row beside its direction (Liu et al., arXiv:2402.09353).
+    """
 
     rank: int
     alpha: float
     dropout: float = 0.0
-    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    targets: tuple[str, ...] = LINEARS
+    layers: tuple[int, ...] | None = None
+    rslora: bool = False
+    dora: bool = False
+
+    @property
+    def scale(self) -> float:
+        """What the product of the factors is multiplied by."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+
+@dataclass(frozen=True)
+class Rank1Settings:
+    """A fresh rank-1 update per matrix, ``W - eta * f * u vᵀ``, found from the true gradient G.
+
+    Attributes:
+        mode: ``power`` takes v near the leading right singular vector of G, by power iteration from the v before
+            (PowerSGD, arXiv:1905.13727); ``sketch`` draws v at random (Flora, arXiv:2402.03293). u is G v.
+        iterations: power iterations per update.
+        error_feedback: what an update leaves of the gradient is added to the next (arXiv:1901.09847). Takes a buffer
+            of the size of the matrix, as momentum does.
+        momentum: share of the buffer that is kept from step to step; 0 for none.
+        normalised: f = √(out / in) instead of f = ‖G v‖ (Dion, arXiv:2504.05295, algorithm 1).
+    """
+
+    mode: str = "power"
+    targets: tuple[str, ...] = LINEARS
+    layers: tuple[int, ...] | None = None
+    iterations: int = 1
+    error_feedback: bool = False
+    momentum: float = 0.0
+    normalised: bool = False
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """The optimizer of everything that has a gradient of its own; the learning rate comes with each step.
+
+    Attributes:
+        name: ``adamw`` (decoupled, bias-corrected; arXiv:1711.05101), ``sgd``, ``adafactor`` (arXiv:1804.04235) or
+            ``muon`` (orthogonalised momentum for matrices, AdamW for the rest).
+        weight_decay: decoupled, of matrices only.
+        momentum: of SGD and Muon.
+    """
+
+    name: str = "adamw"
+    betas: tuple[float, float] = (0.9, 0.999)
+    epsilon: float = 1e-8
+    weight_decay: float = 0.0
+    momentum: float = 0.9
 
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """What an engine must know to take steps; the learning rate comes with each step.
+    """What an engine must know to take steps.
 
-    ``lora`` None trains every parameter. AdamW is decoupled (Loshchilov & Hutter, arXiv:1711.05101) with bias
-    correction. ``clip`` bounds the global gradient norm; 0 leaves it alone.
+    Attributes:
+        lora: adapters are trained and the rest is frozen; None trains every parameter, unless ``rank1`` is set.
+        rank1: the target matrices change by rank-1 updates and the rest is frozen.
+        rest: what is no target (embeddings, norms, other layers) is trained as well, at full rank.
+        merging: adapters will be merged, so the weights of their matrices are kept in float32.
+        clip: bound of the global gradient norm; 0 leaves it alone.
     """
 
-    lora: LoRASettings | None
+    lora: LoRASettings | None = None
+    rank1: Rank1Settings | None = None
+    rest: bool = False
+    merging: bool = False
     seed: int = 0
-    betas: tuple[float, float] = (0.9, 0.999)
-    epsilon: float = 1e-8
-    weight_decay: float = 0.0
+    optimizer: OptimizerSettings = OptimizerSettings()
     clip: float = 1.0
     checkpoint_activations: bool = False
+
+
+@dataclass(frozen=True)
+class GradientFacts:
+    """The gradient G of one matrix, of the first micro-batch of a step.
+
+    Attributes:
+        norm: ‖G‖, Frobenius.
+        sigma: its largest singular value, from power iteration.
+        drift_u, drift_v: |cos| between its leading singular vectors and those of the observation before; None at the
+            first.
+    """
+
+    norm: float
+    sigma: float
+    drift_u: float | None = None
+    drift_v: float | None = None
+
+
+@dataclass(frozen=True)
+class Merge:
+    """What one merge of the adapters into the weights did.
+
+    Attributes:
+        changed: share of the weights that differ after it, in the dtype the model computes in; None if not counted.
+        norm: Frobenius norm of all that was merged.
+    """
+
+    norm: float
+    changed: float | None = None
 
 
 @dataclass(frozen=True)
@@ -100,14 +198,19 @@ class StepResult:
     Attributes:
         loss: mean negative log-likelihood over the supervised tokens, nats.
         tokens: supervised tokens in the step.
-        grad_norm: global L2 norm of the gradient before clipping.
+        grad_norm: global L2 norm of the gradient before clipping; of a rank-1 method that never forms its gradient,
+            the norm of what it found.
         applied: False when the gradient was not finite and the step was left out.
+        gradients: of a step that was observed, the gradient of each matrix of a layer.
+        predicted: of a step that was observed, the decrease of the loss to first order, nats.
     """
 
     loss: float
     tokens: int
     grad_norm: float
     applied: bool
+    gradients: Mapping[str, GradientFacts] | None = None
+    predicted: float | None = None
 
 
 @dataclass(frozen=True)
@@ -174,8 +277,51 @@ class Engine(Protocol):
     def start_training(self, settings: TrainingSettings) -> int:
         """Prepare the loaded model and an optimizer; returns the number of trainable parameters."""
 
-    def train_step(self, batches: Sequence[Batch], learning_rate: float) -> StepResult:
-        """One optimizer step over micro-batches, weighted by their supervised tokens."""
+    def train_step(self, batches: Sequence[Batch], learning_rate: float, observe: bool = False) -> StepResult:
+        """One optimizer step over micro-batches, weighted by their supervised tokens.
+
+        Args:
+            observe: also form the gradients of the layers' matrices and tell what they are like.
+        """
+
+    def merge(self, reset: str, seed: int, count: bool = False) -> Merge:
+        """Add the adapters to the float32 weights below them; the model computes the same function after it.
+
+        Args:
+            reset: what becomes of ``lora_A`` while ``lora_B`` turns zero: ``fresh`` draws it again, ``direction``
+                takes the leading right singular vector of what was merged, ``keep`` leaves it.
+            count: also tell the share of weights that changed.
+
+        Raises:
+            UnsupportedError: there is nothing to merge, or the weights are not kept in float32.
+        """
+
+    def prune_optimizer(self, how: str, ratio: float, seed: int) -> float:
+        """Zero entries of the optimizer's state of the adapters; returns the share that is zero after it.
+
+        Args:
+            how: ``magnitude`` zeroes the ``ratio`` smallest of each tensor, ``random`` any, ``reset`` all.
+        """
+
+    def updates(self, names: Sequence[str] | None = None) -> Iterator[tuple[str, np.ndarray, float]]:
+        """How the layers' matrices differ from those that were loaded: name, ``W - W_0`` float32 ``[out, in]``, ``‖W_0‖``.
+
+        Args:
+            names: some of ``matrices``; None for all.
+        """
+
+    def save_state(self, folder: Path) -> list[Path]:
+        """Write all that training goes on from: what is trained or merged into, the optimizer, the random state."""
+
+    def load_state(self, folder: Path) -> None:
+        """Take up training where ``save_state`` left it; ``start_training`` with the same settings came before.
+
+        Raises:
+            CheckpointError: the files are broken or of another training.
+        """
+
+    def optimizer_bytes(self) -> int:
+        """Bytes of the optimizer's state, of error-feedback buffers too."""
 
     def loss(self, batch: Batch) -> float:
         """Sum of negative log-likelihoods over the supervised tokens of a batch, nats; no gradient, no dropout."""

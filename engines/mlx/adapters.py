@@ -20,7 +20,7 @@ class LoRALinear(Linear):
         self.weight = base.weight
         self.lora_A = lora_a
         self.lora_B = lora_b
-        self.scale = settings.alpha / settings.rank
+        self.scale = settings.scale
         self.dropout = nn.Dropout(settings.dropout)
         self.freeze(keys=["weight"])
 

@@ -104,9 +104,14 @@ def start_training(model: Gemma3, settings: TrainingSettings) -> optimizers.Mult
         model.set_dtype(mx.float32)
         model.unfreeze()
     model.checkpoint_activations = settings.checkpoint_activations
-    terms = {"learning_rate": 0.0, "betas": list(settings.betas), "eps": settings.epsilon, "bias_correction": True}
+    terms = {
+        "learning_rate": 0.0,
+        "betas": list(settings.optimizer.betas),
+        "eps": settings.optimizer.epsilon,
+        "bias_correction": True,
+    }
     # Norm gains are not matrices: pulling them to zero would pull the gain 1 + w to one for no reason.
-    matrices = optimizers.AdamW(weight_decay=settings.weight_decay, **terms)
+    matrices = optimizers.AdamW(weight_decay=settings.optimizer.weight_decay, **terms)
     gains = optimizers.AdamW(weight_decay=0.0, **terms)
     return optimizers.MultiOptimizer([matrices, gains], [lambda path, value: value.ndim > 1])
 

@@ -23,7 +23,7 @@ class LoRALinear(Linear):
         self.weight = base.weight
         self.lora_A = nn.Parameter(lora_a)
         self.lora_B = nn.Parameter(lora_b)
-        self.scale = settings.alpha / settings.rank
+        self.scale = settings.scale
         self.dropout = settings.dropout
 
     def forward(self, x: Tensor) -> Tensor:

@@ -91,10 +91,12 @@ def start_training(model: Gemma3, settings: TrainingSettings) -> torch.optim.Ada
     trained = [p for p in model.parameters() if p.requires_grad]
     # Norm gains are not matrices: pulling them to zero would pull the gain 1 + w to one for no reason.
     groups = [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": settings.weight_decay},
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": settings.optimizer.weight_decay},
         {"params": [p for p in trained if p.ndim == 1], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=settings.betas, eps=settings.epsilon)
+    return torch.optim.AdamW(
+        [g for g in groups if g["params"]], lr=0.0, betas=settings.optimizer.betas, eps=settings.optimizer.epsilon
+    )
 
 
 def train_step(

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from engines.base import Engine, LoRASettings, TrainingSettings
+from engines.base import LINEARS, Engine, LoRASettings, OptimizerSettings, TrainingSettings
 from gemma_tui.errors import GemmaTuiError, UsageError
 from gemma_tui.hub.models import Model, copy_tokenizer, resolve
 from gemma_tui.studies.data import Splits, evaluation_batches, read_splits, training_batches
@@ -18,7 +18,6 @@ from gemma_tui.studies.schedules import SCHEDULES, learning_rate
 from gemma_tui.tokenizer import read_tokenizer
 
 METHODS = ("lora", "full")
-LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 DEFAULT_RATES = {"lora": 2e-4, "full": 2e-5}
 MAX_SKIPPED = 10
 SAVE_SHARE = 0.05
@@ -110,8 +109,7 @@ def settings(plan: TrainingPlan) -> TrainingSettings:
     return TrainingSettings(
         lora=LoRASettings(plan.rank, plan.alpha, plan.dropout, targets) if plan.method == "lora" else None,
         seed=plan.seed,
-        betas=(0.9, plan.beta2),
-        weight_decay=plan.weight_decay,
+        optimizer=OptimizerSettings(betas=(0.9, plan.beta2), weight_decay=plan.weight_decay),
         clip=plan.clip,
         checkpoint_activations=plan.checkpoint_activations,
     )

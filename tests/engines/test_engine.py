@@ -14,7 +14,16 @@ import pytest
 from safetensors import safe_open
 
 from engines import UnsupportedError, open_engine
-from engines.base import IGNORED, Batch, Engine, LoRASettings, Sampling, StepResult, TrainingSettings
+from engines.base import (
+    IGNORED,
+    Batch,
+    Engine,
+    LoRASettings,
+    OptimizerSettings,
+    Sampling,
+    StepResult,
+    TrainingSettings,
+)
 from engines.checkpoints import iterate_model, write_arrays
 from engines.gemma3 import Gemma3Config
 
@@ -327,7 +336,7 @@ def test_micro_batches_are_one_batch_weighted_by_tokens(engine: Engine, folder: 
     for batches in (parts, [whole]):
         engine.load(folder, "float32")
         # A large epsilon keeps Adam's first step in proportion to the gradient, not to its sign alone.
-        engine.start_training(TrainingSettings(METHODS[method], epsilon=1.0, clip=0.0))
+        engine.start_training(TrainingSettings(METHODS[method], clip=0.0, optimizer=OptimizerSettings(epsilon=1.0)))
         results.append(train(engine, batches, 2, rate=1.0))
         weights.append(inside.weights(engine))
     for apart, together in zip(*results, strict=True):
@@ -347,7 +356,7 @@ def test_micro_batches_may_hold_nothing_supervised(engine: Engine, folder: Path)
 
 def test_a_step_with_nothing_supervised_is_left_out(engine: Engine, folder: Path) -> None:
     engine.load(folder, "float32")
-    engine.start_training(TrainingSettings(None, weight_decay=0.1))
+    engine.start_training(TrainingSettings(None, optimizer=OptimizerSettings(weight_decay=0.1)))
     before = inside.weights(engine)
     result = engine.train_step([batch(skip=10)], 1e-2)
     assert (result.tokens, result.applied) == (0, False)
@@ -359,7 +368,7 @@ def test_padding_changes_nothing(engine: Engine, folder: Path, method: str) -> N
     results, weights = [], []
     for some in (batch(skip=2), padded(batch(skip=2), 17)):
         engine.load(folder, "float32")
-        engine.start_training(TrainingSettings(METHODS[method], epsilon=1.0))
+        engine.start_training(TrainingSettings(METHODS[method], optimizer=OptimizerSettings(epsilon=1.0)))
         results.append(engine.train_step([some], 1.0))
         weights.append(inside.weights(engine))
     assert results[0].loss == pytest.approx(results[1].loss, rel=1e-5)
@@ -370,7 +379,9 @@ def test_padding_changes_nothing(engine: Engine, folder: Path, method: str) -> N
 def test_both_engines_take_the_same_steps(
     both_engines: tuple[Engine, Engine], config: Gemma3Config, folder: Path, method: str
 ) -> None:
-    settings = TrainingSettings(METHODS[method], seed=5, weight_decay=0.1, betas=(0.9, 0.95))
+    settings = TrainingSettings(
+        METHODS[method], seed=5, optimizer=OptimizerSettings(weight_decay=0.1, betas=(0.9, 0.95))
+    )
     losses, norms, weights = [], [], []
     for engine in both_engines:
         engine.load(folder, "float32")
@@ -389,7 +400,7 @@ def test_clipping_bounds_the_step_and_tells_the_norm_before(engine: Engine, fold
     for clip in (0.0, 0.5, 1e9):
         engine.load(folder, "float32")
         before = inside.weights(engine)
-        engine.start_training(TrainingSettings(None, clip=clip, epsilon=1e3))
+        engine.start_training(TrainingSettings(None, clip=clip, optimizer=OptimizerSettings(epsilon=1e3)))
         norms.append(engine.train_step([batch()], 1.0).grad_norm)
         after = inside.weights(engine)
         moved.append(np.sqrt(sum(((after[name] - before[name]) ** 2).sum() for name in before)))
@@ -411,7 +422,7 @@ def test_a_gradient_that_is_not_finite_is_not_applied(
     arrays["model.layers.1.mlp.up_proj.weight"][3, 5] = bad
     write_arrays(broken / "model.safetensors", arrays)
     engine.load(broken, "float32")
-    engine.start_training(TrainingSettings(METHODS[method], weight_decay=0.1))
+    engine.start_training(TrainingSettings(METHODS[method], optimizer=OptimizerSettings(weight_decay=0.1)))
     before = inside.weights(engine)
     assert not engine.train_step([batch()], 1e-2).applied
     after = inside.weights(engine)
@@ -438,7 +449,7 @@ def test_weight_decay_shrinks_matrices_and_leaves_norms(engine: Engine, folder: 
     for decay in (0.0, 0.5):
         engine.load(folder, "float32")
         before = inside.weights(engine)
-        engine.start_training(TrainingSettings(None, weight_decay=decay))
+        engine.start_training(TrainingSettings(None, optimizer=OptimizerSettings(weight_decay=decay)))
         engine.train_step([batch()], 1e-2)
         found.append(inside.weights(engine))
     plain, decayed = found
@@ -461,7 +472,7 @@ def test_checkpointed_activations_give_equal_losses(engine: Engine, folder: Path
 @pytest.mark.parametrize("method", METHODS)
 def test_a_rate_of_zero_leaves_the_weights_bit_for_bit(engine: Engine, folder: Path, method: str) -> None:
     engine.load(folder, "float32")
-    engine.start_training(TrainingSettings(METHODS[method], weight_decay=0.1))
+    engine.start_training(TrainingSettings(METHODS[method], optimizer=OptimizerSettings(weight_decay=0.1)))
     before = inside.weights(engine)
     train(engine, [batch()], 2, rate=0.0)
     after = inside.weights(engine)
@@ -471,7 +482,7 @@ def test_a_rate_of_zero_leaves_the_weights_bit_for_bit(engine: Engine, folder: P
 def test_lora_leaves_the_base_bit_for_bit(engine: Engine, config: Gemma3Config, folder: Path) -> None:
     engine.load(folder, "float32")
     before = inside.weights(engine)
-    engine.start_training(TrainingSettings(LORA, weight_decay=0.1))
+    engine.start_training(TrainingSettings(LORA, optimizer=OptimizerSettings(weight_decay=0.1)))
     train(engine, [batch()], 3)
     after = inside.weights(engine)
     assert all(np.array_equal(after[name], value) for name, value in before.items())
