@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 from textual.pilot import Pilot
-from textual.widgets import Static
 
 from gemma_tui.app import GemmaTui
 from gemma_tui.widgets.plan_form import PlanForm
@@ -42,9 +41,8 @@ async def main() -> None:
             form.set(name, value)
         form.set("learning_rate", 1e-3)
         await pilot.press("s")
-        headline = app.screen.query_one("#headline", Static)
-        await until(pilot, lambda: f"{STEPS * 3 // 4}/{STEPS}" in str(headline.content))
-        await pilot.pause(0.6)
+        await until(pilot, lambda: any(job.share >= 0.75 for job in app.session.jobs))
+        await pilot.pause(2)
         app.save_screenshot("training.svg", str(FOLDER))
         await until(pilot, lambda: not app.session.jobs)
         await pilot.press("5")

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import psutil
 import torch
+import torch.nn.functional as F
 
 from engines.base import DeviceInfo
+
+FEW_ROWS = 16
 
 
 def choose_device() -> torch.device:
@@ -47,6 +50,19 @@ def release(device: torch.device) -> None:
         torch.cuda.empty_cache()
     if device.type == "mps":
         torch.mps.empty_cache()
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """``x Wᵀ``, ``[..., in]`` times ``[out, in]``.
+
+    Decoding multiplies one row or a few. MKL does that up to four times faster as ``(W xᵀ)ᵀ``, and a single row twice
+    as fast when it is doubled, since its matrix-vector product reads the weights at half the speed.
+    """
+    rows = x.numel() // x.shape[-1]
+    if rows > FEW_ROWS or x.device.type != "cpu" or torch.is_grad_enabled() or not torch.backends.mkl.is_available():
+        return F.linear(x, weight)
+    columns = x.reshape(rows, -1).repeat(2 if rows == 1 else 1, 1).T
+    return (weight @ columns).T[:rows].reshape(*x.shape[:-1], -1)
 
 
 def _total(device: torch.device) -> int:

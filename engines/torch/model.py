@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from engines.gemma3 import Gemma3Config, Rope
 from engines.torch.attention import KVCache, attention, masks
+from engines.torch.device import linear
 
 
 class RMSNorm(nn.Module):
@@ -37,7 +38,7 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(out, inner))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
+        return linear(x, self.weight.to(x.dtype))
 
 
 class Embedding(nn.Module):
@@ -53,7 +54,7 @@ class Embedding(nn.Module):
 
     def as_linear(self, x: Tensor) -> Tensor:
         """The tied output head: logits ``[..., vocabulary]``."""
-        return F.linear(x, self.weight.to(x.dtype))
+        return linear(x, self.weight.to(x.dtype))
 
 
 def rotations(positions: Tensor, rope: Rope, head_dim: int) -> tuple[Tensor, Tensor]:

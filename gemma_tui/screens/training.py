@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from rich.text import Text
 from textual.binding import Binding
-from textual.containers import Horizontal, Vertical
+from textual.containers import Horizontal, Vertical, VerticalScroll
 from textual.events import Resize
 from textual.widget import Widget
-from textual.widgets import DataTable, RichLog, Static
+from textual.widgets import DataTable, Static
 
 from gemma_tui import paths
 from gemma_tui.errors import GemmaTuiError
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 WATCH_SECONDS = 0.4
 LIST_SECONDS = 2.0
+LOG_LINES = 300
 PLAN, WATCH, RUNS = "plan", "watch", "runs"
 SMALL = {
     "learning_rate": "learning rate",
@@ -43,6 +45,29 @@ class RunTable(DataTable[Text]):
     """The runs; enter opens one."""
 
     BINDINGS = [Binding("enter", "select_cursor", "Open", id="runs.open")]
+
+
+class EventLog(VerticalScroll):
+    """What happened, line by line, the newest in sight."""
+
+    def __init__(self, id: str) -> None:
+        super().__init__(id=id)
+        self.lines: list[str] = []
+
+    def compose(self) -> Iterable[Widget]:
+        """The lines."""
+        yield Static("", markup=False)
+
+    def clear(self) -> None:
+        """Forget all lines."""
+        self.lines = []
+        self.add([])
+
+    def add(self, lines: list[str]) -> None:
+        """Add lines; the oldest go when there are many."""
+        self.lines = [*self.lines, *lines][-LOG_LINES:]
+        self.query_one(Static).update("\n".join(self.lines))
+        self.scroll_end(animate=False)
 
 
 class TrainingScreen(Workbench):
@@ -82,7 +107,7 @@ class TrainingScreen(Workbench):
             Static("no run yet: press s to start one", id="headline", markup=False),
             Chart("loss, nats per token", id="loss"),
             Horizontal(*charts, id="small"),
-            RichLog(id="log", max_lines=500, wrap=True),
+            EventLog(id="log"),
             id=WATCH,
             classes="pane",
         )
@@ -135,8 +160,8 @@ class TrainingScreen(Workbench):
             return
 
         def show() -> None:
-            self._view, self._started = RunView(store.run(run_id)), None
-            self.query_one(RichLog).clear()
+            self._show_run(store, run_id)
+            self._started = None
             self.action_pane(WATCH)
             self._watch()
 
@@ -194,7 +219,7 @@ class TrainingScreen(Workbench):
         if pane != WATCH:
             self._left = pane
         self._arrange()
-        self.query_one({PLAN: "PlanForm", RUNS: "RunTable", WATCH: "RichLog"}[pane]).focus()
+        self.query_one({PLAN: "PlanForm", RUNS: "RunTable", WATCH: "EventLog"}[pane]).focus()
 
     def action_next_pane(self) -> None:
         """Show the pane that follows."""
@@ -232,7 +257,9 @@ class TrainingScreen(Workbench):
             self.bench.tell(str(error), "error")
         stale = [chart for chart in self.query(Chart) if chart.stale and chart.is_on_screen]
         if stale:
-            min(stale, key=lambda chart: chart.drawn).redraw()
+            # In turn, but after a long step the loss first.
+            recent = time.monotonic() - WATCH_SECONDS * (len(SMALL) + 1)
+            min(stale, key=lambda chart: max(recent, chart.drawn)).redraw()
 
     def _follow(self, store: RunStore) -> None:
         if self._view is None:
@@ -240,16 +267,22 @@ class TrainingScreen(Workbench):
             if job is None or not job.run:
                 self._show_start(job)
                 return
-            self._view = RunView(store.run(job.run))
-            self.query_one(RichLog).clear()
-        view = self._view
+            self._show_run(store, job.run)
+        if (view := self._view) is None:
+            return
         new = view.read(store)
         self.query_one("#headline", Static).update(_headline(view), layout=False)
-        for event in view.take():
-            if line := _event_line(event):
-                self.query_one(RichLog).write(Text(line))
+        if lines := [line for event in view.take() if (line := _event_line(event))]:
+            self.query_one(EventLog).add(lines)
         if new:
             self._draw(view)
+
+    def _show_run(self, store: RunStore, run_id: str) -> None:
+        self._view = RunView(store.run(run_id))
+        self.query_one(EventLog).clear()
+        for chart in self.query(Chart):
+            chart.show([])
+            chart.redraw()
 
     def _show_start(self, job: Job | None) -> None:
         if job is not None:

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from textual import events
-from textual.widgets import DataTable, Input, RichLog, Static
+from textual.widgets import DataTable, Input, Static
 
 import gemma_tui.hub.models
 import gemma_tui.studies.generation
@@ -25,6 +25,7 @@ from engines.errors import EngineError
 from engines.torch.engine import TorchEngine
 from gemma_tui import paths
 from gemma_tui.runs.store import RunStore
+from gemma_tui.screens.training import EventLog
 from gemma_tui.studies.generation import Generation
 from gemma_tui.studies.training import TrainingPlan
 from gemma_tui.widgets.dialogs import Reading
@@ -186,7 +187,7 @@ async def test_what_a_store_of_someone_elses_holds(opened: Open, size: Size) -> 
         for name in names:
             it.app.screen.watch_run(name)  # type: ignore[attr-defined]
             await it.until(lambda name=name: it.app.screen._view.run.run_id == name, "the run")  # type: ignore[attr-defined]
-            await it.until(lambda name=name: it.app.screen.query_one(RichLog).lines or " " in name, "its events")
+            await it.until(lambda name=name: it.app.screen.query_one(EventLog).lines or " " in name, "its events")
             await it.pilot.pause(0.02)
             assert WORD in nothing_foreign(it)
         await it.press("x", "space")
@@ -209,7 +210,7 @@ async def test_rows_of_a_store_that_another_version_wrote(opened: Open) -> None:
         await it.until(lambda: table.row_count, "the list")
         await it.press("enter")
         await it.until(lambda: "odd-1" in it.static("#headline"), "the headline")
-        await it.until(lambda: len(it.app.screen.query_one(RichLog).lines) >= 3, "its events")
+        await it.until(lambda: len(it.app.screen.query_one(EventLog).lines) >= 3, "its events")
         nothing_foreign(it)
 
 

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from textual.widgets import DataTable, Input, Label, RichLog
+from textual.widgets import DataTable, Input, Label
 
 from engines import ENGINES, available_engines
 from gemma_tui import paths
 from gemma_tui.runs.store import RunStore
+from gemma_tui.screens.training import EventLog
 from gemma_tui.studies.training import METHODS, SCHEDULES, TrainingPlan
 from gemma_tui.widgets.chart import Chart
 from gemma_tui.widgets.plan_form import Field, PlanForm
@@ -36,7 +37,7 @@ def headline(it: Opened) -> str:
 
 
 def log(it: Opened) -> str:
-    return "".join(strip.text for strip in it.app.screen.query_one(RichLog).lines)
+    return "\n".join(it.app.screen.query_one(EventLog).lines)
 
 
 def points(it: Opened, chart: str) -> int:
@@ -220,6 +221,41 @@ async def test_stopping_a_paused_run_ends_it(opened: Open, tiny: str, corpus: Pa
         await it.until(lambda: f"{run}  paused" in headline(it), "the pause")
         await it.press("x")
         await it.until(lambda: f"{run}  stopped" in headline(it), "the end")
+
+
+async def test_a_run_pauses_before_it_is_seen(opened: Open, tiny: str, corpus: Path) -> None:
+    async with opened() as it:
+        await it.plan(tiny, corpus, steps=LONG)
+        await it.press("s", "space")
+        assert it.app.session.jobs[0].control.pause.is_set()
+        await it.until(lambda: "paused" in headline(it), "the pause")
+
+
+async def test_another_run_starts_with_empty_charts(opened: Open, tiny: str, corpus: Path) -> None:
+    store = RunStore()
+    old = store.create("old", "training", "torch", {"method": "lora"}, "gemma-tui train", 2).run_id
+    store.set_state(old, "done")
+    async with opened() as it:
+        run = await it.started(tiny, corpus, steps=4)
+        await it.until(lambda: f"{run}  done" in headline(it), "the end")
+        table = await listed(it, run, old)
+        table.move_cursor(row=table.get_row_index(old))
+        await it.press("enter")
+        await it.until(lambda: f"{old}  done" in headline(it), "the old run")
+        assert not any(chart.series for chart in it.app.screen.query(Chart))
+
+
+async def test_c_shows_the_command_of_the_run_that_is_looked_at(opened: Open) -> None:
+    store = RunStore()
+    store.set_state(
+        store.create("old", "training", "torch", {"method": "lora"}, "gemma-tui train --old", 2).run_id, "done"
+    )
+    async with opened() as it:
+        await it.mode("2", "training")
+        await it.press("l")
+        await it.until(lambda: it.app.screen.query_one("#runs", DataTable).row_count, "the list")
+        await it.press("c")
+        await it.until(lambda: it.sees("gemma-tui train --old"), "its command")
 
 
 async def test_stop_and_pause_without_a_run_say_so(opened: Open) -> None:
