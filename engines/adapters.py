@@ -136,6 +136,8 @@ def read_adapter(folder: Path, config: Gemma3Config) -> tuple[Factors, LoRASetti
         UnsupportedError: the adapter is of a kind that ``LoRASettings`` cannot describe.
     """
     settings, stored = read_settings(folder), _stored(folder)
+    if settings.layers and settings.layers[-1] >= config.num_hidden_layers:
+        raise CheckpointError(f"{folder} adapts layer {settings.layers[-1]}, which this model does not have")
     if settings.layers == tuple(range(config.num_hidden_layers)):
         settings = replace(settings, layers=None)
     factors: Factors = {}

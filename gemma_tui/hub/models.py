@@ -84,7 +84,7 @@ def adapted(name: str, source: str, adapter: Path, progress: Progress | None = N
         model = whole_model(base, progress)
     except GemmaTuiError:
         raise GemmaTuiError(
-            f"{name[:80]} is an adapter of {base[:120]!r}, which is not here: fetch it, or import the adapter with --base"
+            f"{name[:80]} is an adapter of {base[:120]!r}, which is not here: fetch it, or import with another --base"
         ) from None
     return Model(name, model.folder, source, adapter)
 
