@@ -58,7 +58,8 @@ class DoRALinear(LoRALinear):
         lengths = mx.stop_gradient(mx.linalg.norm(super().merged(), axis=1))
         z = dropped @ self.lora_A.astype(x.dtype).T
         y = mx.addmm(Linear.__call__(self, dropped), z, self.lora_B.astype(x.dtype).T, alpha=self.scale)
-        y = (self.lora_magnitude_vector / lengths).astype(x.dtype) * y
+        # In float32, as PEFT does: m / ‖V‖ begins at 1, and bfloat16 has no number between 1 and 1.0078.
+        y = (self.lora_magnitude_vector / lengths * y).astype(x.dtype)
         if dropped is not rows:
             y = y + Linear.__call__(self, rows - dropped)
         return y.reshape(*x.shape[:-1], -1)

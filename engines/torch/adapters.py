@@ -63,7 +63,8 @@ class DoRALinear(LoRALinear):
             lengths = super().merged().norm(dim=1)
         z = F.linear(dropped, self.lora_A.to(x.dtype))
         y = Linear.forward(self, dropped).addmm_(z, self.lora_B.to(x.dtype).T.contiguous(), alpha=self.scale)
-        y = (self.lora_magnitude_vector / lengths).to(x.dtype) * y
+        # In float32, as PEFT does: m / ‖V‖ begins at 1, and bfloat16 has no number between 1 and 1.0078.
+        y = (self.lora_magnitude_vector / lengths * y).to(x.dtype)
         if self.training and self.dropout:
             y = y + Linear.forward(self, rows - dropped)
         return y.unflatten(0, x.shape[:-1])

@@ -117,3 +117,14 @@ def masked_layer(engine: Engine, layer: Any, x: np.ndarray, mask: np.ndarray, mo
 
     layer.dropout = lambda x: x * mx.array(mask)
     return np.array(layer(mx.array(x)))
+
+
+def bfloat16_layer(engine: Engine, layer: Any, x: np.ndarray) -> np.ndarray:
+    """What a linear gives for inputs in bfloat16."""
+    if engine.name == "torch":
+        import torch
+
+        return layer(torch.from_numpy(x).bfloat16()).detach().float().numpy()
+    import mlx.core as mx
+
+    return np.array(layer(mx.array(x).astype(mx.bfloat16)).astype(mx.float32))

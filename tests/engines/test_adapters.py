@@ -63,6 +63,10 @@ def base(config: Gemma3Config, tiny_folder: TinyFolder) -> Path:
     return tiny_folder(config)
 
 
+def stored(path: Path) -> dict[str, np.ndarray]:
+    return {name: read_array(tensor) for name, tensor in read_header(path).items()}
+
+
 def random_factors(config: Gemma3Config, lora: LoRASettings, seed: int = 0) -> Factors:
     generator = np.random.default_rng(seed)
 
@@ -455,6 +459,42 @@ def test_dropout_is_of_what_an_adapter_sees(
     dropped = x * mask
     expected = x @ weight.T + (factor - 1) * (dropped @ weight.T) + factor * (dropped @ update.T)
     close(found, expected)
+
+
+def test_a_small_change_of_a_magnitude_shows_in_bfloat16(
+    engine: Engine, config: Gemma3Config, base: Path, tmp_path: Path
+) -> None:
+    """A factor of 1.003 would be 1 in bfloat16; of the outputs, those that are near their next number move."""
+    lora = replace(LORA, dora=True)
+    engine.load(base, "bfloat16")
+    module, factors = "model.layers.1.mlp.up_proj", random_factors(config, lora)
+    update = lora.scale * factors[module].lora_B @ factors[module].lora_A
+    lengths = np.linalg.norm(inside.weights(engine)[f"{module}.weight"] + update, axis=1)
+    x = np.random.default_rng(0).standard_normal((2000, 64)).astype(np.float32)
+    found = []
+    for change in (1.0, 1.003):
+        factors[module] = replace(factors[module], magnitude=(change * lengths).astype(np.float32))
+        write_adapter(tmp_path, factors, lora, config, str(base))
+        engine.load(base, "bfloat16")
+        engine.load_adapter(tmp_path)
+        layer = inside.module(engine, "adapters").lora_layers(inside.model(engine))[module]
+        found.append(inside.bfloat16_layer(engine, layer, x))
+    assert (found[0] * found[1]).sum() / (found[0] ** 2).sum() == pytest.approx(1.003, abs=1e-3)
+
+
+@pytest.mark.parametrize("tower", ["model.language_model.", "language_model.model."])
+def test_an_adapter_of_a_multimodal_models_text_tower_is_read(adapter: Path, config: Gemma3Config, tower: str) -> None:
+    expected, _ = read_adapter(adapter, config)
+    path = adapter / "adapter_model.safetensors"
+    arrays = {
+        name.replace("base_model.model.model.", f"base_model.model.{tower}"): a for name, a in stored(path).items()
+    }
+    write_arrays(path, arrays)
+    found, _ = read_adapter(adapter, config)
+    assert found.keys() == expected.keys()
+    vision = "base_model.model.model.vision_tower.encoder.layers.0.self_attn.q_proj.lora_A.weight"
+    write_arrays(path, arrays | {vision: np.zeros((3, 8), np.float32)})
+    assert "vision_tower" in refusal(adapter, config)
 
 
 def test_dora_starts_as_its_model(engine: Engine, base: Path, tokens: Tokens) -> None:
