@@ -18,7 +18,7 @@ from gemma_tui.hub.models import (
     NANO,
     REAL,
     Model,
-    adapted,
+    base_model,
     copy_tokenizer,
     imported_adapters,
     newest_runs,
@@ -51,7 +51,7 @@ class Listed:
 
 
 def find(name: str) -> tuple[Model, Path]:
-    """The adapter that a name means, a run's, an imported one's or a folder: its model, and where the adapter lies.
+    """The adapter that a name means, a run's, an imported one's or a folder: its base, and where the adapter lies.
 
     Raises:
         EngineError: nothing of that name is here, it is a whole model, or the adapter's base is not here.
@@ -59,17 +59,17 @@ def find(name: str) -> tuple[Model, Path]:
     model = resolve(name)
     if model.adapter is None:
         raise GemmaTuiError(f"{name[:80]} is a whole model, no adapter: see `gemma-tui adapters list`")
-    return model, model.adapter
+    return base_model(model.adapter), model.adapter
 
 
 def read(name: str) -> tuple[Model, Factors, LoRASettings]:
-    """An adapter by its name, read and checked against its model.
+    """An adapter by its name, read and checked against its base, which comes first.
 
     Raises:
         EngineError: as ``find`` and ``engines.adapters.read_adapter`` do.
     """
-    model, folder = find(name)
-    return model, *read_adapter(folder, model.config())
+    base, folder = find(name)
+    return base, *read_adapter(folder, base.config())
 
 
 def listed() -> Iterator[Listed]:
@@ -79,7 +79,7 @@ def listed() -> Iterator[Listed]:
     for name, source, folder in places:
         nbytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
         try:
-            base, settings = adapted(name, source, folder).folder, read_settings(folder)
+            base, settings = base_model(folder).folder, read_settings(folder)
             yield Listed(name, source, folder, nbytes, base, settings)
         except EngineError as error:
             yield Listed(name, source, folder, nbytes, problem=str(error))
@@ -97,7 +97,7 @@ def import_adapter(source: Path, name: str, base: str | None = None) -> Model:
     target = free_name(name)
     if not source.is_dir():
         raise GemmaTuiError(f"{source} is no folder: name one that holds an adapter of PEFT or mlx-lm")
-    model = adapted(str(source), "folder", source) if base is None else whole_model(base)
+    model = base_model(source) if base is None else whole_model(base)
     factors, settings = read_adapter(source, model.config())
     return _store(target, factors, settings, model)
 
@@ -143,10 +143,10 @@ def blend_adapters(
     target = free_name(name)
     found = [read(some) for some in names]
     model = found[0][0]
-    for other, _, _ in found[1:]:
+    for some, (other, _, _) in zip(names, found, strict=True):
         if other.folder.resolve() != model.folder.resolve():
             raise GemmaTuiError(
-                f"{other.name} stands on {other.folder.name}, {model.name} on {model.folder.name}: "
+                f"{some[:80]} stands on {other.name}, {names[0][:80]} on {model.name}: "
                 "only adapters of one model can be blended"
             )
     made = blend([(factors, settings) for _, factors, settings in found], weights, model.config(), how, rank)
@@ -189,11 +189,13 @@ def free_name(name: str) -> Path:
 
 
 def _store(target: Path, factors: Factors, settings: LoRASettings, model: Model) -> Model:
+    # By its name a base is found even after the data folder or the program has moved.
+    base = str(model.folder) if model.source == "folder" else model.name
     with staging(target) as folder:
-        write_adapter(folder, factors, settings, model.config(), _reference(model))
+        write_adapter(folder, factors, settings, model.config(), base)
     return Model(target.name, model.folder, "adapter", target)
 
 
 def _reference(model: Model) -> str:
-    """What an adapter names as its base, so that PEFT and mlx-lm find it too: a hub id, or a folder."""
+    """What an exported adapter names as its base, so that other programs find it: a hub id, or a folder."""
     return model.name if model.source == "hub cache" else str(model.folder)

@@ -79,14 +79,22 @@ def adapted(name: str, source: str, adapter: Path, progress: Progress | None = N
     Raises:
         EngineError: that model is not here, or the adapter's config is broken.
     """
+    return Model(name, base_model(adapter, progress).folder, source, adapter)
+
+
+def base_model(adapter: Path, progress: Progress | None = None) -> Model:
+    """The model that an adapter names as its base.
+
+    Raises:
+        EngineError: that model is not here, or the adapter's config is broken.
+    """
     base = adapter_base(adapter)
     try:
-        model = whole_model(base, progress)
+        return whole_model(base, progress)
     except GemmaTuiError:
         raise GemmaTuiError(
-            f"{name[:80]} is an adapter of {base[:120]!r}, which is not here: fetch it, or import with another --base"
+            f"{adapter} is an adapter of {base[:120]!r}, which is not here: fetch it, or import with another --base"
         ) from None
-    return Model(name, model.folder, source, adapter)
 
 
 def whole_model(name: str, progress: Progress | None = None) -> Model:

@@ -90,6 +90,8 @@ def test_an_imported_adapter_is_a_model_and_comes_out_again(
         code, rows, _ = command("adapters", "export", "mine", "--format", format, "--out", str(tmp_path / format))
         assert (code, rows[-1]["format"]) == (0, format)
         close(logits(str(tmp_path / format)), expected)
+    exported = json.loads((tmp_path / "mlx" / "adapter_config.json").read_text())
+    assert exported["model"] == str(paths.models() / tiny)
     assert sorted(p.name for p in (tmp_path / "mlx").iterdir()) == ["adapter_config.json", "adapters.safetensors"]
 
 
@@ -102,7 +104,9 @@ def test_an_imported_adapter_writes_and_is_trained_on(command: Commands, make: M
     assert (code, rows[-1]["status"]) == (0, "done")
 
 
-def test_another_base_can_be_named(command: Commands, tiny: str, make: Make) -> None:
+def test_another_base_can_be_named(
+    command: Commands, tiny: str, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = make("source", base="someone/unknown")
     code, _, errors = command("adapters", "import", str(source), "--name", "mine")
     assert code == 1
@@ -111,6 +115,9 @@ def test_another_base_can_be_named(command: Commands, tiny: str, make: Make) -> 
     code, rows, _ = command("adapters", "import", str(source), "--name", "mine", "--base", tiny)
     assert (code, Path(rows[-1]["base"])) == (0, paths.models() / tiny)
     assert find("mine")[0].folder == paths.models() / tiny
+    paths.home().rename(moved := tmp_path / "moved")
+    monkeypatch.setenv("GEMMA_TUI_HOME", str(moved))
+    assert find("mine")[0].folder == moved / "models" / tiny
 
 
 @pytest.mark.parametrize("how", ["svd", "cat", "linear"])
