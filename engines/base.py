@@ -337,7 +337,7 @@ class Engine(Protocol):
         """
 
     def load_adapter(self, folder: Path) -> None:
-        """Put adapters in PEFT layout on the loaded model."""
+        """Put adapters, in PEFT's layout or mlx-lm's, on the loaded model."""
 
     def save_model(self, folder: Path, config: Mapping[str, Any], dtype: str | None = None) -> None:
         """Write all weights, adapters merged in float32, as ``model.safetensors`` with the given ``config.json``.

@@ -10,7 +10,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from engines.errors import EngineError
 from engines.memory import is_out_of_memory
@@ -24,7 +24,7 @@ OUT_OF_MEMORY = "not enough memory: choose a smaller model, batch or sequence le
 FRAMES_PER_SECOND = "120"
 """Textual draws at fixed ticks and a key passes through two of them; at its usual 60 that alone is 33 ms."""
 
-COMMANDS = "models list, generate, train, runs list, doctor"
+COMMANDS = "models list, generate, train, adapters list, runs list, doctor"
 
 
 class Parser(argparse.ArgumentParser):
@@ -102,6 +102,7 @@ def _parser(given: Sequence[str]) -> Parser:
     _models(groups)
     _generate(groups, wanted="generate" in given)
     _train(groups, wanted="train" in given)
+    _adapters(groups)
     _runs(groups)
     _command(groups, "doctor", "engines, devices, memory, versions, store health", "doctor:doctor")
     return parser
@@ -170,6 +171,36 @@ def _train(groups: argparse._SubParsersAction, wanted: bool) -> None:
         from gemma_tui.studies.training import TrainingPlan
 
         add_options(command, TrainingPlan)
+
+
+def _adapters(groups: argparse._SubParsersAction) -> None:
+    group = _group(groups, "adapters", "what training with LoRA leaves: import, export, blend, fuse")
+    named: dict[str, Any] = {"metavar": "A", "help": "an adapter: a run, an imported adapter or a folder"}
+    _command(group, "list", "the adapters on this machine", "adapters:list_adapters")
+    export = _command(group, "export", "write an adapter as PEFT or mlx-lm reads it", "adapters:export")
+    export.add_argument("adapter", **named)
+    export.add_argument("--format", required=True, choices=("peft", "mlx"), help="whose layout")
+    export.add_argument("--out", required=True, metavar="DIR", help="a folder that is not there yet")
+    imported = _command(group, "import", "bring an adapter of PEFT or mlx-lm here", "adapters:import_adapter")
+    imported.add_argument("folder", metavar="DIR", help="a folder with adapter_config.json and .safetensors factors")
+    imported.add_argument("--name", required=True, help="the name it gets")
+    imported.add_argument("--base", metavar="M", help="the model it goes on; the one it names if left out")
+    blend = _command(group, "blend", "make one adapter of several", "adapters:blend")
+    blend.add_argument("adapters", nargs="+", **named)
+    blend.add_argument("--weights", required=True, nargs="+", type=float, metavar="W", help="one for each adapter")
+    blend.add_argument(
+        "--how",
+        default="svd",
+        choices=("svd", "cat", "linear"),
+        help="svd: the best of one rank for the weighted sum of the updates; cat: exactly that sum, ranks add up; "
+        "linear: sums the factors, as PEFT's linear does, which is another thing (default svd)",
+    )
+    blend.add_argument("--rank", type=int, metavar="R", help="of the result of svd; the largest one given if left out")
+    blend.add_argument("--name", required=True, help="the name it gets")
+    fuse = _command(group, "fuse", "make one model of an adapter and its base", "adapters:fuse")
+    fuse.add_argument("adapter", **named)
+    fuse.add_argument("--name", required=True, help="the model's name in the data folder")
+    fuse.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the weights; the base's if left out")
 
 
 def _engine_option(command: argparse.ArgumentParser) -> None:

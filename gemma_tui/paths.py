@@ -21,6 +21,11 @@ def models() -> Path:
     return home() / "models"
 
 
+def adapters() -> Path:
+    """Imported and blended adapters, one folder each."""
+    return home() / "adapters"
+
+
 def runs() -> Path:
     """The run database, and one folder per run for checkpoints and adapters."""
     return home() / "runs"

@@ -6,7 +6,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from engines.adapters import Factors, target_modules
+from engines.adapters import Factors, LowRank, target_modules
 from engines.base import LoRASettings
 from engines.initialisation import lora_factors
 from engines.mlx.model import Gemma3, Linear
@@ -35,21 +35,66 @@ class LoRALinear(Linear):
         return self.weight.astype(mx.float32) + self.scale * (self.lora_B @ self.lora_A)
 
 
+class DoRALinear(LoRALinear):
+    """``m · V x / ‖V‖`` with V = W + scale · B A, row by row (Liu et al., arXiv:2402.09353, equation 5).
+
+    ‖V‖ is a constant to the gradient (section 4.3). As in PEFT, dropout changes what the adapter adds to W x, so
+    ``dropped`` stands in both terms of the difference.
+
+    Args:
+        magnitude: m, float32 ``[out]``; None takes the lengths of the rows of W.
+    """
+
+    def __init__(
+        self, base: Linear, lora_a: mx.array, lora_b: mx.array, magnitude: mx.array | None, settings: LoRASettings
+    ) -> None:
+        super().__init__(base, lora_a, lora_b, settings)
+        lengths = mx.linalg.norm(base.weight.astype(mx.float32), axis=1) if magnitude is None else magnitude
+        self.lora_magnitude_vector = lengths
+
+    def __call__(self, x: mx.array) -> mx.array:
+        rows = x.reshape(-1, x.shape[-1])
+        dropped = self.dropout(rows)
+        lengths = mx.stop_gradient(mx.linalg.norm(super().merged(), axis=1))
+        z = dropped @ self.lora_A.astype(x.dtype).T
+        y = mx.addmm(Linear.__call__(self, dropped), z, self.lora_B.astype(x.dtype).T, alpha=self.scale)
+        # In float32, as PEFT does: m / ‖V‖ begins at 1, and bfloat16 has no number between 1 and 1.0078.
+        y = (self.lora_magnitude_vector / lengths * y).astype(x.dtype)
+        if dropped is not rows:
+            y = y + Linear.__call__(self, rows - dropped)
+        return y.reshape(*x.shape[:-1], -1)
+
+    def merged(self) -> mx.array:
+        """The weight with the update added and its rows brought to their lengths, in float32."""
+        weight = super().merged()
+        return (self.lora_magnitude_vector / mx.linalg.norm(weight, axis=1))[:, None] * weight
+
+
 def add_lora(model: Gemma3, settings: LoRASettings, seed: int) -> None:
     """Freeze the model and put fresh adapters on its targets."""
     generator = np.random.default_rng(seed)
-    shapes = target_modules(model.config, settings.targets)
-    put_lora(model, {m: lora_factors(*shape, settings.rank, generator) for m, shape in shapes.items()}, settings)
+    shapes = target_modules(model.config, settings.targets, settings.layers)
+    fresh = {m: LowRank(*lora_factors(*shape, settings.rank, generator)) for m, shape in shapes.items()}
+    put_lora(model, fresh, settings)
 
 
 def put_lora(model: Gemma3, factors: Factors, settings: LoRASettings) -> None:
     """Freeze the model and put the given adapters on it."""
     model.freeze()
-    for name, (lora_a, lora_b) in factors.items():
-        _, _, layer, block, leaf = name.split(".")
-        parent = model.model.layers[int(layer)][block]
-        a, b = (mx.array(np.ascontiguousarray(f)) for f in (lora_a, lora_b))
-        parent[leaf] = LoRALinear(parent[leaf], a, b, settings)
+    for name, low_rank in factors.items():
+        _, _, index, block, leaf = name.split(".")
+        parent = model.model.layers[int(index)][block]
+        a, b = (_array(f) for f in (low_rank.lora_A, low_rank.lora_B))
+        if settings.dora:
+            magnitude = None if low_rank.magnitude is None else _array(low_rank.magnitude)
+            layer: LoRALinear = DoRALinear(parent[leaf], a, b, magnitude, settings)
+        else:
+            layer = LoRALinear(parent[leaf], a, b, settings)
+        parent[leaf] = layer
+
+
+def _array(array: np.ndarray) -> mx.array:
+    return mx.array(np.ascontiguousarray(array))
 
 
 def lora_layers(model: Gemma3) -> dict[str, LoRALinear]:
@@ -59,4 +104,9 @@ def lora_layers(model: Gemma3) -> dict[str, LoRALinear]:
 
 def factors_of(model: Gemma3) -> Factors:
     """The adapters as numpy arrays."""
-    return {name: (np.array(layer.lora_A), np.array(layer.lora_B)) for name, layer in lora_layers(model).items()}
+    return {name: LowRank(*(np.array(p) for p in _trained(m))) for name, m in lora_layers(model).items()}
+
+
+def _trained(layer: LoRALinear) -> list[mx.array]:
+    magnitude = [layer.lora_magnitude_vector] if isinstance(layer, DoRALinear) else []
+    return [layer.lora_A, layer.lora_B, *magnitude]

@@ -134,7 +134,7 @@ def new_model(name: str, data: Path, shape: Mapping[str, int]) -> Path:
 def _free_target(name: str) -> Path:
     if not MODEL_NAME.fullmatch(name):
         raise UsageError(f"{name[:60]!r} is no model name: use letters, digits, dots and dashes")
-    target = paths.models() / name
-    if target.exists():
-        raise GemmaTuiError(f"{target} is there already: choose another name, or remove it first")
-    return target
+    for place in (paths.models(), paths.adapters()):
+        if (place / name).exists():
+            raise GemmaTuiError(f"{place / name} is there already: choose another name, or remove it first")
+    return paths.models() / name

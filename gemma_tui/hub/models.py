@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from engines.adapter_configs import CONFIG as ADAPTER_CONFIG
 from engines.adapters import adapter_base
 from engines.base import Progress
 from engines.checkpoints import model_tensors
@@ -30,8 +32,8 @@ class Model:
     """A model on this machine.
 
     Attributes:
-        source: ``built-in``, ``data folder``, ``hub cache``, ``run`` or ``folder``.
-        adapter: a PEFT adapter to put on it, for a run that trained one.
+        source: ``built-in``, ``data folder``, ``hub cache``, ``adapter``, ``run`` or ``folder``.
+        adapter: an adapter to put on the model in ``folder``, if the name means one.
     """
 
     name: str
@@ -58,12 +60,48 @@ class Summary:
 
 
 def resolve(name: str, progress: Progress | None = None) -> Model:
-    """The model that a name means: built-in, of the data folder, a folder, a run or a hub id in the cache.
+    """The model that a name means: built-in, of the data folder, an adapter, a folder, a run or a hub id in the cache.
 
-    The real 270M is imported at its first use.
+    The real 270M is imported at its first use. An adapter comes with the model it was made for.
 
     Raises:
         GemmaTuiError: nothing of that name is here.
+    """
+    if (found := _adapter_folder(name)) is not None:
+        folder, source = found
+        return adapted(folder.name if source == "folder" else name, source, folder, progress)
+    return whole_model(name, progress)
+
+
+def adapted(name: str, source: str, adapter: Path, progress: Progress | None = None) -> Model:
+    """An adapter on the model that it names.
+
+    Raises:
+        EngineError: that model is not here, or the adapter's config is broken.
+    """
+    return Model(name, base_model(adapter, progress).folder, source, adapter)
+
+
+def base_model(adapter: Path, progress: Progress | None = None) -> Model:
+    """The model that an adapter names as its base.
+
+    Raises:
+        EngineError: that model is not here, or the adapter's config is broken.
+    """
+    base = adapter_base(adapter)
+    try:
+        return whole_model(base, progress)
+    except GemmaTuiError:
+        raise GemmaTuiError(
+            f"{adapter} is an adapter of {base[:120]!r}, which is not here: fetch it, or import with another --base"
+        ) from None
+
+
+def whole_model(name: str, progress: Progress | None = None) -> Model:
+    """The model that a name means; adapters are none.
+
+    Raises:
+        GemmaTuiError: no model of that name is here.
     """
     if name == NANO:
         return Model(NANO, paths.assets() / "gemma-3-nano", "built-in")
@@ -75,8 +113,8 @@ def resolve(name: str, progress: Progress | None = None) -> Model:
         return Model(name, folder.parent, "data folder")
     if (path := _folder(name)) is not None:
         return Model(path.name, path.resolve(), "folder")
-    if (run := _run_model(name)) is not None:
-        return run
+    if NAME.fullmatch(name) and (folder := paths.runs() / name / "model" / "config.json").is_file():
+        return Model(name, folder.parent, "run")
     if REPO_ID.fullmatch(name):
         if (snapshot := _snapshot(name)) is not None:
             return Model(name, snapshot, "hub cache")
@@ -85,7 +123,7 @@ def resolve(name: str, progress: Progress | None = None) -> Model:
 
 
 def local_models() -> list[Summary]:
-    """Everything that can be loaded here: built-in models, the data folder, the hub cache, what runs have trained."""
+    """Everything that can be loaded here: built-in models, the data folder, the hub cache, adapters, trained runs."""
     from gemma_tui.hub.demo import imported_folder
 
     nano = Model(NANO, paths.assets() / "gemma-3-nano", "built-in")
@@ -95,7 +133,7 @@ def local_models() -> list[Summary]:
     if paths.models().is_dir():
         folders = sorted(p for p in paths.models().iterdir() if (p / "config.json").is_file())
         found += [summary(Model(p.name, p, "data folder")) for p in folders if p.name not in (NANO, REAL)]
-    return found + [summary(model) for model in (*_cached_models(), *_trained_models())]
+    return found + [summary(model) for model in (*_cached_models(), *_adapter_models(), *_trained_models())]
 
 
 def summary(model: Model) -> Summary:
@@ -135,17 +173,25 @@ def _folder(name: str) -> Path | None:
         return None
 
 
-def _run_model(name: str) -> Model | None:
-    """What a run left: a whole model, or an adapter on the model it trained."""
-    if not NAME.fullmatch(name):
+def _adapter_folder(name: str) -> tuple[Path, str] | None:
+    """Where the adapter of that name lies, and what kind of place it is; None if the name means a whole model."""
+    if name in (NANO, REAL):
         return None
-    folder = paths.runs() / name
-    if (folder / "model" / "config.json").is_file():
-        return Model(name, folder / "model", "run")
-    if (folder / "adapter" / "adapter_config.json").is_file():
-        base = resolve(adapter_base(folder / "adapter"))
-        return Model(name, base.folder, "run", folder / "adapter")
-    return None
+    if NAME.fullmatch(name):
+        if (paths.models() / name / "config.json").is_file():
+            return None
+        if (paths.adapters() / name / ADAPTER_CONFIG).is_file():
+            return paths.adapters() / name, "adapter"
+    if (path := _folder(name)) is not None:
+        is_adapter = (path / ADAPTER_CONFIG).is_file() and not (path / "config.json").is_file()
+        return (path.resolve(), "folder") if is_adapter else None
+    return (adapter, "run") if NAME.fullmatch(name) and (adapter := run_adapter(paths.runs() / name)) else None
+
+
+def run_adapter(run: Path) -> Path | None:
+    """The adapter that a run left, if it left one and no whole model."""
+    whole = (run / "model" / "config.json").is_file()
+    return run / "adapter" if (run / "adapter" / ADAPTER_CONFIG).is_file() and not whole else None
 
 
 def _cached_models() -> Iterator[Model]:
@@ -162,18 +208,33 @@ def _cached_models() -> Iterator[Model]:
             yield Model(repo.repo_id, snapshot, "hub cache")
 
 
+def imported_adapters() -> list[Path]:
+    """The folders of the adapters in the data folder, by name."""
+    folders = sorted(paths.adapters().iterdir()) if paths.adapters().is_dir() else []
+    return [folder for folder in folders if (folder / ADAPTER_CONFIG).is_file()]
+
+
+def newest_runs() -> list[Path]:
+    """The folders of the newest runs, the newest first."""
+    folders = [p for p in paths.runs().iterdir() if p.is_dir()] if paths.runs().is_dir() else []
+    return sorted(folders, key=lambda p: p.stat().st_mtime, reverse=True)[:RUNS_LISTED]
+
+
+def _adapter_models() -> Iterator[Model]:
+    """The adapters of the data folder; one whose base is gone cannot be loaded and is not listed."""
+    for folder in imported_adapters():
+        with suppress(EngineError):
+            yield adapted(folder.name, "adapter", folder)
+
+
 def _trained_models() -> Iterator[Model]:
     """What the newest runs left; one whose base is gone cannot be loaded and is not listed."""
-    if not paths.runs().is_dir():
-        return
-    folders = sorted((p for p in paths.runs().iterdir() if p.is_dir()), key=lambda p: p.stat().st_mtime, reverse=True)
-    for folder in folders[:RUNS_LISTED]:
-        try:
-            model = _run_model(folder.name)
-        except EngineError:
-            continue
-        if model is not None:
-            yield model
+    for folder in newest_runs():
+        if (folder / "model" / "config.json").is_file():
+            yield Model(folder.name, folder / "model", "run")
+        elif (adapter := run_adapter(folder)) is not None:
+            with suppress(EngineError):
+                yield adapted(folder.name, "run", adapter)
 
 
 def _may_be_gemma(snapshot: Path) -> bool:

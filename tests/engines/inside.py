@@ -104,3 +104,27 @@ def chunked_loss(
 
     loss, (grad_h, grad_w) = mx.value_and_grad(scaled, argnums=(0, 1))(mx.array(hidden), mx.array(weight))
     return float(loss), np.array(grad_h), np.array(grad_w)
+
+
+def masked_layer(engine: Engine, layer: Any, x: np.ndarray, mask: np.ndarray, monkeypatch: Any) -> np.ndarray:
+    """What an adapted linear gives in training where dropout multiplies by ``mask [in]``."""
+    if engine.name == "torch":
+        import torch
+
+        monkeypatch.setattr(module(engine, "adapters").F, "dropout", lambda x, *terms: x * torch.from_numpy(mask))
+        return layer(torch.from_numpy(x)).detach().numpy()
+    import mlx.core as mx
+
+    layer.dropout = lambda x: x * mx.array(mask)
+    return np.array(layer(mx.array(x)))
+
+
+def bfloat16_layer(engine: Engine, layer: Any, x: np.ndarray) -> np.ndarray:
+    """What a linear gives for inputs in bfloat16."""
+    if engine.name == "torch":
+        import torch
+
+        return layer(torch.from_numpy(x).bfloat16()).detach().float().numpy()
+    import mlx.core as mx
+
+    return np.array(layer(mx.array(x).astype(mx.bfloat16)).astype(mx.float32))

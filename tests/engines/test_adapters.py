@@ -1,5 +1,5 @@
-"""Adapters on disk: ours load in PEFT and mlx-lm, PEFT's load here, all with equal logits; what is not plain LoRA
-is refused."""
+"""Adapters on disk: ours load in PEFT and mlx-lm, theirs load here, all with equal logits; what is neither LoRA nor
+DoRA is refused."""
 
 from __future__ import annotations
 
@@ -13,7 +13,17 @@ import inside
 import numpy as np
 import pytest
 
-from engines.adapters import MLX_FOLDER, read_adapter, target_modules, write_adapter
+from engines.adapters import (
+    MLX_FOLDER,
+    Factors,
+    LowRank,
+    adapter_base,
+    read_adapter,
+    target_modules,
+    write_adapter,
+    write_mlx,
+    write_peft,
+)
 from engines.base import Batch, Engine, LoRASettings, TrainingSettings
 from engines.checkpoints import read_array, read_header, write_arrays
 from engines.errors import CheckpointError, EngineError, UnsupportedError
@@ -28,6 +38,16 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is d
 
 TOLERANCE = 1e-4
 LORA = LoRASettings(rank=3, alpha=5.0)
+KINDS = {
+    "lora": LORA,
+    "some targets": replace(LORA, targets=("q_proj", "v_proj", "down_proj")),
+    "rslora": replace(LORA, rslora=True),
+    "dora": replace(LORA, dora=True),
+    "last layers": replace(LORA, layers=(1, 2)),
+    "some layers": replace(LORA, layers=(0, 2)),
+    "first layer": replace(LORA, layers=(0,), targets=("v_proj",), rslora=True, dora=True),
+}
+each_kind = pytest.mark.parametrize("lora", KINDS.values(), ids=KINDS)
 
 
 @pytest.fixture
@@ -43,14 +63,19 @@ def base(config: Gemma3Config, tiny_folder: TinyFolder) -> Path:
     return tiny_folder(config)
 
 
-def random_factors(config: Gemma3Config, lora: LoRASettings, seed: int = 0) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def stored(path: Path) -> dict[str, np.ndarray]:
+    return {name: read_array(tensor) for name, tensor in read_header(path).items()}
+
+
+def random_factors(config: Gemma3Config, lora: LoRASettings, seed: int = 0) -> Factors:
     generator = np.random.default_rng(seed)
+
+    def small(*shape: int) -> np.ndarray:
+        return generator.standard_normal(shape, np.float32) * np.float32(0.2)
+
     return {
-        module: (
-            generator.standard_normal((lora.rank, inner), np.float32) * np.float32(0.2),
-            generator.standard_normal((out, lora.rank), np.float32) * np.float32(0.2),
-        )
-        for module, (out, inner) in target_modules(config, lora.targets).items()
+        module: LowRank(small(lora.rank, inner), small(out, lora.rank), 1 + small(out) if lora.dora else None)
+        for module, (out, inner) in target_modules(config, lora.targets, lora.layers).items()
     }
 
 
@@ -82,7 +107,7 @@ def close(a: np.ndarray, b: np.ndarray) -> None:
 # ------------------------------------------------------------------------------------------------ PEFT
 
 
-@pytest.mark.parametrize("lora", [LORA, replace(LORA, targets=("q_proj", "v_proj", "down_proj"))], ids=["all", "some"])
+@each_kind
 def test_a_trained_adapter_loads_in_peft_with_equal_logits(
     engine: Engine,
     base: Path,
@@ -114,7 +139,7 @@ def test_peft_finds_every_factor_it_expects(
 
 
 def peft_adapter(network: Any, folder: Path, **terms: Any) -> Any:
-    """An adapter that PEFT made and saved, with random factors."""
+    """An adapter that PEFT made and saved, with random factors and magnitudes."""
     import torch
     from peft import LoraConfig, get_peft_model
 
@@ -125,11 +150,24 @@ def peft_adapter(network: Any, folder: Path, **terms: Any) -> Any:
     generator = torch.Generator().manual_seed(0)
     for name, parameter in made.named_parameters():
         if "lora_" in name:
-            parameter.data = 0.2 * torch.randn(parameter.shape, generator=generator)
+            noise = 0.2 * torch.randn(parameter.shape, generator=generator)
+            parameter.data = parameter.data * (1 + noise) if "magnitude" in name else noise
     made.save_pretrained(str(folder))
     return made.eval()
 
 
+THEIRS = [
+    {},
+    {"use_rslora": True},
+    {"use_dora": True},
+    {"layers_to_transform": [0, 2]},
+    {"layers_to_transform": 1, "layers_pattern": "layers", "use_dora": True, "use_rslora": True},
+    {"rank_pattern": {"q_proj": 4}, "alpha_pattern": dict.fromkeys(LORA.targets, 3)},
+]
+each_of_theirs = pytest.mark.parametrize("terms", THEIRS, ids=lambda terms: " ".join(terms) or "plain")
+
+
+@each_of_theirs
 def test_an_adapter_of_peft_loads_with_equal_logits(
     engine: Engine,
     base: Path,
@@ -137,8 +175,9 @@ def test_an_adapter_of_peft_loads_with_equal_logits(
     reference_model: Callable[[Path], Any],
     reference_logits: Logits,
     tmp_path: Path,
+    terms: dict[str, Any],
 ) -> None:
-    theirs = peft_adapter(reference_model(base), tmp_path)
+    theirs = peft_adapter(reference_model(base), tmp_path, **terms)
     engine.load(base, "float32")
     plain = engine.logits(tokens(20))
     engine.load_adapter(tmp_path)
@@ -147,18 +186,32 @@ def test_an_adapter_of_peft_loads_with_equal_logits(
     assert np.abs(found - plain).max() > 0.1
 
 
-def test_gradients_of_the_factors_are_those_of_peft(
-    engine: Engine, base: Path, tokens: Tokens, reference_model: Callable[[Path], Any], tmp_path: Path
+@pytest.mark.parametrize(
+    "terms",
+    [*THEIRS[:5], {"lora_dropout": 0.3}, {"lora_dropout": 0.3, "use_dora": True}],
+    ids=lambda terms: " ".join(terms) or "plain",
+)
+def test_gradients_are_those_of_peft(
+    engine: Engine,
+    base: Path,
+    tokens: Tokens,
+    reference_model: Callable[[Path], Any],
+    tmp_path: Path,
+    terms: dict[str, Any],
 ) -> None:
     import torch
 
+    if terms.get("lora_dropout") and engine.name != "torch":
+        pytest.skip("only torch draws PEFT's masks")
     text, labels = tokens(12, batch=2), tokens(12, batch=2, seed=1)
-    theirs = peft_adapter(reference_model(base), tmp_path)
+    theirs = peft_adapter(reference_model(base), tmp_path, **terms).train()
+    torch.manual_seed(3)
     logits = theirs(torch.from_numpy(text).long()).logits.flatten(0, 1)
     torch.nn.functional.cross_entropy(logits, torch.from_numpy(labels).long().flatten(), reduction="sum").backward()
     expected = {name: p.grad.numpy() for name, p in theirs.named_parameters() if "lora_" in name}
     engine.load(base, "float32")
     engine.load_adapter(tmp_path)
+    torch.manual_seed(3)
     found = inside.gradients(engine, Batch(text, labels))
     assert len(found) == len(expected)
     for name, gradient in found.items():
@@ -166,10 +219,11 @@ def test_gradients_of_the_factors_are_those_of_peft(
         np.testing.assert_allclose(gradient, theirs_too, rtol=0, atol=1e-4 * np.abs(theirs_too).max(), err_msg=name)
 
 
+@each_of_theirs
 def test_an_adapter_of_peft_comes_back_from_us_unchanged(
-    engine: Engine, base: Path, reference_model: Callable[[Path], Any], tmp_path: Path
+    engine: Engine, base: Path, reference_model: Callable[[Path], Any], tmp_path: Path, terms: dict[str, Any]
 ) -> None:
-    peft_adapter(reference_model(base), tmp_path / "theirs")
+    peft_adapter(reference_model(base), tmp_path / "theirs", **terms)
     engine.load(base, "float32")
     engine.load_adapter(tmp_path / "theirs")
     engine.save_adapter(tmp_path / "ours", str(base))
@@ -179,7 +233,7 @@ def test_an_adapter_of_peft_comes_back_from_us_unchanged(
         np.testing.assert_array_equal(read_array(ours[name]), read_array(tensor))
 
 
-@pytest.mark.parametrize("terms", [{"use_dora": True}, {"use_rslora": True}, {"rank_pattern": {"q_proj": 8}}], ids=str)
+@pytest.mark.parametrize("terms", [{"alpha_pattern": {"v_proj": 8}}, {"rank_pattern": {"q_proj": 8}}], ids=str)
 def test_kinds_of_peft_that_compute_otherwise_are_refused(
     base: Path, config: Gemma3Config, reference_model: Callable[[Path], Any], tmp_path: Path, terms: dict[str, Any]
 ) -> None:
@@ -214,7 +268,7 @@ def test_mlx_lm_reads_our_model_with_equal_logits(engine: Engine, base: Path, to
     close(mlx_lm_logits(mlx_lm_model(base), tokens(20)), engine.logits(tokens(20)))
 
 
-@pytest.mark.parametrize("lora", [LORA, replace(LORA, targets=("q_proj", "v_proj", "down_proj"))], ids=["all", "some"])
+@each_kind
 def test_a_trained_adapter_loads_in_mlx_lm_with_equal_logits(
     engine: Engine, base: Path, tokens: Tokens, tmp_path: Path, lora: LoRASettings
 ) -> None:
@@ -223,6 +277,80 @@ def test_a_trained_adapter_loads_in_mlx_lm_with_equal_logits(
     engine.save_adapter(tmp_path, str(base))
     theirs = utils.load_adapters(mlx_lm_model(base), str(tmp_path / MLX_FOLDER)).eval()
     close(mlx_lm_logits(theirs, tokens(20)), expected)
+
+
+@pytest.mark.parametrize("lora", [LORA, replace(LORA, layers=(0, 2), dora=True, rslora=True)], ids=["lora", "dora"])
+def test_an_adapter_goes_through_every_format_unchanged(
+    both_engines: tuple[Engine, Engine],
+    config: Gemma3Config,
+    base: Path,
+    tokens: Tokens,
+    tmp_path: Path,
+    lora: LoRASettings,
+) -> None:
+    """PEFT's layout, mlx-lm's, PEFT's again: every one loads in both engines with the same logits."""
+    factors = random_factors(config, lora)
+    write_peft(tmp_path / "first", factors, lora, str(base))
+    write_mlx(tmp_path / "second", *read_adapter(tmp_path / "first", config), config, str(base))
+    write_peft(tmp_path / "third", *read_adapter(tmp_path / "second", config), str(base))
+    found = []
+    for place in ("first", "second", "third"):
+        assert adapter_base(tmp_path / place) == str(base)
+        for engine in both_engines:
+            engine.load(base, "float32")
+            engine.load_adapter(tmp_path / place)
+            found.append(engine.logits(tokens(20)))
+    for other in found[1:]:
+        close(found[0], other)
+    last, settings = read_adapter(tmp_path / "third", config)
+    assert settings == replace(lora, alpha=settings.alpha, rslora=False)
+    assert settings.scale == pytest.approx(lora.scale)
+    for module, low_rank in factors.items():
+        np.testing.assert_array_equal(last[module].lora_A, low_rank.lora_A)
+        np.testing.assert_array_equal(last[module].lora_B, low_rank.lora_B)
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda raw: raw.update(fine_tune_type="full"),
+        lambda raw: raw.pop("lora_parameters"),
+        lambda raw: raw["lora_parameters"].update(rank=0),
+        lambda raw: raw["lora_parameters"].update(rank=4),
+        lambda raw: raw["lora_parameters"].pop("scale"),
+        lambda raw: raw["lora_parameters"].update(scale=float("nan")),
+        lambda raw: raw["lora_parameters"].update(dropout=1),
+        lambda raw: raw.update(fine_tune_type="dora"),
+    ],
+    ids=["full", "no parameters", "no rank", "another rank", "no scale", "nan", "dropout", "no magnitudes"],
+)
+def test_a_config_of_mlx_lm_that_is_not_right_is_refused(
+    adapter: Path, config: Gemma3Config, edit: Callable[[dict[str, Any]], object]
+) -> None:
+    path = adapter / MLX_FOLDER / "adapter_config.json"
+    raw = json.loads(path.read_text())
+    edit(raw)
+    path.write_text(json.dumps(raw))
+    refusal(adapter / MLX_FOLDER, config)
+
+
+@pytest.mark.parametrize(
+    ("name", "becomes", "named"),
+    [
+        ("model.layers.1.mlp.up_proj.lora_a", "model.layers.1.mlp.up_proj.lora_c", "lora_c"),
+        ("model.layers.1.mlp.up_proj.lora_a", "model.layers.7.mlp.up_proj.lora_a", "in one layer"),
+        ("model.layers.1.mlp.up_proj.lora_a", None, "no lora_A for model.layers.1.mlp.up_proj"),
+        ("model.layers.1.mlp.up_proj.lora_a", "model.embed_tokens.lora_a", "embed_tokens"),
+    ],
+)
+def test_factors_of_mlx_lm_that_do_not_fit_are_refused(
+    adapter: Path, config: Gemma3Config, name: str, becomes: str | None, named: str
+) -> None:
+    path = adapter / MLX_FOLDER / "adapters.safetensors"
+    arrays = {key: read_array(tensor) for key, tensor in read_header(path).items()}
+    moved = arrays.pop(name)
+    write_arrays(path, arrays | ({} if becomes is None else {becomes: moved}))
+    assert named in refusal(adapter / MLX_FOLDER, config)
 
 
 # ------------------------------------------------------------------------------------------------ the factors
@@ -246,8 +374,8 @@ def test_a_transposed_update_would_show(
     """Where in = out, ``lora_A`` and ``lora_B`` can be swapped for each other's transposes without a shape error."""
     factors, lora = read_adapter(adapter, config)
     module = f"model.layers.1.{name}"
-    lora_a, lora_b = factors[module]
-    factors[module] = (np.ascontiguousarray(lora_b.T), np.ascontiguousarray(lora_a.T))
+    swapped = np.ascontiguousarray(factors[module].lora_B.T), np.ascontiguousarray(factors[module].lora_A.T)
+    factors[module] = LowRank(*swapped)
     write_adapter(tmp_path / "transposed", factors, lora, config, str(base))
     found = []
     for folder in (adapter, tmp_path / "transposed"):
@@ -262,7 +390,7 @@ def test_the_update_is_scaled_by_alpha_over_rank(
 ) -> None:
     """Twice alpha with half of B is the same function."""
     factors = random_factors(config, LORA)
-    halved = {module: (lora_a, lora_b / 2) for module, (lora_a, lora_b) in factors.items()}
+    halved = {module: LowRank(some.lora_A, some.lora_B / 2) for module, some in factors.items()}
     found = []
     for i, (some, lora) in enumerate([(factors, LORA), (halved, replace(LORA, alpha=2 * LORA.alpha))]):
         write_adapter(tmp_path / str(i), some, lora, config, str(base))
@@ -272,11 +400,13 @@ def test_the_update_is_scaled_by_alpha_over_rank(
     close(*found)
 
 
+@each_kind
 def test_a_saved_model_has_the_adapter_merged(
-    engine: Engine, config: Gemma3Config, base: Path, adapter: Path, tokens: Tokens, tmp_path: Path
+    engine: Engine, config: Gemma3Config, base: Path, tokens: Tokens, tmp_path: Path, lora: LoRASettings
 ) -> None:
+    write_adapter(tmp_path / "adapter", random_factors(config, lora), lora, config, str(base))
     engine.load(base, "float32")
-    engine.load_adapter(adapter)
+    engine.load_adapter(tmp_path / "adapter")
     expected = engine.logits(tokens(20))
     engine.save_model(tmp_path / "merged", config.to_dict())
     engine.load(tmp_path / "merged", "float32")
@@ -290,8 +420,8 @@ def test_merging_is_done_in_float32(
     before = inside.weights(engine)["model.layers.0.mlp.up_proj.weight"]
     engine.load_adapter(adapter)
     engine.save_model(tmp_path / "merged", config.to_dict(), "float32")
-    lora_a, lora_b = read_adapter(adapter, config)[0]["model.layers.0.mlp.up_proj"]
-    expected = before + np.float32(LORA.alpha / LORA.rank) * (lora_b @ lora_a)
+    low_rank = read_adapter(adapter, config)[0]["model.layers.0.mlp.up_proj"]
+    expected = before + np.float32(LORA.alpha / LORA.rank) * (low_rank.lora_B @ low_rank.lora_A)
     merged = read_array(read_header(tmp_path / "merged" / "model.safetensors")["model.layers.0.mlp.up_proj.weight"])
     np.testing.assert_allclose(merged, expected, rtol=0, atol=1e-6)
 
@@ -307,6 +437,77 @@ def test_an_adapter_replaces_the_one_before_it(
     assert np.abs(engine.logits(tokens(9)) - expected).max() > 0.1
     engine.load_adapter(adapter)
     np.testing.assert_array_equal(engine.logits(tokens(9)), expected)
+
+
+def test_dropout_is_of_what_an_adapter_sees(
+    engine: Engine, config: Gemma3Config, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a mask that is known: W x + (m / ‖V‖ - 1) W d + m / ‖V‖ · scale · B A d for the dropped input d."""
+    lora = replace(LORA, dora=True, dropout=0.5)
+    write_adapter(tmp_path, random_factors(config, lora), lora, config, str(base))
+    engine.load(base, "float32")
+    engine.load_adapter(tmp_path)
+    module = "model.layers.1.self_attn.o_proj"
+    layer = inside.module(engine, "adapters").lora_layers(inside.model(engine))[module]
+    x = np.random.default_rng(0).standard_normal((2, 3, 64)).astype(np.float32)
+    mask = np.where(np.arange(64) % 2, 2, 0).astype(np.float32)
+    layer.train()
+    found = inside.masked_layer(engine, layer, x, mask, monkeypatch)
+    low_rank, weight = read_adapter(tmp_path, config)[0][module], inside.weights(engine)[f"{module}.weight"]
+    update = lora.scale * low_rank.lora_B @ low_rank.lora_A
+    factor = low_rank.magnitude / np.linalg.norm(weight + update, axis=1)
+    dropped = x * mask
+    expected = x @ weight.T + (factor - 1) * (dropped @ weight.T) + factor * (dropped @ update.T)
+    close(found, expected)
+
+
+def test_a_small_change_of_a_magnitude_shows_in_bfloat16(
+    engine: Engine, config: Gemma3Config, base: Path, tmp_path: Path
+) -> None:
+    """A factor of 1.003 would be 1 in bfloat16; of the outputs, those that are near their next number move."""
+    lora = replace(LORA, dora=True)
+    engine.load(base, "bfloat16")
+    module, factors = "model.layers.1.mlp.up_proj", random_factors(config, lora)
+    update = lora.scale * factors[module].lora_B @ factors[module].lora_A
+    lengths = np.linalg.norm(inside.weights(engine)[f"{module}.weight"] + update, axis=1)
+    x = np.random.default_rng(0).standard_normal((2000, 64)).astype(np.float32)
+    found = []
+    for change in (1.0, 1.003):
+        factors[module] = replace(factors[module], magnitude=(change * lengths).astype(np.float32))
+        write_adapter(tmp_path, factors, lora, config, str(base))
+        engine.load(base, "bfloat16")
+        engine.load_adapter(tmp_path)
+        layer = inside.module(engine, "adapters").lora_layers(inside.model(engine))[module]
+        found.append(inside.bfloat16_layer(engine, layer, x))
+    assert (found[0] * found[1]).sum() / (found[0] ** 2).sum() == pytest.approx(1.003, abs=1e-3)
+
+
+@pytest.mark.parametrize("tower", ["model.language_model.", "language_model.model."])
+def test_an_adapter_of_a_multimodal_models_text_tower_is_read(adapter: Path, config: Gemma3Config, tower: str) -> None:
+    expected, _ = read_adapter(adapter, config)
+    path = adapter / "adapter_model.safetensors"
+    arrays = {
+        name.replace("base_model.model.model.", f"base_model.model.{tower}"): a for name, a in stored(path).items()
+    }
+    write_arrays(path, arrays)
+    found, _ = read_adapter(adapter, config)
+    assert found.keys() == expected.keys()
+    vision = "base_model.model.model.vision_tower.encoder.layers.0.self_attn.q_proj.lora_A.weight"
+    write_arrays(path, arrays | {vision: np.zeros((3, 8), np.float32)})
+    assert "vision_tower" in refusal(adapter, config)
+
+
+def test_dora_starts_as_its_model(engine: Engine, base: Path, tokens: Tokens) -> None:
+    engine.load(base, "float32")
+    expected = engine.logits(tokens(9))
+    engine.start_training(TrainingSettings(replace(LORA, dora=True)))
+    close(engine.logits(tokens(9)), expected)
+
+
+def test_a_layer_that_is_not_there_is_refused(engine: Engine, base: Path) -> None:
+    engine.load(base)
+    with pytest.raises(UnsupportedError, match="no layer 3"):
+        engine.start_training(TrainingSettings(replace(LORA, layers=(1, 3))))
 
 
 def test_a_model_without_adapters_has_none_to_save(engine: Engine, base: Path, tmp_path: Path) -> None:
@@ -348,9 +549,17 @@ def change(folder: Path, **terms: Any) -> Path:
         {"peft_type": "PROMPT_TUNING"},
         {"peft_type": None},
         {"use_dora": True},
-        {"use_rslora": True},
+        {"use_dora": "yes"},
+        {"use_rslora": 2},
         {"rank_pattern": {"q_proj": 8}},
+        {"rank_pattern": {".*": 3, "(a+)+$": 8}},
+        {"rank_pattern": [3]},
         {"alpha_pattern": {"q_proj": 8}},
+        {"layers_to_transform": [0, 1, 2, 3]},
+        {"layers_to_transform": [-1]},
+        {"layers_to_transform": [0.5]},
+        {"layers_to_transform": "all"},
+        {"layers_to_transform": [0], "layers_pattern": "blocks"},
         {"modules_to_save": ["embed_tokens"]},
         {"layers_to_transform": [0]},
         {"layer_replication": [[0, 2], [1, 3]]},

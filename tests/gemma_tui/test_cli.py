@@ -82,6 +82,8 @@ EVERY_COMMAND = {
     "generate tiny --prompt fox --max-tokens 3": "text",
     "generate lora-1 --prompt fox --max-tokens 3 --chat": "text",
     "train --model tiny --data DATA " + shlex.join(SMALL): "run",
+    "adapters list": "adapter",
+    "adapters export lora-1 --format peft --out OUT": "end",
     "runs list": "run",
     "runs show lora-1": "run",
     "runs stop lora-1": "end",
@@ -93,7 +95,7 @@ EVERY_COMMAND = {
 def test_every_command_gives_json_lines_of_which_the_last_is_the_end(
     command: Commands, trained: str, corpus: Path, words: str
 ) -> None:
-    code, rows, errors = command(*words.replace("DATA", str(corpus)).split())
+    code, rows, errors = command(*words.replace("DATA", str(corpus)).replace("OUT", str(paths.home() / "out")).split())
     assert (code, errors) == (0, "")
     assert rows[0]["kind"] == EVERY_COMMAND[words]
     assert kinds(rows).count("end") == 1
@@ -105,7 +107,7 @@ def test_every_command_gives_json_lines_of_which_the_last_is_the_end(
 def test_every_command_speaks_to_a_person_without_colour_in_a_pipe(
     spoken: Callable[..., tuple[int, str, str]], trained: str, corpus: Path, words: str
 ) -> None:
-    code, text, errors = spoken(*words.replace("DATA", str(corpus)).split())
+    code, text, errors = spoken(*words.replace("DATA", str(corpus)).replace("OUT", str(paths.home() / "out")).split())
     assert (code, errors) == (0, "")
     assert text.strip()
     assert "\x1b" not in text
@@ -368,7 +370,9 @@ def imported(code: str) -> set[str]:
     return set(done.stdout.splitlines()[-1].split()) if done.stdout.splitlines()[-1] else set()
 
 
-@pytest.mark.parametrize("words", [["--help"], ["models", "--help"], ["doctor", "--help"], ["--version"]])
+@pytest.mark.parametrize(
+    "words", [["--help"], ["models", "--help"], ["adapters", "--help"], ["doctor", "--help"], ["--version"]]
+)
 def test_help_imports_nothing_heavy(words: list[str]) -> None:
     code = f"from gemma_tui.cli import main\ntry:\n    main({words})\nexcept SystemExit:\n    print()"
     assert imported(code) == set()
