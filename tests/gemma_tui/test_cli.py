@@ -81,6 +81,7 @@ EVERY_COMMAND = {
     "models new small --data DATA " + shlex.join(SHAPE): "end",
     "generate tiny --prompt fox --max-tokens 3": "text",
     "generate lora-1 --prompt fox --max-tokens 3 --chat": "text",
+    "data tiny --data DATA --packing": "split",
     "train --model tiny --data DATA " + shlex.join(SMALL): "run",
     "runs list": "run",
     "runs show lora-1": "run",
@@ -429,6 +430,18 @@ def hostile_rows() -> list[str]:
     return ["train", "--model", "tiny", "--data", str(path)]
 
 
+def hostile_tokens() -> list[str]:
+    return ["data", "tiny", "--data", str(write_rows(paths.home() / "rows.jsonl", [f"fine{ESCAPE}", "more"]))]
+
+
+def hostile_template() -> list[str]:
+    (paths.models() / "tiny" / "chat_template.jinja").write_text(f"{{{{ raise_exception('{ESCAPE}') }}}}")
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    path = paths.home() / "turns.jsonl"
+    path.write_text(json.dumps({"messages": turns}))
+    return ["data", "tiny", "--data", str(path)]
+
+
 def hostile_folder() -> list[str]:
     return ["models", "info", f"./none{ESCAPE}"]
 
@@ -444,7 +457,17 @@ def hostile_debug() -> list[str]:
 @pytest.mark.parametrize("as_json", [[], ["--json"]], ids=["text", "json"])
 @pytest.mark.parametrize(
     "hostile",
-    [hostile_model, hostile_run, hostile_list, hostile_rows, hostile_folder, hostile_option, hostile_debug],
+    [
+        hostile_model,
+        hostile_run,
+        hostile_list,
+        hostile_rows,
+        hostile_tokens,
+        hostile_template,
+        hostile_folder,
+        hostile_option,
+        hostile_debug,
+    ],  # fmt: skip
     ids=lambda hostile: hostile.__name__,
 )
 def test_foreign_text_never_reaches_a_terminal_raw(

@@ -136,7 +136,7 @@ def test_the_evaluation_loss_is_the_mean_of_the_log_probabilities(
 ) -> None:
     engine.load(resolve(tiny).folder, "float32")
     splits = read_splits(str(corpus), tokenizer, 32)
-    log_probs = np.concatenate([engine.log_probs(window[None])[0] for window in splits.valid])
+    log_probs = np.concatenate([engine.log_probs(window.ids[None])[0] for window in splits.valid])
     for size in (1, 3):
         assert evaluate(engine, splits, size, 0, Control()) == pytest.approx(-log_probs.mean(), rel=1e-5)
 
