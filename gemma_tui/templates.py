@@ -50,7 +50,7 @@ class TemplateError(Exception):
 
 
 def template_difference(folder: Path) -> str:
-    """One line if a model's own chat template writes turns otherwise than training does, which is Gemma's; or ``""``."""
+    """One line if a model's own chat template writes turns otherwise than Gemma's, which training does; or ``""``."""
     try:
         template = read_template(folder)
         if template is None:

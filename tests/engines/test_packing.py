@@ -150,7 +150,7 @@ def test_every_document_is_rotated_from_position_0_on(
     expected = [[n for length in order for n in range(length)] for order in (LENGTHS, LENGTHS[::-1])]
     assert seen
     for places in seen:
-        assert np.array(places)[:, 0, : sum(LENGTHS)].tolist() == expected
+        assert places[:, 0, : sum(LENGTHS)].tolist() == expected
 
 
 def test_segments_of_one_document_change_nothing(engine: Engine, folder: Path) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ def found(folder: Path, tokenizer: Tokenizer) -> Survey:
 
 
 def test_every_split_is_counted(found: Survey) -> None:
-    train, valid, test = found.splits
+    train, valid, _ = found.splits
     assert [(s.name, s.rows) for s in found.splits] == [("train", 7), ("valid", 2), ("test", 1)]
     assert (train.counts.split, train.counts.truncated, train.counts.masked, train.counts.empty) == (1, 2, 1, 1)
     assert train.windows > 5
@@ -93,7 +94,7 @@ def test_every_row_is_in_the_bar_of_its_length(lengths: list[int]) -> None:
     found = histogram(lengths)
     assert [bar.rows for bar in found] == [sum(bar.low <= n <= bar.high for n in lengths) for bar in found]
     assert sum(bar.rows for bar in found) == len(lengths)
-    assert all(a.high + 1 == b.low for a, b in zip(found, found[1:], strict=False))
+    assert all(a.high + 1 == b.low for a, b in pairwise(found))
 
 
 def test_bars_are_drawn_in_proportion_and_a_single_row_shows() -> None:
@@ -128,8 +129,8 @@ def test_the_command_shows_counts_lengths_and_the_mask_without_colour(
     assert "\x1b" not in text
     assert "train" in text
     assert "█" in text
-    assert max(map(len, text.splitlines())) <= 80
     lines = text[text.index("row 1:") :].splitlines()[1:]
+    assert max(map(len, lines)) <= 80
     assert lines[0].startswith("- <bos>│<start_of_turn>│")
     assert [line for line in lines if line.startswith("+ ")] == [f"+ {dog}│<end_of_turn>"]
     assert lines[-1] == "- ↵"
