@@ -295,6 +295,11 @@ def test_at_most_one_packed_row_is_less_than_half_full(lengths: list[int]) -> No
     assert sum(2 * len(row) <= 40 for row in pack(numbered(lengths), 39, 0)) <= 1
 
 
+def test_windows_go_where_the_least_room_is_left() -> None:
+    packed = pack(numbered([30, 25, 15, 10]), 39, 0)
+    assert sorted(sorted(np.bincount(row.segments).tolist()) for row in packed) == [[10, 30], [15, 25]]
+
+
 def test_packing_follows_its_seed_alone() -> None:
     def order(seed: int) -> list[bytes]:
         return [row.ids.tobytes() for row in pack(numbered([9] * 40), 31, seed)]
