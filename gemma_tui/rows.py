@@ -130,6 +130,8 @@ def read_rows(path: Path) -> list[Row]:
         raise GemmaTuiError(f"{path} does not exist: name a data file or folder")
     if path.suffix not in (".jsonl", ".txt"):
         raise GemmaTuiError(f"{path} is neither .jsonl nor .txt: convert it to one of them")
+    if not path.is_file() and not path.is_dir():  # a pipe would keep its reader waiting
+        raise GemmaTuiError(f"{path} is no file: copy what it gives into one")
     try:
         with path.open(encoding="utf-8-sig") as file:
             if path.suffix == ".txt":

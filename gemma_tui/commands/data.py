@@ -32,7 +32,7 @@ def data(args: argparse.Namespace, output: Output) -> int:
         found = survey(plan, tokenizer, model.folder)
     _rows(output, found, tokenizer)
     if not output.as_json:
-        _show(output, found, plan)
+        _show(output, found, plan.sequence_length)
         for number, window in enumerate(found.examples, 1):
             _show_window(output, number, window, tokenizer)
     output.row("end", status="done", shared=found.shared, repeated=found.repeated, held_out=found.held_out)
@@ -58,30 +58,35 @@ def _rows(output: Output, found: Survey, tokenizer: Tokenizer) -> None:
         )
 
 
-def _show(output: Output, found: Survey, plan: SurveyPlan) -> None:
-    columns = ["", "rows", "windows", "tokens", "supervised", "split", "truncated", "left out", "characters"]
-    lines = [_line(split) for split in found.splits]
-    if plan.packing:
-        columns.append("packed")
-        lines = [(*line, f"{split.packed:,}") for line, split in zip(lines, found.splits, strict=True)]
-    output.table(columns, lines)
+def _show(output: Output, found: Survey, sequence_length: int) -> None:
+    names = [split.name for split in found.splits]
+    facts = [_facts(split) for split in found.splits]
+    output.table(("", *names), [(name, *(fact[name] for fact in facts)) for name in facts[0]])
     if found.held_out:
         output.say("no validation rows: the last 5 % of the training windows are held out")
     if found.repeated:
         output.say(f"{found.repeated:,} training windows are there more than once")
     for text in found.warnings:
         output.say(f"note: {text}")
-    output.say(f"\ntokens in a row, before any is cut to {plan.sequence_length:,}")
+    output.say(f"\ntokens in a row, before any is cut to {sequence_length:,}")
     for line in bars(found.lengths):
         output.say(line)
 
 
-def _line(split: SplitSurvey) -> tuple[str, ...]:
+def _facts(split: SplitSurvey) -> dict[str, str]:
     counts = split.counts
-    share = f"{split.supervised:,} ({split.supervised / max(1, split.tokens):.0%})"
-    numbers = (counts.split, counts.truncated, counts.masked + counts.empty, counts.characters)
-    head = (split.name, f"{split.rows:,}", f"{split.windows:,}", f"{split.tokens:,}", share)
-    return (*head, *(f"{number:,}" for number in numbers))
+    packed = {} if split.packed is None else {"packed windows": f"{split.packed:,}"}
+    return {
+        "rows": f"{split.rows:,}",
+        "characters": f"{counts.characters:,}",
+        "windows": f"{split.windows:,}",
+        **packed,
+        "tokens": f"{split.tokens:,}",
+        "supervised": f"{split.supervised:,} ({split.supervised / max(1, split.tokens):.0%})",
+        "rows split": f"{counts.split:,}",
+        "rows truncated": f"{counts.truncated:,}",
+        "rows left out": f"{counts.masked + counts.empty:,}",
+    }
 
 
 def bars(lengths: Sequence[Bin]) -> Iterator[str]:

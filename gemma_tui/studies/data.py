@@ -167,10 +167,10 @@ def warnings(splits: Splits, folder: Path) -> list[str]:
     masked, spelled = (sum(getattr(c, name) for c in counts) for name in ("masked", "spelled"))
     found = []
     if masked:
-        found.append(f"{masked} rows are left out: their supervised part lies beyond sequence_length")
+        found.append(f"rows left out because their supervised part lies beyond sequence_length: {masked}")
     if spelled:
         found.append(
-            f"{spelled} rows spell control tokens such as <end_of_turn>; these stay plain text: "
+            f"rows that spell control tokens such as <end_of_turn>, which stay plain text: {spelled}; "
             "write turns as messages rows"
         )
     if any(c.turns for c in counts) and (difference := template_difference(folder)):

@@ -255,13 +255,13 @@ def test_rows_are_counted_by_what_becomes_of_them() -> None:
 def test_what_is_left_out_or_not_as_it_looks_is_told(tmp_path: Path, tokenizer: Tokenizer) -> None:
     splits = read_splits(str(write_rows(tmp_path / "data.jsonl", ["a", "b<eos>"])), tokenizer, 32)
     assert [text.split(";")[0] for text in warnings(splits, tmp_path)] == [
-        "1 rows spell control tokens such as <end_of_turn>"
+        "rows that spell control tokens such as <end_of_turn>, which stay plain text: 1"
     ]
     path = tmp_path / "long.jsonl"
     turns = [{"role": "user", "content": "fox " * 99}, {"role": "assistant", "content": "a"}]
     path.write_text("\n".join(map(json.dumps, [{"messages": turns}, {"text": "a"}])))
     assert warnings(read_splits(str(path), tokenizer, 32), tmp_path) == [
-        "1 rows are left out: their supervised part lies beyond sequence_length"
+        "rows left out because their supervised part lies beyond sequence_length: 1"
     ]
 
 

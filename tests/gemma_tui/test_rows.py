@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -185,11 +186,17 @@ def test_without_the_library_the_way_to_it_is_told(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize(
     ("name", "reason"),
-    [("none.jsonl", "does not exist"), ("data.csv", "neither .jsonl nor .txt"), ("folder.txt", "cannot be read")],
+    [
+        ("none.jsonl", "does not exist"),
+        ("data.csv", "neither .jsonl nor .txt"),
+        ("folder.txt", "cannot be read"),
+        ("pipe.txt", "is no file"),
+    ],
 )
 def test_a_path_that_holds_no_rows_is_refused(tmp_path: Path, name: str, reason: str) -> None:
     written(tmp_path / "data.csv", b"text\na\n")
     (tmp_path / "folder.txt").mkdir()
+    os.mkfifo(tmp_path / "pipe.txt")
     with pytest.raises(GemmaTuiError, match=reason):
         read_rows(tmp_path / name)
 

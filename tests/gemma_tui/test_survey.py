@@ -71,7 +71,7 @@ def test_every_split_is_counted(found: Survey) -> None:
 def test_what_is_in_training_and_validation_is_told(found: Survey) -> None:
     assert (found.shared, found.repeated, found.held_out) == (1, 1, False)
     assert sum("validation windows are training windows too" in text for text in found.warnings) == 1
-    assert sum("rows are left out" in text for text in found.warnings) == 1
+    assert sum("rows left out because" in text for text in found.warnings) == 1
     assert sum("spell control tokens" in text for text in found.warnings) == 1
 
 
