@@ -24,7 +24,7 @@ OUT_OF_MEMORY = "not enough memory: choose a smaller model, batch or sequence le
 FRAMES_PER_SECOND = "120"
 """Textual draws at fixed ticks and a key passes through two of them; at its usual 60 that alone is 33 ms."""
 
-COMMANDS = "models list, generate, train, adapters list, runs list, doctor"
+COMMANDS = "models list, generate, data, train, adapters list, runs list, doctor"
 
 
 class Parser(argparse.ArgumentParser):
@@ -101,6 +101,7 @@ def _parser(given: Sequence[str]) -> Parser:
     groups = parser.add_subparsers(metavar="COMMAND", parser_class=Parser)
     _models(groups)
     _generate(groups, wanted="generate" in given)
+    _data(groups, wanted="data" in given)
     _train(groups, wanted="train" in given)
     _adapters(groups)
     _runs(groups)
@@ -159,6 +160,16 @@ def _generate(groups: argparse._SubParsersAction, wanted: bool) -> None:
         from gemma_tui.studies.generation import GenerationPlan
 
         add_options(command, GenerationPlan)
+
+
+def _data(groups: argparse._SubParsersAction, wanted: bool) -> None:
+    command = _command(groups, "data", "look at data before a run: counts, lengths, what the loss sees", "data:data")
+    command.add_argument("model", metavar="M", help="name, folder, run or hub id; its tokenizer is used")
+    if wanted:
+        from gemma_tui.commands.plans import add_options
+        from gemma_tui.studies.survey import SurveyPlan
+
+        add_options(command, SurveyPlan)
 
 
 def _train(groups: argparse._SubParsersAction, wanted: bool) -> None:

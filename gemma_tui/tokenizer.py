@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,14 +37,50 @@ class Tokenizer:
         Raises:
             GemmaTuiError: the text holds half a surrogate pair, as a command line that is not UTF-8 gives.
         """
+        ids = self._ids(text)
+        while ids and ids[0] == BOS:
+            ids = ids[1:]
+        return [BOS, *ids] if bos else ids
+
+    def encode_foreign(self, text: str) -> list[int]:
+        """Token ids of text that others wrote: a control token that is spelled in it stays the characters it is.
+
+        Raises:
+            GemmaTuiError: the text holds half a surrogate pair.
+        """
+        cuts = [start + 1 for start in self.spelled(text)]
+        parts = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+        return [i for part in parts for i in self._ids(part)]
+
+    def spelled(self, text: str) -> list[int]:
+        """Where a control token's name stands in a text, such as ``<end_of_turn>``; overlapping ones too."""
+        firsts, lengths, names = self._controls
+        return [
+            match.start()
+            for match in firsts.finditer(text)
+            if any(text[match.start() : match.start() + length] in names for length in lengths)
+        ]
+
+    @cached_property
+    def _controls(self) -> tuple[re.Pattern[str], tuple[int, ...], frozenset[str]]:
+        """Of the names of control tokens: a pattern of their first characters, their lengths, and all of them.
+
+        Tags such as ``<table>`` and runs of newlines are added tokens as well, but are text.
+        """
+        names = frozenset(
+            token.content
+            for id, token in self.backend.get_added_tokens_decoder().items()
+            if len(token.content) > 1 and (token.special or id <= END_OF_TURN or token.content.startswith("<unused"))
+        )
+        firsts = re.compile("|".join(sorted({re.escape(name[0]) for name in names})) or "(?!)")
+        return firsts, tuple(sorted({len(name) for name in names})), names
+
+    def _ids(self, text: str) -> list[int]:
         try:
             text.encode("utf-8")
         except UnicodeEncodeError:
             raise GemmaTuiError("the text is not valid Unicode (half a surrogate pair): mend it") from None
-        ids = self.backend.encode(text, add_special_tokens=False).ids
-        while ids and ids[0] == BOS:
-            ids = ids[1:]
-        return [BOS, *ids] if bos else ids
+        return self.backend.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, without special tokens; not cleaned."""

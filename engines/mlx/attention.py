@@ -17,14 +17,15 @@ def attention(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: mx.arra
     Args:
         q: ``[batch, heads, queries, head_dim]``, normalised and rotated.
         k, v: ``[batch, kv_heads, keys, head_dim]``.
-        mask: boolean ``[queries, keys]``, true where a query sees a key; ``CAUSAL``; or None for all.
+        mask: boolean ``[queries, keys]`` or ``[batch, 1, queries, keys]``, true where a query sees a key; ``CAUSAL``;
+            or None for all.
     """
     return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
 
 
 def visible(queries: mx.array, keys: mx.array, window: int | None) -> mx.array:
-    """Boolean ``[queries, keys]``: a key is seen from its own position on, while ``pos_q - pos_k < window``."""
-    distance = queries[:, None] - keys[None, :]
+    """Boolean ``[..., queries, keys]``: a key is seen from its own position on, while ``pos_q - pos_k < window``."""
+    distance = queries[..., :, None] - keys[..., None, :]
     return distance >= 0 if window is None else (distance >= 0) & (distance < window)
 
 
@@ -41,6 +42,17 @@ def masks(start: int, length: int, window: int) -> dict[int | None, mx.array | s
     within = mx.arange(max(0, start - window + 1), start + length)
     everything = mx.arange(start + length)
     return {None: visible(queries, everything, None), window: visible(queries, within, window)}
+
+
+def packed_masks(positions: mx.array, segments: mx.array, window: int) -> dict[int | None, mx.array | str | None]:
+    """As ``masks``, where several documents are packed into a row, each with positions of its own from 0 on.
+
+    Args:
+        positions, segments: ``[batch, length]``, of tokens and the numbers of their documents.
+    """
+    same = segments[:, None, :, None] == segments[:, None, None, :]
+    places = positions[:, None]
+    return {None: same & visible(places, places, None), window: same & visible(places, places, window)}
 
 
 class KVCache:

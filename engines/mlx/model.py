@@ -13,7 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from engines.gemma3 import Gemma3Config, Rope
-from engines.mlx.attention import KVCache, attention, masks
+from engines.mlx.attention import KVCache, attention, masks, packed_masks
 
 
 class RMSNorm(nn.Module):
@@ -165,17 +165,29 @@ class Gemma3(nn.Module):
         self.checkpoint_activations = False
         self.model = Decoder(config)
 
-    def __call__(self, tokens: mx.array, cache: list[KVCache] | None = None) -> mx.array:
+    def __call__(
+        self,
+        tokens: mx.array,
+        cache: list[KVCache] | None = None,
+        positions: mx.array | None = None,
+        segments: mx.array | None = None,
+    ) -> mx.array:
         """Final-normed hidden states ``[batch, length, hidden]`` of int32 tokens ``[batch, length]``.
 
         Args:
             cache: one per layer; tokens then follow those already in it.
+            positions, segments: ``[batch, length]``, where several documents are packed into a row: the place of each
+                token in its document, and the document's number.
         """
         config, length, start = self.config, tokens.shape[1], cache[0].length if cache else 0
-        positions = mx.arange(start, start + length)
+        if positions is None or segments is None:
+            places = mx.arange(start, start + length)
+            mask = masks(start, length, config.sliding_window)
+        else:
+            places = positions[:, None]
+            mask = packed_masks(positions, segments, config.sliding_window)
         ropes = {config.rope_local, config.rope_global}
-        rotation = {rope: rotations(positions, rope, config.head_dim) for rope in ropes}
-        mask = masks(start, length, config.sliding_window)
+        rotation = {rope: rotations(places, rope, config.head_dim) for rope in ropes}
         x = self.model.embed_tokens(tokens, self.dtype)
         for i, layer in enumerate(self.model.layers):
             arguments = (rotation[config.rope(i)], mask[config.window(i)], cache[i] if cache else None)

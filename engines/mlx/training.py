@@ -15,6 +15,7 @@ from mlx.utils import tree_map
 from engines.base import IGNORED, Batch, StepResult, TrainingSettings
 from engines.mlx.adapters import add_lora
 from engines.mlx.model import Gemma3
+from engines.packing import document_positions
 
 LOGITS_BYTES = 8 << 20
 """Logits are made for as many tokens of the vocabulary at a time as fit in this; all of them would be gigabytes."""
@@ -89,10 +90,17 @@ def summed_loss(model: Gemma3, batch: Batch) -> mx.array:
     embedding = model.model.embed_tokens
     labels = batch.labels.reshape(-1)
     supervised = mx.array(np.flatnonzero(labels != IGNORED))
-    hidden = model(mx.array(batch.tokens)).reshape(-1, model.config.hidden_size)
+    hidden = model(mx.array(batch.tokens), None, *_documents(batch)).reshape(-1, model.config.hidden_size)
     train_weight = "weight" in embedding.trainable_parameters()
     weight = embedding.weight if train_weight else mx.stop_gradient(embedding.weight)
     return chunked_cross_entropy(hidden[supervised], weight, mx.array(labels)[supervised], train_weight)
+
+
+def _documents(batch: Batch) -> tuple[mx.array | None, mx.array | None]:
+    """Positions and segments of a packed batch; None for one whose rows are documents."""
+    if batch.segments is None:
+        return None, None
+    return mx.array(document_positions(batch.segments)), mx.array(batch.segments)
 
 
 def start_training(model: Gemma3, settings: TrainingSettings) -> optimizers.MultiOptimizer:

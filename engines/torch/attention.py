@@ -19,7 +19,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | str 
     Args:
         q: ``[batch, heads, queries, head_dim]``, normalised and rotated.
         k, v: ``[batch, kv_heads, keys, head_dim]``.
-        mask: boolean ``[queries, keys]``, true where a query sees a key; ``CAUSAL``; or None for all.
+        mask: boolean ``[queries, keys]`` or ``[batch, 1, queries, keys]``, true where a query sees a key; ``CAUSAL``;
+            or None for all.
     """
     if isinstance(mask, str):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
@@ -27,8 +28,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | str 
 
 
 def visible(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
-    """Boolean ``[queries, keys]``: a key is seen from its own position on, while ``pos_q - pos_k < window``."""
-    distance = queries[:, None] - keys[None, :]
+    """Boolean ``[..., queries, keys]``: a key is seen from its own position on, while ``pos_q - pos_k < window``."""
+    distance = queries[..., :, None] - keys[..., None, :]
     return distance >= 0 if window is None else (distance >= 0) & (distance < window)
 
 
@@ -45,6 +46,17 @@ def masks(start: int, length: int, window: int, device: torch.device) -> dict[in
     within = torch.arange(max(0, start - window + 1), start + length, device=device)
     everything = torch.arange(start + length, device=device)
     return {None: visible(queries, everything, None), window: visible(queries, within, window)}
+
+
+def packed_masks(positions: Tensor, segments: Tensor, window: int) -> dict[int | None, Tensor | str | None]:
+    """As ``masks``, where several documents are packed into a row, each with positions of its own from 0 on.
+
+    Args:
+        positions, segments: ``[batch, length]``, of tokens and the numbers of their documents.
+    """
+    same = segments[:, None, :, None] == segments[:, None, None, :]
+    places = positions[:, None]
+    return {None: same & visible(places, places, None), window: same & visible(places, places, window)}
 
 
 class KVCache:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from engines.gemma3 import Gemma3Config, Rope
-from engines.torch.attention import KVCache, attention, masks
+from engines.torch.attention import KVCache, attention, masks, packed_masks
 from engines.torch.device import linear
 
 
@@ -174,17 +174,29 @@ class Gemma3(nn.Module):
         self.checkpoint_activations = False
         self.model = Decoder(config)
 
-    def forward(self, tokens: Tensor, cache: list[KVCache] | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        cache: list[KVCache] | None = None,
+        positions: Tensor | None = None,
+        segments: Tensor | None = None,
+    ) -> Tensor:
         """Final-normed hidden states ``[batch, length, hidden]`` of int64 tokens ``[batch, length]``.
 
         Args:
             cache: one per layer; tokens then follow those already in it.
+            positions, segments: ``[batch, length]``, where several documents are packed into a row: the place of each
+                token in its document, and the document's number.
         """
         config, length, start = self.config, tokens.shape[1], cache[0].length if cache else 0
-        positions = torch.arange(start, start + length, device=tokens.device)
+        if positions is None or segments is None:
+            places = torch.arange(start, start + length, device=tokens.device)
+            mask = masks(start, length, config.sliding_window, tokens.device)
+        else:
+            places = positions[:, None]
+            mask = packed_masks(positions, segments, config.sliding_window)
         ropes = {config.rope_local, config.rope_global}
-        rotation = {rope: rotations(positions, rope, config.head_dim) for rope in ropes}
-        mask = masks(start, length, config.sliding_window, tokens.device)
+        rotation = {rope: rotations(places, rope, config.head_dim) for rope in ropes}
         x = self.model.embed_tokens(tokens, self.dtype)
         for i, layer in enumerate(self.model.layers):
             arguments = (rotation[config.rope(i)], mask[config.window(i)], cache[i] if cache else None)

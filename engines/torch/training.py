@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engines.base import IGNORED, Batch, StepResult, TrainingSettings
+from engines.packing import document_positions
 from engines.torch.adapters import add_lora
 from engines.torch.model import Gemma3
 
@@ -75,8 +76,16 @@ def summed_loss(model: Gemma3, batch: Batch) -> Tensor:
     tokens = torch.from_numpy(batch.tokens).to(weight.device, torch.long)
     labels = torch.from_numpy(batch.labels).to(weight.device, torch.long).flatten()
     supervised = (labels != IGNORED).nonzero().squeeze(1)
-    hidden = model(tokens).flatten(0, 1)
+    hidden = model(tokens, None, *_documents(batch, weight.device)).flatten(0, 1)
     return ChunkedCrossEntropy.apply(hidden[supervised], weight, labels[supervised])
+
+
+def _documents(batch: Batch, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+    """Positions and segments of a packed batch; None for one whose rows are documents."""
+    if batch.segments is None:
+        return None, None
+    positions = torch.from_numpy(document_positions(batch.segments)).to(device)
+    return positions, torch.from_numpy(batch.segments).to(device)
 
 
 def start_training(model: Gemma3, settings: TrainingSettings) -> torch.optim.AdamW:

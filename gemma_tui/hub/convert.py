@@ -123,8 +123,8 @@ def new_model(name: str, data: Path, shape: Mapping[str, int]) -> Path:
     config = parse_config({"model_type": "gemma3_text", "query_pre_attn_scalar": shape["head_dim"], **shape}, name)
     if config.vocab_size < SMALLEST_VOCABULARY:
         raise UsageError(f"vocab-size {config.vocab_size}: bytes and special tokens alone take {SMALLEST_VOCABULARY}")
-    rows, _ = read_split_rows(data)
-    tokenizer = train_tokenizer(rows, config.vocab_size)
+    rows = read_split_rows(data).train
+    tokenizer = train_tokenizer((row.text for row in rows), config.vocab_size)
     with staging(target) as folder:
         write_json(folder / "config.json", config.to_dict() | {"vocab_size": tokenizer.size})
         tokenizer.backend.save(str(folder / "tokenizer.json"))

@@ -5,16 +5,25 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from engines.base import LINEARS, Engine, LoRASettings, OptimizerSettings, TrainingSettings
 from gemma_tui.errors import GemmaTuiError, UsageError
 from gemma_tui.hub.models import Model, copy_tokenizer, resolve
-from gemma_tui.studies.data import Splits, evaluation_batches, read_splits, training_batches
+from gemma_tui.studies.data import (
+    Splits,
+    evaluation_batches,
+    pack,
+    read_splits,
+    supervised_tokens,
+    training_batches,
+    warnings,
+)
 from gemma_tui.studies.events import Control, Event
 from gemma_tui.studies.plan import option
 from gemma_tui.studies.schedules import SCHEDULES, learning_rate
+from gemma_tui.studies.turns import PROMPT_FORMS
 from gemma_tui.tokenizer import read_tokenizer
 
 METHODS = ("lora", "full")
@@ -30,7 +39,10 @@ class TrainingPlan:
 
     model: str = option("", "model: a name, a folder, a hub id or a run", required=True, group="What")
     data: str = option(
-        "", "text: .jsonl or .txt, or a folder with train and valid; several with commas", required=True, group="What"
+        "",
+        "text: .jsonl or .txt, a folder with train and valid, or hf:REPO; several with commas",
+        required=True,
+        group="What",
     )
     method: str = option("lora", "what is trained", choices=METHODS, group="What")
     name: str = option("", "name of the run; empty takes the method", group="What")
@@ -39,6 +51,8 @@ class TrainingPlan:
     batch_size: int = option(4, "windows in a micro-batch", low=1, high=4096, group="Budget")
     accumulate: int = option(1, "micro-batches in a step", low=1, high=4096, group="Budget")
     sequence_length: int = option(256, "tokens in a window", unit="tokens", low=8, high=131_072, group="Budget")
+    packing: bool = option(False, "put short rows side by side in one window", group="Data")
+    prompts: str = option("turns", "how prompt and completion are written", choices=PROMPT_FORMS, group="Data")
     learning_rate: float | None = option(
         None, "peak learning rate", low=0, high=10, open_means="2e-4 for lora, 2e-5 for full", group="Optimizer"
     )
@@ -129,9 +143,11 @@ def train(engine: Engine, plan: TrainingPlan, folder: Path, control: Control) ->
     model = resolve(plan.model)
     yield Event("load", values={"model": model.name})
     _open_model(engine, model, plan)
-    splits = read_splits(plan.data, read_tokenizer(model.folder), plan.sequence_length)
+    splits = _read_data(plan, model)
     trainable = engine.start_training(chosen)
     yield Event("start", values=_facts(engine, plan, model, splits, trainable))
+    for text in warnings(splits, model.folder):
+        yield Event("warning", values={"text": text})
 
     batches = training_batches(splits.train, plan.batch_size, plan.seed)
     saver = _Saver(engine, plan, model, folder)
@@ -204,6 +220,14 @@ def _open_model(engine: Engine, model: Model, plan: TrainingPlan) -> None:
         engine.load_adapter(model.adapter)
 
 
+def _read_data(plan: TrainingPlan, model: Model) -> Splits:
+    splits = read_splits(plan.data, read_tokenizer(model.folder), plan.sequence_length, plan.prompts)
+    if not plan.packing:
+        return splits
+    train, valid = (pack(windows, plan.sequence_length, plan.seed) for windows in (splits.train, splits.valid))
+    return replace(splits, train=train, valid=valid)
+
+
 def _wait_while_paused(control: Control, step: int) -> Iterator[Event]:
     if not control.pause.is_set():
         return
@@ -257,5 +281,9 @@ def _facts(engine: Engine, plan: TrainingPlan, model: Model, splits: Splits, tra
         "trainable": trainable,
         "train_windows": len(splits.train),
         "valid_windows": len(splits.valid),
-        "train_tokens": sum(len(w) - 1 for w in splits.train),
+        "train_tokens": supervised_tokens(splits.train),
+        "train_rows": splits.train_counts.rows,
+        "rows_split": splits.train_counts.split,
+        "rows_truncated": splits.train_counts.truncated,
+        "rows_left_out": splits.train_counts.masked + splits.train_counts.empty,
     }

@@ -81,6 +81,7 @@ EVERY_COMMAND = {
     "models new small --data DATA " + shlex.join(SHAPE): "end",
     "generate tiny --prompt fox --max-tokens 3": "text",
     "generate lora-1 --prompt fox --max-tokens 3 --chat": "text",
+    "data tiny --data DATA --packing": "split",
     "train --model tiny --data DATA " + shlex.join(SMALL): "run",
     "adapters list": "adapter",
     "adapters export lora-1 --format peft --out OUT": "end",
@@ -433,6 +434,18 @@ def hostile_rows() -> list[str]:
     return ["train", "--model", "tiny", "--data", str(path)]
 
 
+def hostile_tokens() -> list[str]:
+    return ["data", "tiny", "--data", str(write_rows(paths.home() / "rows.jsonl", [f"fine{ESCAPE}", "more"]))]
+
+
+def hostile_template() -> list[str]:
+    (paths.models() / "tiny" / "chat_template.jinja").write_text(f"{{{{ raise_exception('{ESCAPE}') }}}}")
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    path = paths.home() / "turns.jsonl"
+    path.write_text(json.dumps({"messages": turns}))
+    return ["data", "tiny", "--data", str(path)]
+
+
 def hostile_folder() -> list[str]:
     return ["models", "info", f"./none{ESCAPE}"]
 
@@ -448,7 +461,17 @@ def hostile_debug() -> list[str]:
 @pytest.mark.parametrize("as_json", [[], ["--json"]], ids=["text", "json"])
 @pytest.mark.parametrize(
     "hostile",
-    [hostile_model, hostile_run, hostile_list, hostile_rows, hostile_folder, hostile_option, hostile_debug],
+    [
+        hostile_model,
+        hostile_run,
+        hostile_list,
+        hostile_rows,
+        hostile_tokens,
+        hostile_template,
+        hostile_folder,
+        hostile_option,
+        hostile_debug,
+    ],
     ids=lambda hostile: hostile.__name__,
 )
 def test_foreign_text_never_reaches_a_terminal_raw(
@@ -458,7 +481,7 @@ def test_foreign_text_never_reaches_a_terminal_raw(
     assert "\x1b" not in text + errors
     assert "\x9b" not in text + errors
     assert "\x07" not in text + errors
-    assert any(shown in text + errors for shown in ("␛", "\\u001b", "\\x1b"))
+    assert any(shown in text + errors for shown in ("␛", "\\u241b", "\\u001b", "\\x1b", "<0x1B>"))
 
 
 @pytest.mark.parametrize("as_json", [[], ["--json"]], ids=["text", "json"])

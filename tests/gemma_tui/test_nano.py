@@ -65,7 +65,7 @@ def test_a_head_has_a_sink_on_bos(nano, held_out):
         nano.folder, dtype=torch.float32, attn_implementation="eager"
     )
     queries = range(32, nano.config().sliding_window)
-    rows = [w[: len(queries) + 32] for w in held_out if len(w) >= 64][:12]
+    rows = [w.ids[: len(queries) + 32] for w in held_out if len(w) >= 64][:12]
     with torch.inference_mode():
         weights = model(torch.tensor(np.stack(rows)), output_attentions=True).attentions
     columns = torch.cat([layer[:, :, 32:, :20].mean(dim=(0, 2)) for layer in weights])
@@ -83,7 +83,7 @@ def test_its_plan_can_be_run_again(nano):
 def _unigram_loss(nano, batches) -> float:
     vocabulary = nano.config().vocab_size
     tokens = windows(read_rows(CORPUS / "train.jsonl"), read_tokenizer(nano.folder), 512)
-    counts = Counter(int(t) for w in tokens for t in w[1:])
+    counts = Counter(int(t) for w in tokens for t in w.ids[1:])
     total = sum(counts.values()) + vocabulary
     labels = [int(t) for b in batches for t in b.labels.ravel() if t >= 0]
     return -sum(math.log((counts[t] + 1) / total) for t in labels) / len(labels)

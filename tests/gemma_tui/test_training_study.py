@@ -136,7 +136,7 @@ def test_the_evaluation_loss_is_the_mean_of_the_log_probabilities(
 ) -> None:
     engine.load(resolve(tiny).folder, "float32")
     splits = read_splits(str(corpus), tokenizer, 32)
-    log_probs = np.concatenate([engine.log_probs(window[None])[0] for window in splits.valid])
+    log_probs = np.concatenate([engine.log_probs(window.ids[None])[0] for window in splits.valid])
     for size in (1, 3):
         assert evaluate(engine, splits, size, 0, Control()) == pytest.approx(-log_probs.mean(), rel=1e-5)
 
@@ -260,7 +260,10 @@ def broken_rows(folder: Path) -> str:
 
 FAILURES: dict[str, tuple[Callable[[Path], dict[str, Any]], str]] = {
     "no data": (lambda folder: {"data": str(folder / "none.jsonl")}, "none.jsonl does not exist"),
-    "a broken row": (lambda folder: {"data": broken_rows(folder)}, r'broken.jsonl:3: no "text"'),
+    "a broken row": (
+        lambda folder: {"data": broken_rows(folder)},
+        r'broken.jsonl:3: the row has "prompt" but no "completion"',
+    ),
     "no model": (lambda folder: {"model": "nothing-here"}, "no model 'nothing-here'"),
     "a model without a tokenizer": (lambda folder: {"model": without_tokenizer()}, "tokenizer.json is missing"),
     "the home of no one": (lambda folder: {"data": "~no-such-user/data.txt"}, "data.txt does not exist"),
