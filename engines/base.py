@@ -304,10 +304,13 @@ class Engine(Protocol):
         """
 
     def updates(self, names: Sequence[str] | None = None) -> Iterator[tuple[str, np.ndarray, float]]:
-        """How the layers' matrices differ from those that were loaded: name, ``W - W_0`` float32 ``[out, in]``, ``‖W_0‖``.
+        """How the layers' matrices differ from those that were loaded.
 
         Args:
-            names: some of ``matrices``; None for all.
+            names: of some linears, like ``model.layers.0.self_attn.q_proj``; None for all.
+
+        Yields:
+            The name, ``W - W_0`` float32 ``[out, in]`` with adapters counted in, and ``‖W_0‖``, Frobenius.
         """
 
     def save_state(self, folder: Path) -> list[Path]:

@@ -271,6 +271,15 @@ def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     write_safetensors(path, arrays.items(), shapes)
 
 
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """All tensors of a file that ``write_arrays`` wrote, float32.
+
+    Raises:
+        CheckpointError: the file is missing, broken or hostile.
+    """
+    return {name: as_float32(read_array(tensor)) for name, tensor in read_header(path).items()}
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write JSON so that the file is either the old one or the new one, whole.
 

@@ -27,3 +27,9 @@ def lora_factors(out: int, inner: int, rank: int, generator: np.random.Generator
     bound = 1 / np.sqrt(inner)
     lora_a = generator.uniform(-bound, bound, (rank, inner)).astype(np.float32)
     return lora_a, np.zeros((out, rank), np.float32)
+
+
+def unit_vector(length: int, generator: np.random.Generator) -> np.ndarray:
+    """A float32 direction, uniform on the sphere."""
+    vector = generator.standard_normal(length)
+    return (vector / np.linalg.norm(vector)).astype(np.float32)

@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+from engines.base import TrainingSettings
 from engines.errors import EngineError
+from engines.gemma3 import Gemma3Config
 
 TRAINED_BYTES = 16
 """Of a trained parameter: float32 master, gradient and AdamW's two moments."""
 
 SIGNS = ("out of memory", "can't allocate memory", "unable to allocate", "failed to allocate", "bad_alloc")
+
+
+def trained_count(config: Gemma3Config, settings: TrainingSettings) -> int:
+    """Parameters that have a gradient and an optimizer's state of their own."""
+    whole, lora, rank1 = config.parameter_count(), settings.lora, settings.rank1
+    if lora is None and rank1 is None:
+        return whole
+    chosen = lora or rank1
+    assert chosen is not None
+    share = 1.0 if chosen.layers is None else len(chosen.layers) / config.num_hidden_layers
+    adapters = round(share * config.lora_count(lora.rank if lora else 1, chosen.targets))
+    return adapters + (whole if settings.rest else 0)
 
 
 def ensure_memory(what: str, needed: int, free: int) -> None:

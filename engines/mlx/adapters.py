@@ -7,7 +7,7 @@ import mlx.nn as nn
 import numpy as np
 
 from engines.adapters import Factors, LowRank, target_modules
-from engines.base import LoRASettings
+from engines.base import LINEARS, LoRASettings
 from engines.initialisation import lora_factors
 from engines.mlx.model import Gemma3, Linear
 
@@ -99,7 +99,8 @@ def _array(array: np.ndarray) -> mx.array:
 
 def lora_layers(model: Gemma3) -> dict[str, LoRALinear]:
     """Adapted linears by name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+    found = {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+    return {name: found[name] for name in target_modules(model.config, LINEARS) if name in found}
 
 
 def factors_of(model: Gemma3) -> Factors:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib import metadata
+from typing import Any
 
 import mlx.core as mx
 import psutil
@@ -19,6 +20,18 @@ def choose_device() -> mx.Device:
     mx.set_default_device(device)
     mx.set_cache_limit(CACHE_LIMIT)
     return device
+
+
+def number(scalar: mx.array) -> float:
+    """A real scalar, evaluated."""
+    value: Any = scalar.item()
+    return float(value)
+
+
+def random_state() -> mx.array:
+    """The key of the random numbers, uint32 ``[2]``: the halves of a seed that gives the same numbers from here on."""
+    state: Any = mx.random.state
+    return state[0]
 
 
 def describe(device: mx.Device) -> DeviceInfo:

@@ -8,26 +8,28 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlx import optimizers
 from mlx.utils import tree_flatten, tree_unflatten
 
-from engines.adapters import read_adapter, write_adapter
+from engines.adapters import Factors, read_adapter, write_adapter
 from engines.base import (
     Batch,
     Capabilities,
     DeviceInfo,
+    LoRASettings,
+    Merge,
     ModelInfo,
     Progress,
     Sampling,
     StepResult,
     TrainingSettings,
 )
-from engines.checkpoints import as_bfloat16, iterate_model, write_json, write_safetensors
+from engines.blending import merged
+from engines.checkpoints import as_bfloat16, as_float32, iterate_model, write_json, write_safetensors
 from engines.errors import UnsupportedError
 from engines.gemma3 import Gemma3Config, read_config
 from engines.initialisation import gemma3_weights
-from engines.memory import TRAINED_BYTES, ensure_memory
-from engines.mlx import adapters, decoding, device, training
+from engines.memory import TRAINED_BYTES, ensure_memory, trained_count
+from engines.mlx import adapters, decoding, device, merging, optimizers, rank1, state, training
 from engines.mlx.model import Gemma3
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2}
@@ -42,10 +44,12 @@ class MLXEngine:
 
     def __init__(self) -> None:
         self._device = device.choose_device()
+        self._seed = 0
         self._model: Gemma3 | None = None
         self._info: ModelInfo | None = None
         self._settings: TrainingSettings | None = None
-        self._optimizer: optimizers.MultiOptimizer | None = None
+        self._training: training.Training | None = None
+        self._start: tuple[Factors, LoRASettings] | None = None
 
     def device(self) -> DeviceInfo:
         return device.describe(self._device)
@@ -65,10 +69,13 @@ class MLXEngine:
         return self._build(str(folder), config, weights, dtype, progress)
 
     def initialise(self, config: Gemma3Config, seed: int, dtype: str | None = None) -> ModelInfo:
-        return self._build("", config, gemma3_weights(config, seed), dtype, None)
+        info = self._build("", config, gemma3_weights(config, seed), dtype, None)
+        self._seed = seed
+        return info
 
     def unload(self) -> None:
-        self._model = self._info = self._settings = self._optimizer = None
+        self._model = self._info = self._settings = self._training = None
+        self._start = None
         device.release()
 
     def logits(self, tokens: np.ndarray) -> np.ndarray:
@@ -92,24 +99,43 @@ class MLXEngine:
 
     def start_training(self, settings: TrainingSettings) -> int:
         model = self._loaded()
-        lora = settings.lora
-        trained = model.config.parameter_count() if lora is None else model.config.lora_count(lora.rank, lora.targets)
-        ensure_memory("training", TRAINED_BYTES * trained, device.free(self._device))
+        ensure_memory("training", TRAINED_BYTES * trained_count(model.config, settings), device.free(self._device))
         self._settings = settings
-        self._optimizer = training.start_training(model, settings)
+        self._training = training.start_training(model, settings)
         return sum(p.size for _, p in tree_flatten(model.trainable_parameters()))
 
-    def train_step(self, batches: Sequence[Batch], learning_rate: float) -> StepResult:
-        if self._optimizer is None or self._settings is None:
-            raise UnsupportedError("no training was started: call start_training first")
-        return training.train_step(self._loaded(), self._optimizer, batches, learning_rate, self._settings.clip)
+    def train_step(self, batches: Sequence[Batch], learning_rate: float, observe: bool = False) -> StepResult:
+        return training.train_step(self._loaded(), self._started(), batches, learning_rate, observe)
+
+    def merge(self, reset: str, seed: int, count: bool = False) -> Merge:
+        return merging.merge(self._loaded(), reset, seed, count)
+
+    def prune_optimizer(self, how: str, ratio: float, seed: int) -> float:
+        started, slots = self._started(), adapters.lora_layers(self._loaded())
+        pruned = [name for name in started.trained if name.rpartition(".")[0] in slots]
+        return optimizers.prune(started.optimizer, pruned, how, ratio, seed)
+
+    def updates(self, names: Sequence[str] | None = None) -> Iterator[tuple[str, np.ndarray, float]]:
+        return merging.updates(self._loaded(), self._first_weights(), names)
+
+    def save_state(self, folder: Path) -> list[Path]:
+        return state.save(self._loaded(), self._started(), folder)
+
+    def load_state(self, folder: Path) -> None:
+        state.load(self._loaded(), self._started(), folder)
+
+    def optimizer_bytes(self) -> int:
+        started, merged = self._started(), rank1.rank1_layers(self._loaded())
+        buffers = sum(layer.buffer.nbytes for layer in merged.values() if layer.buffer is not None)
+        vectors = sum(layer.lora_A.nbytes + layer.lora_B.nbytes for layer in merged.values())
+        return optimizers.nbytes(started.optimizer) + buffers + vectors
 
     def loss(self, batch: Batch) -> float:
         model = self._loaded().eval()
         return float(training.summed_loss(model, batch))
 
     def stop_training(self) -> None:
-        self._optimizer = None
+        self._training = None
         device.release()
 
     def save_adapter(self, folder: Path, base: str) -> None:
@@ -122,18 +148,20 @@ class MLXEngine:
         model = self._loaded()
         factors, lora = read_adapter(folder, model.config)
         adapters.put_lora(model, factors, lora)
+        self._start = (factors, lora)
         self._settings = TrainingSettings(lora)
 
     def save_model(self, folder: Path, config: Mapping[str, Any], dtype: str | None = None) -> None:
         model, stored = self._loaded(), dtype or self._loaded_info().dtype
-        merged = {name + ".weight": layer for name, layer in adapters.lora_layers(model).items()}
+        adapted = {f"{name}.weight" for name in (*adapters.lora_layers(model), *rank1.rank1_layers(model))}
         kind = "BF16" if stored == "bfloat16" else "F32"
         shapes = {name: (kind, shape) for name, shape in model.config.parameter_shapes().items()}
         parameters = dict(tree_flatten(model.parameters()))
 
         def arrays() -> Iterator[tuple[str, np.ndarray]]:
             for name in shapes:
-                value = merged[name].merged() if name in merged else parameters[name].astype(mx.float32)
+                module = name.removesuffix(".weight")
+                value = merging.effective(model, module) if name in adapted else parameters[name].astype(mx.float32)
                 array = np.array(value)
                 yield name, as_bfloat16(array) if kind == "BF16" else array
 
@@ -177,6 +205,22 @@ class MLXEngine:
         if self._model is None:
             raise UnsupportedError("no model is loaded: load one first")
         return self._model
+
+    def _started(self) -> training.Training:
+        if self._training is None:
+            raise UnsupportedError("no training was started: call start_training first")
+        return self._training
+
+    def _first_weights(self) -> Iterator[tuple[str, np.ndarray]]:
+        """The weights as they were loaded or made, float32, adapters that were loaded with them included."""
+        info = self._loaded_info()
+        shapes = info.config.parameter_shapes()
+        stored = iterate_model(Path(info.folder), shapes) if info.folder else gemma3_weights(info.config, self._seed)
+        for name, array in stored:
+            value, module = as_float32(array), name.removesuffix(".weight")
+            if self._start is not None and module in self._start[0]:
+                value = merged(value, self._start[0][module], self._start[1])
+            yield name, value
 
     def _loaded_info(self) -> ModelInfo:
         if self._info is None:

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx import optimizers
-from mlx.utils import tree_map
+from mlx.optimizers import Optimizer
+from mlx.utils import tree_flatten
 
 from engines.base import IGNORED, Batch, StepResult, TrainingSettings
-from engines.mlx.adapters import add_lora
+from engines.mlx import merging, optimizers
+from engines.mlx.adapters import add_lora, lora_layers
+from engines.mlx.device import number
 from engines.mlx.model import Gemma3
+from engines.mlx.observing import observed
+from engines.mlx.rank1 import draw, put_rank1, rank1_layers
 from engines.packing import document_positions
 
 LOGITS_BYTES = 8 << 20
@@ -103,44 +108,102 @@ def _documents(batch: Batch) -> tuple[mx.array | None, mx.array | None]:
     return mx.array(document_positions(batch.segments)), mx.array(batch.segments)
 
 
-def start_training(model: Gemma3, settings: TrainingSettings) -> optimizers.MultiOptimizer:
+@dataclass
+class Training:
+    """What training holds beside the model.
+
+    Attributes:
+        trained: what the optimizer updates, by Hugging Face's names.
+        step: optimizer steps taken, those that were left out too.
+        seen: for each observed matrix its leading singular vectors u and v.
+    """
+
+    settings: TrainingSettings
+    trained: frozenset[str]
+    optimizer: Optimizer
+    step: int = 0
+    seen: dict[str, tuple[mx.array, mx.array]] = field(default_factory=dict)
+
+
+def start_training(model: Gemma3, settings: TrainingSettings) -> Training:
     """Choose what is trained, keep it in float32, and make its optimizer."""
     mx.random.seed(settings.seed)
+    merging.fold(model)
     if settings.lora is not None:
         add_lora(model, settings.lora, settings.seed)
-    else:
-        model.set_dtype(mx.float32)
-        model.unfreeze()
+        if settings.merging:
+            merging.keep_masters(model)
+    elif settings.rank1 is not None:
+        put_rank1(model, settings.rank1, settings.seed)
+    if settings.rest or (settings.lora is None and settings.rank1 is None):
+        _train_rest(model)
     model.checkpoint_activations = settings.checkpoint_activations
-    terms = {
-        "learning_rate": 0.0,
-        "betas": list(settings.optimizer.betas),
-        "eps": settings.optimizer.epsilon,
-        "bias_correction": True,
-    }
-    # Norm gains are not matrices: pulling them to zero would pull the gain 1 + w to one for no reason.
-    matrices = optimizers.AdamW(weight_decay=settings.optimizer.weight_decay, **terms)
-    gains = optimizers.AdamW(weight_decay=0.0, **terms)
-    return optimizers.MultiOptimizer([matrices, gains], [lambda path, value: value.ndim > 1])
+    trained = frozenset(name for name, _ in tree_flatten(model.trainable_parameters()))
+    for layer in rank1_layers(model).values():
+        layer.form_gradient(False)
+    return Training(settings, trained, optimizers.make_optimizer(settings.optimizer))
+
+
+def _train_rest(model: Gemma3) -> None:
+    """Train every parameter that no adapter stands for."""
+    taken = {id(module) for module in (lora_layers(model) | rank1_layers(model)).values()}
+    for module in model.modules():
+        if id(module) not in taken and "weight" in module:
+            module.weight = module.weight.astype(mx.float32)
+            module.unfreeze(recurse=False, keys=["weight"])
 
 
 def train_step(
-    model: Gemma3, optimizer: optimizers.MultiOptimizer, batches: Sequence[Batch], learning_rate: float, clip: float
+    model: Gemma3, training: Training, batches: Sequence[Batch], learning_rate: float, observe: bool
 ) -> StepResult:
     """One optimizer step; every supervised token of all micro-batches weighs the same."""
+    settings, merged = training.settings, rank1_layers(model)
     model.train()
-    tokens = sum(batch.supervised for batch in batches)
-    loss, gradients = 0.0, None
+    training.step += 1
+    if settings.rank1 is not None:
+        formed = settings.rank1.error_feedback or settings.rank1.momentum > 0 or len(batches) > 1
+        for layer in merged.values():
+            layer.form_gradient(formed)
+        if settings.rank1.mode == "sketch":
+            draw(merged, settings.seed, training.step)
+
+    tokens, loss, facts = sum(batch.supervised for batch in batches), 0.0, None
+    gradients: dict[str, mx.array] = {}
     for batch in batches:
-        share, gradient = nn.value_and_grad(model, lambda batch: summed_loss(model, batch) / tokens)(batch)
-        gradients = gradient if gradients is None else tree_map(mx.add, gradients, gradient)
-        # What is not evaluated keeps its graph, and with it the activations of every micro-batch.
-        mx.eval(share, gradients)
-        loss += share.item()
-    gradients, norm = optimizers.clip_grad_norm(gradients, clip or math.inf)
-    applied = math.isfinite(norm.item()) and math.isfinite(loss)
+        with observed(model, training.seen, observe and facts is None) as found:
+            share, tree = nn.value_and_grad(model, lambda batch: summed_loss(model, batch) / tokens)(batch)
+            flat = dict(tree_flatten(tree))
+            gradients = {name: gradients[name] + g if name in gradients else g for name, g in flat.items()}
+            # What is not evaluated keeps its graph, and with it the activations of every micro-batch.
+            mx.eval(share, gradients)
+        facts = facts or found
+        loss += number(share)
+
+    pairs = {name: layer.found(gradients, name) for name, layer in merged.items()}
+    gradients = {name: g for name, g in gradients.items() if name in training.trained}
+    squares = [g.square().sum() for g in gradients.values()] + [p.square().sum() for _, p in pairs.values()]
+    norm = number(mx.sqrt(mx.stack(squares).sum()))
+    applied = math.isfinite(norm) and math.isfinite(loss)
+    predicted = None
     if applied:
-        optimizer.learning_rate = learning_rate
-        optimizer.update(model, gradients)
-        mx.eval(model.parameters(), optimizer.state)
-    return StepResult(loss, tokens, norm.item(), applied)
+        scale = min(1.0, settings.clip / (norm + 1e-6)) if settings.clip else 1.0
+        parameters = dict(tree_flatten(model.trainable_parameters()))
+        before = {name: parameters[name] for name in gradients} if observe else {}
+        clipped = {name: g * scale for name, g in gradients.items()} if scale < 1 else gradients
+        optimizers.step(training.optimizer, model, clipped, learning_rate, settings.optimizer.weight_decay)
+        # A step of fixed length has nothing that clipping could shorten.
+        stride = learning_rate * (1.0 if settings.rank1 and settings.rank1.normalised else scale)
+        for name, (v, p) in pairs.items():
+            merged[name].update(v, p, stride)
+        mx.eval(model.parameters(), [layer.buffer for layer in merged.values() if layer.buffer is not None])
+        if observe:
+            predicted = _predicted(model, gradients, before) + sum(
+                stride * number(mx.linalg.norm(p) * merged[name].length(p)) for name, (_, p) in pairs.items()
+            )
+    return StepResult(loss, tokens, norm, applied, facts or None, predicted)
+
+
+def _predicted(model: Gemma3, gradients: Mapping[str, mx.array], before: Mapping[str, mx.array]) -> float:
+    """``-<g, p - p_before>`` over what the optimizer changed."""
+    after = dict(tree_flatten(model.trainable_parameters()))
+    return -sum(number((g * (after[name] - before[name])).sum()) for name, g in gradients.items())

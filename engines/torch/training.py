@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from engines.base import IGNORED, Batch, StepResult, TrainingSettings
 from engines.packing import document_positions
-from engines.torch.adapters import add_lora
+from engines.torch import merging, optimizers
+from engines.torch.adapters import add_lora, lora_layers
 from engines.torch.model import Gemma3
+from engines.torch.observing import observed
+from engines.torch.rank1 import draw, put_rank1, rank1_layers
 
 LOGITS_BYTES = 8 << 20
 """Logits are made for as many tokens of the vocabulary at a time as fit in this; all of them would be gigabytes."""
@@ -88,43 +92,100 @@ def _documents(batch: Batch, device: torch.device) -> tuple[Tensor | None, Tenso
     return positions, torch.from_numpy(batch.segments).to(device)
 
 
-def start_training(model: Gemma3, settings: TrainingSettings) -> torch.optim.AdamW:
+@dataclass
+class Training:
+    """What training holds beside the model.
+
+    Attributes:
+        trained: what the optimizers update, by Hugging Face's names.
+        step: optimizer steps taken, those that were left out too.
+        seen: for each observed matrix its leading singular vectors u and v.
+    """
+
+    settings: TrainingSettings
+    trained: dict[str, nn.Parameter]
+    optimizers: list[torch.optim.Optimizer]
+    step: int = 0
+    seen: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+
+def start_training(model: Gemma3, settings: TrainingSettings) -> Training:
     """Choose what is trained, keep it in float32, and make its optimizer."""
     torch.manual_seed(settings.seed)
+    merging.fold(model)
     if settings.lora is not None:
         add_lora(model, settings.lora, settings.seed)
-    else:
-        model.float()
-        model.requires_grad_(True)
+        if settings.merging:
+            merging.keep_masters(model)
+    elif settings.rank1 is not None:
+        put_rank1(model, settings.rank1, settings.seed)
+    if settings.rest or (settings.lora is None and settings.rank1 is None):
+        _train_rest(model)
     model.checkpoint_activations = settings.checkpoint_activations
-    trained = [p for p in model.parameters() if p.requires_grad]
-    # Norm gains are not matrices: pulling them to zero would pull the gain 1 + w to one for no reason.
-    groups = [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": settings.optimizer.weight_decay},
-        {"params": [p for p in trained if p.ndim == 1], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(
-        [g for g in groups if g["params"]], lr=0.0, betas=settings.optimizer.betas, eps=settings.optimizer.epsilon
-    )
+    slots = {id(p) for layer in rank1_layers(model).values() for p in (layer.lora_A, layer.lora_B)}
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad and id(p) not in slots}
+    return Training(settings, trained, optimizers.make_optimizers(trained, settings.optimizer))
+
+
+def _train_rest(model: Gemma3) -> None:
+    """Train every parameter that no adapter stands for."""
+    taken = {id(p) for m in (lora_layers(model) | rank1_layers(model)).values() for p in m.parameters()}
+    for parameter in model.parameters():
+        if id(parameter) not in taken:
+            parameter.data = parameter.data.float()
+            parameter.requires_grad_(True)
 
 
 def train_step(
-    model: Gemma3, optimizer: torch.optim.AdamW, batches: Sequence[Batch], learning_rate: float, clip: float
+    model: Gemma3, training: Training, batches: Sequence[Batch], learning_rate: float, observe: bool
 ) -> StepResult:
     """One optimizer step; every supervised token of all micro-batches weighs the same."""
+    settings, merged = training.settings, rank1_layers(model)
     model.train()
-    tokens = sum(batch.supervised for batch in batches)
-    loss = 0.0
+    training.step += 1
+    if settings.rank1 is not None:
+        formed = settings.rank1.error_feedback or settings.rank1.momentum > 0 or len(batches) > 1
+        for layer in merged.values():
+            layer.form_gradient(formed)
+        if settings.rank1.mode == "sketch":
+            draw(merged, settings.seed, training.step)
+
+    tokens, loss, facts = sum(batch.supervised for batch in batches), 0.0, None
     for batch in batches:
-        share = summed_loss(model, batch) / tokens
-        share.backward()
+        with observed(model, training.seen, observe and facts is None) as found:
+            share = summed_loss(model, batch) / tokens
+            share.backward()
+        facts = facts or found
         loss += share.item()
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = float(torch.nn.utils.clip_grad_norm_(parameters, clip or math.inf))
+
+    pairs = {name: layer.found() for name, layer in merged.items()}
+    squares = [p.grad.square().sum() for p in training.trained.values() if p.grad is not None]
+    norm = float(torch.stack([*squares, *(p.square().sum() for _, p in pairs.values())]).sum().sqrt())
     applied = math.isfinite(norm) and math.isfinite(loss)
+    predicted = None
     if applied:
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate
-        optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return StepResult(loss, tokens, norm, applied)
+        scale = min(1.0, settings.clip / (norm + 1e-6)) if settings.clip else 1.0
+        before = {n: p.detach().clone() for n, p in training.trained.items()} if observe else {}
+        for parameter in training.trained.values():
+            if parameter.grad is not None and scale < 1:
+                parameter.grad.mul_(scale)
+        optimizers.step(training.optimizers, training.trained, learning_rate, settings.optimizer.weight_decay)
+        # A step of fixed length has nothing that clipping could shorten.
+        stride = learning_rate * (1.0 if settings.rank1 and settings.rank1.normalised else scale)
+        for name, (v, p) in pairs.items():
+            merged[name].update(v, p, stride)
+        if observe:
+            predicted = _predicted(training.trained, before, scale) + sum(
+                stride * float(p.norm() * merged[name].length(p)) for name, (_, p) in pairs.items()
+            )
+    model.zero_grad(set_to_none=True)
+    return StepResult(loss, tokens, norm, applied, facts or None, predicted)
+
+
+def _predicted(trained: Mapping[str, nn.Parameter], before: Mapping[str, Tensor], scale: float) -> float:
+    """``-<g, p - p_before>`` over what the optimizers changed; the gradients were scaled."""
+    return -sum(
+        float((parameter.grad / scale * (parameter.detach() - before[name])).sum())
+        for name, parameter in trained.items()
+        if parameter.grad is not None
+    )

@@ -1,0 +1,61 @@
+"""What training goes on from, on disk, in MLX. The file mirrors ``engines/torch/state.py``."""
+
+from __future__ import annotations
+
+import base64
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten, tree_unflatten
+
+from engines.checkpoints import read_arrays, write_arrays, write_json
+from engines.errors import CheckpointError
+from engines.mlx import optimizers
+from engines.mlx.adapters import lora_layers
+from engines.mlx.device import random_state
+from engines.mlx.model import Gemma3
+from engines.mlx.rank1 import rank1_layers
+from engines.mlx.training import Training
+from engines.states import OPTIMIZER, PARAMETERS, PLACE, read_place
+
+
+def save(model: Gemma3, training: Training, folder: Path) -> list[Path]:
+    """Write everything that steps change."""
+    write_arrays(folder / PARAMETERS, {n: np.array(a) for n, a in changing(model, training).items()})
+    write_arrays(folder / OPTIMIZER, optimizers.state_of(training.optimizer))
+    pending = [name for name, layer in rank1_layers(model).items() if layer.pending]
+    random = {"mlx": base64.b64encode(np.array(random_state()).tobytes()).decode()}
+    write_json(folder / PLACE, {"step": training.step, "pending": pending, "random": random})
+    return [folder / PARAMETERS, folder / OPTIMIZER, folder / PLACE]
+
+
+def load(model: Gemma3, training: Training, folder: Path) -> None:
+    """Put back what ``save`` wrote.
+
+    Raises:
+        CheckpointError: the files are broken, or of a training with other parameters.
+    """
+    place = read_place(folder / PLACE)
+    kept, arrays = changing(model, training), read_arrays(folder / PARAMETERS)
+    if set(kept) != set(arrays) or any(tuple(a.shape) != arrays[n].shape for n, a in kept.items()):
+        raise CheckpointError(f"{folder} was saved by another training: its parameters do not fit")
+    buffers = {name: mx.array(a) for name, a in arrays.items() if name.endswith(".buffer")}
+    model.update(tree_unflatten([(n, mx.array(a)) for n, a in arrays.items() if n not in buffers]))
+    optimizers.restore(training.optimizer, read_arrays(folder / OPTIMIZER))
+    training.step = place["step"]
+    for name, layer in rank1_layers(model).items():
+        layer.pending = name in place["pending"]
+        layer.buffer = buffers.get(f"{name}.buffer", layer.buffer)
+    if "mlx" in place["random"]:
+        high, low = np.frombuffer(base64.b64decode(place["random"]["mlx"]), np.uint32)
+        mx.random.seed(int(high) << 32 | int(low))
+    mx.eval(model.parameters())
+
+
+def changing(model: Gemma3, training: Training) -> dict[str, mx.array]:
+    """All arrays that steps and merges change, float32, by name."""
+    parameters = dict(tree_flatten(model.parameters()))
+    merged = {**(lora_layers(model) if training.settings.merging else {}), **rank1_layers(model)}
+    names = {*training.trained, *(n for n in parameters if n.rpartition(".")[0] in merged)}
+    return {name: array for name, array in parameters.items() if name in names}

@@ -1,0 +1,33 @@
+"""Pruning of optimizer state, for both engines."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from engines.errors import UnsupportedError
+
+PRUNINGS = ("magnitude", "random", "reset")
+
+
+def pruned(array: np.ndarray, how: str, ratio: float, generator: np.random.Generator) -> np.ndarray:
+    """A copy with entries set to zero (ReLoRA, arXiv:2307.05695, section 3).
+
+    ``magnitude`` zeroes exactly the ``ratio`` smallest, so that ties cost no more than their share; ``random`` zeroes
+    each with probability ``ratio``; ``reset`` zeroes all.
+
+    Raises:
+        UnsupportedError: ``how`` is none of them.
+    """
+    kept = array.copy()
+    match how:
+        case "reset":
+            kept[...] = 0
+        case "random":
+            kept[generator.random(array.shape) < ratio] = 0
+        case "magnitude":
+            count = int(ratio * array.size)
+            if count:
+                kept.reshape(-1)[np.argpartition(np.abs(array).reshape(-1), count - 1)[:count]] = 0
+        case _:
+            raise UnsupportedError(f"pruning {how[:40]!r} is not there: choose {', '.join(PRUNINGS)}")
+    return kept

@@ -1,0 +1,30 @@
+"""The files of a training's state, for both engines."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from engines.errors import CheckpointError
+
+PARAMETERS = "parameters.safetensors"
+OPTIMIZER = "optimizer.safetensors"
+PLACE = "place.json"
+
+
+def read_place(path: Path) -> dict[str, Any]:
+    """Step, unmerged updates and random states.
+
+    Raises:
+        CheckpointError: the file is missing or broken.
+    """
+    try:
+        place = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(place["step"], int) or not isinstance(place["pending"], list):
+            raise TypeError
+        if not all(isinstance(text, str) for text in place["random"].values()):
+            raise TypeError
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read ({type(error).__name__}): take an earlier checkpoint") from None
+    return dict(place)

@@ -1,0 +1,106 @@
+"""Adapters into weights, in torch. The file mirrors ``engines/mlx/merging.py``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from engines.base import Merge
+from engines.errors import UnsupportedError
+from engines.initialisation import lora_factors
+from engines.torch.adapters import DoRALinear, LoRALinear, lora_layers
+from engines.torch.model import Gemma3, Linear
+from engines.torch.observing import unit
+from engines.torch.rank1 import Rank1Linear, rank1_layers
+
+RESETS = ("fresh", "direction", "keep")
+
+
+def keep_masters(model: Gemma3) -> None:
+    """Keep the weights below all adapters in float32: bfloat16 would lose most of a small update (83 % at rms 1e-5).
+
+    Raises:
+        UnsupportedError: the adapters are DoRA's, whose magnitudes do not go into a weight.
+    """
+    for layer in lora_layers(model).values():
+        if isinstance(layer, DoRALinear):
+            raise UnsupportedError("dora cannot be merged at every few steps: take plain adapters")
+        layer.weight = nn.Parameter(layer.weight.detach().float(), requires_grad=False)
+
+
+def merge(model: Gemma3, reset: str, seed: int, count: bool) -> Merge:
+    """Add every update to its weight; ``lora_B`` turns zero, and ``lora_A`` what ``reset`` says.
+
+    Raises:
+        UnsupportedError: there is nothing to merge, or the weights are not float32.
+    """
+    layers: dict[str, LoRALinear | Rank1Linear] = {**lora_layers(model), **rank1_layers(model)}
+    if not layers or any(layer.weight.dtype != torch.float32 for layer in layers.values()):
+        raise UnsupportedError("there are no adapters over float32 weights to merge: start training with merging")
+    generator = np.random.default_rng(seed)
+    squares, changed, total = 0.0, 0, 0
+    for layer in layers.values():
+        a, b, weight = layer.lora_A.data, layer.lora_B.data, layer.weight.data
+        before = weight.to(model.dtype, copy=True) if count else None
+        # ‖B A‖² = tr(Bᵀ B A Aᵀ), so that the product is not made once more.
+        squares += layer.scale**2 * float(((b.T @ b) * (a @ a.T)).sum())
+        if b.any():
+            weight.addmm_(b, a, alpha=layer.scale)
+        if before is not None:
+            changed, total = changed + int((weight.to(model.dtype) != before).sum()), total + weight.numel()
+        if isinstance(layer, Rank1Linear):
+            layer.pending = False
+        else:
+            _reset(layer, reset, generator)
+        b.zero_()
+    return Merge(max(0.0, squares) ** 0.5, changed / total if count else None)
+
+
+def _reset(layer: LoRALinear, reset: str, generator: np.random.Generator) -> None:
+    rank, inner = layer.lora_A.shape
+    fresh, _ = lora_factors(layer.weight.shape[0], inner, rank, generator)
+    if reset == "fresh":
+        layer.lora_A.data.copy_(torch.from_numpy(fresh))
+    elif reset == "direction" and rank == 1:
+        length = float(np.linalg.norm(fresh))
+        layer.lora_A.data.copy_(length * unit(layer.lora_A.data[0])[None])
+    elif reset != "keep":
+        raise UnsupportedError(f"reset {reset[:40]!r} is not there for rank {rank}: choose {', '.join(RESETS)}")
+
+
+def fold(model: Gemma3) -> None:
+    """Put plain linears with the merged weights, float32, in the place of all adapters."""
+    for name in (*lora_layers(model), *rank1_layers(model)):
+        plain = Linear(0, 0)
+        plain.weight = nn.Parameter(effective(model, name), requires_grad=False)
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, plain)
+
+
+def matrices(model: Gemma3) -> list[str]:
+    """Names of the layers' linears, layer by layer."""
+    config = model.config
+    return [f"model.layers.{i}.{path}" for i in range(config.num_hidden_layers) for path in config.linear_shapes()]
+
+
+def effective(model: Gemma3, name: str) -> Tensor:
+    """The weight that a linear multiplies by, adapters and updates included, float32."""
+    layer = cast("Linear", model.get_submodule(name))
+    with torch.no_grad():
+        return layer.merged() if isinstance(layer, LoRALinear | Rank1Linear) else layer.weight.detach().float()
+
+
+def updates(
+    model: Gemma3, start: Iterator[tuple[str, np.ndarray]], names: Sequence[str] | None
+) -> Iterator[tuple[str, np.ndarray, float]]:
+    """``W - W_0`` and ``‖W_0‖`` of linears, whose first weights ``start`` gives, float32."""
+    wanted = set(matrices(model) if names is None else names)
+    for parameter, before in start:
+        name = parameter.removesuffix(".weight")
+        if name in wanted:
+            now = effective(model, name).cpu().numpy()
+            yield name, now - before, float(np.linalg.norm(before))

@@ -1,0 +1,72 @@
+"""What training goes on from, on disk, in torch. The file mirrors ``engines/mlx/state.py``."""
+
+from __future__ import annotations
+
+import base64
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engines.checkpoints import read_arrays, write_arrays, write_json
+from engines.errors import CheckpointError
+from engines.states import OPTIMIZER, PARAMETERS, PLACE, read_place
+from engines.torch import optimizers
+from engines.torch.adapters import lora_layers
+from engines.torch.model import Gemma3
+from engines.torch.rank1 import rank1_layers
+from engines.torch.training import Training
+
+
+def save(model: Gemma3, training: Training, folder: Path) -> list[Path]:
+    """Write everything that steps change."""
+    write_arrays(folder / PARAMETERS, {n: t.detach().cpu().numpy() for n, t in changing(model, training).items()})
+    write_arrays(folder / OPTIMIZER, optimizers.state_of(training.optimizers, training.trained))
+    pending = [name for name, layer in rank1_layers(model).items() if layer.pending]
+    random = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        random["cuda"] = torch.cuda.get_rng_state()
+    if torch.backends.mps.is_available():
+        random["mps"] = torch.mps.get_rng_state()
+    place = {
+        "step": training.step,
+        "pending": pending,
+        "random": {name: base64.b64encode(state.numpy().tobytes()).decode() for name, state in random.items()},
+    }
+    write_json(folder / PLACE, place)
+    return [folder / PARAMETERS, folder / OPTIMIZER, folder / PLACE]
+
+
+def load(model: Gemma3, training: Training, folder: Path) -> None:
+    """Put back what ``save`` wrote.
+
+    Raises:
+        CheckpointError: the files are broken, or of a training with other parameters.
+    """
+    place = read_place(folder / PLACE)
+    tensors, arrays = changing(model, training), read_arrays(folder / PARAMETERS)
+    if set(tensors) != set(arrays) or any(tuple(t.shape) != arrays[n].shape for n, t in tensors.items()):
+        raise CheckpointError(f"{folder} was saved by another training: its parameters do not fit")
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            tensor.copy_(torch.from_numpy(arrays[name]))
+    optimizers.restore(training.optimizers, training.trained, read_arrays(folder / OPTIMIZER))
+    training.step = place["step"]
+    for name, layer in rank1_layers(model).items():
+        layer.pending = name in place["pending"]
+    setters = {"cpu": torch.set_rng_state, "cuda": torch.cuda.set_rng_state, "mps": torch.mps.set_rng_state}
+    for name, text in place["random"].items():
+        if name == "cpu" or (name == "cuda" and torch.cuda.is_available()) or name == "mps":
+            setters[name](torch.from_numpy(np.frombuffer(base64.b64decode(text), np.uint8).copy()))
+
+
+def changing(model: Gemma3, training: Training) -> dict[str, Tensor]:
+    """All tensors that steps and merges change, float32, by name."""
+    found: dict[str, Tensor] = dict(training.trained)
+    merged = {**(lora_layers(model) if training.settings.merging else {}), **rank1_layers(model)}
+    for name, layer in merged.items():
+        found |= {f"{name}.{leaf}": parameter for leaf, parameter in layer.named_parameters()}
+        if (buffer := getattr(layer, "buffer", None)) is not None:
+            found[f"{name}.buffer"] = buffer
+    return found
