@@ -51,7 +51,8 @@ class TrainingScreen(Workbench):
 
     BINDINGS = [
         Binding("s", "start", "Start", id="training.start"),
-        Binding("d", "detach", "Detach", id="training.detach", tooltip="Start as a process that outlives the app"),
+        Binding("d", "detach", "Detach", id="training.detach", show=False,
+                tooltip="Start as a process that outlives the app"),
         Binding("a", "enqueue", "Queue", id="training.queue", tooltip="Add to the queue, which runs one by one"),
         Binding("space", "pause", "Pause", id="training.pause", tooltip="Pause, and go on"),
         Binding("x", "stop", "Stop", id="training.stop", tooltip="End after the step in hand, and save"),
@@ -59,8 +60,8 @@ class TrainingScreen(Workbench):
         Binding("p", "pane('plan')", "Plan", id="training.plan", show=False),
         Binding("w", "pane('watch')", "Watch", id="training.watch", show=False),
         Binding("l", "pane('runs')", "Runs", id="training.runs", show=False),
-        Binding("y", "log_axis", "Log", id="training.log", tooltip="Logarithmic or linear loss"),
-    ]
+        Binding("y", "log_axis", "Log", id="training.log", show=False, tooltip="Logarithmic or linear loss"),
+    ]  # fmt: skip
 
     def __init__(self) -> None:
         super().__init__()

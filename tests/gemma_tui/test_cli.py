@@ -85,6 +85,10 @@ EVERY_COMMAND = {
     "runs list": "run",
     "runs show lora-1": "run",
     "runs stop lora-1": "end",
+    "runs pause lora-1": "end",
+    "queue list": "end",
+    "queue add --set model=tiny --set data=DATA": "queued",
+    "sweep --set model=tiny --set data=DATA --set rank=2,4": "queued",
     "doctor": "check",
 }
 
@@ -212,6 +216,9 @@ BAD: dict[str, tuple[list[str], int, str]] = {
     "a model's name that is too long": (["models", "info", "x" * 5000], 1, "no model"),
     "a model that was not fetched": (["models", "info", "google/gemma-3-270m-none"], 1, "hf download"),
     "no such data": (["train", "--model", "tiny", "--data", "none.jsonl"], 1, "none.jsonl does not exist"),
+    "a run that ended": (["runs", "resume", "lora-1"], 1, "no run 'lora-1'"),
+    "no plan for the queue": (["queue", "add"], 2, "name a PLAN.toml"),
+    "no such plan in the queue": (["queue", "cancel", "3"], 1, "no plan 3"),
     "no such run": (["runs", "show", "none"], 1, "no run 'none'"),
     "a run's name that is not Unicode": (["runs", "show", "\udcff"], 1, "not valid Unicode"),
     "a prompt that is not Unicode": (["generate", "tiny", "--prompt", "\udcff"], 1, "not valid Unicode"),
@@ -294,7 +301,7 @@ def test_a_run_broken_off_between_two_events_does_not_stay_running(
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_training_saves_and_leaves_with_130(
+def test_an_interrupted_training_saves_and_its_exit_code_tells_the_signal(
     command: Commands, tiny: str, corpus: Path, number: signal.Signals
 ) -> None:
     arguments = ("--model", tiny, "--data", str(corpus), *SMALL, "--steps", "1000000", "--evaluate-every", "0")
@@ -306,7 +313,7 @@ def test_an_interrupted_training_saves_and_leaves_with_130(
             rows = [json.loads(line) for line in child.stdout]
         finally:
             child.kill()
-    assert child.returncode == 130
+    assert child.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143}[number]
     assert kinds(rows[-2:]) == ["checkpoint", "end"]
     assert (rows[-1]["status"], rows[-1]["interrupted"]) == ("stopped", True)
     assert (Path(rows[-2]["path"]) / "adapter_model.safetensors").is_file()
@@ -339,7 +346,7 @@ def test_a_detached_training_that_cannot_start_says_why(tiny: str, corpus: Path)
     arguments = ("--model", tiny, "--data", str(corpus), "--name", "../up", "--detach")
     with process("train", *arguments, stderr=subprocess.PIPE) as front:
         text, errors = front.communicate()
-    assert (front.returncode, text, errors.count("\n")) == (1, "", 1)
+    assert (front.returncode, text, errors.count("\n")) == (2, "", 1)
     assert "is no run name" in errors
 
 
