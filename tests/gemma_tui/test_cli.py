@@ -17,6 +17,7 @@ from samples import write_rows
 from engines import ENGINES, available_engines
 from gemma_tui import VERSION, paths
 from gemma_tui.cli import main
+from gemma_tui.runs.queue import Queue
 from gemma_tui.runs.store import RunStore
 from gemma_tui.studies.events import Event
 from gemma_tui.tokenizer import Tokenizer
@@ -216,7 +217,7 @@ BAD: dict[str, tuple[list[str], int, str]] = {
     "a model's name that is too long": (["models", "info", "x" * 5000], 1, "no model"),
     "a model that was not fetched": (["models", "info", "google/gemma-3-270m-none"], 1, "hf download"),
     "no such data": (["train", "--model", "tiny", "--data", "none.jsonl"], 1, "none.jsonl does not exist"),
-    "a run that ended": (["runs", "resume", "lora-1"], 1, "no run 'lora-1'"),
+    "no such run to resume": (["runs", "resume", "lora-1"], 1, "no run 'lora-1'"),
     "no plan for the queue": (["queue", "add"], 2, "name a PLAN.toml"),
     "no such plan in the queue": (["queue", "cancel", "3"], 1, "no plan 3"),
     "no such run": (["runs", "show", "none"], 1, "no run 'none'"),
@@ -430,6 +431,19 @@ def hostile_list() -> list[str]:
     return ["runs", "list"]
 
 
+def hostile_queue() -> list[str]:
+    values = [f"model=m{ESCAPE}", f"data={ESCAPE}", f"group=g{ESCAPE}"]
+    queue = Queue()
+    queue.enqueue([dict(value.split("=") for value in values)], f"torch{ESCAPE}", f"/{ESCAPE}")
+    queue.finish(1, "failed", f"because{ESCAPE}")
+    queue.close()
+    return ["queue", "list"]
+
+
+def hostile_sweep() -> list[str]:
+    return ["sweep", "--set", f"model=m{ESCAPE}", "--set", f"data={ESCAPE}", "--group", ESCAPE]
+
+
 def hostile_rows() -> list[str]:
     path = write_rows(paths.home() / "rows.jsonl", ["fine"])
     path.write_text(path.read_text() + json.dumps({f"key{ESCAPE}": 1}) + "\n")
@@ -451,7 +465,17 @@ def hostile_debug() -> list[str]:
 @pytest.mark.parametrize("as_json", [[], ["--json"]], ids=["text", "json"])
 @pytest.mark.parametrize(
     "hostile",
-    [hostile_model, hostile_run, hostile_list, hostile_rows, hostile_folder, hostile_option, hostile_debug],
+    [
+        hostile_model,
+        hostile_run,
+        hostile_list,
+        hostile_queue,
+        hostile_sweep,
+        hostile_rows,
+        hostile_folder,
+        hostile_option,
+        hostile_debug,
+    ],
     ids=lambda hostile: hostile.__name__,
 )
 def test_foreign_text_never_reaches_a_terminal_raw(

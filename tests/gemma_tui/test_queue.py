@@ -361,7 +361,7 @@ def test_a_detached_run_outlives_its_terminal_is_paused_and_saves_when_terminate
     )
     pid, terminal = pty.fork()
     if pid == 0:
-        train = [sys.executable, "-m", "gemma_tui", "train", *shlex.split(words), f"--steps={ENDLESS}", "--detach"]
+        train = [sys.executable, "-m", "gemma_tui", "train", *words, "--detach"]
         # A shell that leads the terminal's session: when that closes, the kernel signals all in it.
         os.execv("/bin/sh", ["sh", "-c", f"{shlex.join(train)}; sleep 60"])
     until(lambda: store.runs() and store.runs()[0].step > 0, "a step")
