@@ -356,9 +356,8 @@ def test_cancelling_a_plan_that_is_computed_saves_it_and_the_queue_goes_on(
 def test_a_detached_run_outlives_its_terminal_is_paused_and_saves_when_terminated(
     command: Commands, tiny: str, corpus: Path, store: RunStore
 ) -> None:
-    words = shlex.join(
-        f"--{k.replace('_', '-')}={v}" for k, v in {"model": tiny, "data": corpus, "engine": QUICK, **SMALL}.items()
-    )
+    plan = {"model": tiny, "data": corpus, "engine": QUICK, **SMALL, "steps": ENDLESS}
+    words = [f"--{name.replace('_', '-')}={value}" for name, value in plan.items()]
     pid, terminal = pty.fork()
     if pid == 0:
         train = [sys.executable, "-m", "gemma_tui", "train", *words, "--detach"]
