@@ -47,7 +47,7 @@ class RunTable(DataTable[Text]):
         """Draw what has changed; the cursor stays on what it is on, while that is there."""
         if not self.columns:
             self.add_columns(*COLUMNS)
-        rows = [_waiting(item) for item in items] + [_run(run) for run in runs]
+        rows = [_waiting(item) for item in items] + [_run(run) for run in runs if not run.run_id.startswith(QUEUED)]
         if rows == self._shown:
             return
         cursor, chosen = self.cursor_row, self.chosen
