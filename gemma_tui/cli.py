@@ -105,6 +105,8 @@ def _parser(given: Sequence[str]) -> Parser:
     _train(groups, wanted="train" in given)
     _adapters(groups)
     _runs(groups)
+    _queue(groups)
+    _sweep(groups)
     _command(groups, "doctor", "engines, devices, memory, versions, store health", "doctor:doctor")
     return parser
 
@@ -176,6 +178,7 @@ def _train(groups: argparse._SubParsersAction, wanted: bool) -> None:
     command = _command(groups, "train", "train a model and keep the run", "train:train_command")
     command.add_argument("plan", nargs="?", metavar="PLAN.toml", help="a file with any of the options below")
     command.add_argument("--detach", action="store_true", help="run in a process of its own and return at once")
+    command.add_argument("--quiet", action="store_true", help="tell only the run's name, warnings and the end")
     _engine_option(command)
     if wanted:
         from gemma_tui.commands.plans import add_options
@@ -221,6 +224,38 @@ def _engine_option(command: argparse.ArgumentParser) -> None:
 def _runs(groups: argparse._SubParsersAction) -> None:
     group = _group(groups, "runs", "past and present runs")
     _command(group, "list", "all runs, the newest first", "runs:list_runs")
-    for name, help in (("show", "one run: plan, chart, events"), ("stop", "ask a run to save and end")):
+    for name, help in (
+        ("show", "one run: plan, chart, events"),
+        ("pause", "ask a run to wait after its step"),
+        ("resume", "let a paused run go on"),
+        ("stop", "ask a run to save and end"),
+    ):
         command = _command(group, name, help, f"runs:{name}")
         command.add_argument("run_name", metavar="R", help="the run's name, or enough of it")
+
+
+def _queue(groups: argparse._SubParsersAction) -> None:
+    group = _group(groups, "queue", "plans that are run one after another")
+    add = _command(group, "add", "append plans", "queue:add")
+    add.add_argument("plans", nargs="*", metavar="PLAN.toml", help="files with any of the options of `train`")
+    _settings(add, "an option of `train`, in place of the files' own")
+    _command(group, "list", "all plans, the newest first", "queue:list_queue")
+    run = _command(group, "run", "work through the queue until it is empty", "queue:run")
+    run.add_argument("--detach", action="store_true", help="work in a process of its own and return at once")
+    cancel = _command(group, "cancel", "take a plan out; one that is computed saves and ends", "queue:cancel")
+    cancel.add_argument("id", type=int, metavar="ID", help="its number in `queue list`")
+
+
+def _sweep(groups: argparse._SubParsersAction) -> None:
+    sweep = _command(groups, "sweep", "queue a plan in every combination of some values", "queue:sweep")
+    sweep.add_argument("plan", nargs="?", metavar="PLAN.toml", help="a file with any of the options of `train`")
+    _settings(sweep, "values to take in turn, with commas between; with semicolons if a value has commas in it")
+    how = sweep.add_mutually_exclusive_group()
+    how.add_argument("--run", action="store_true", dest="at_once", help="work through the queue now")
+    how.add_argument("--detach", action="store_true", help="work through it in a process of its own")
+
+
+def _settings(command: argparse.ArgumentParser, help: str) -> None:
+    command.add_argument("--set", action="append", default=[], metavar="OPTION=VALUE", dest="values", help=help)
+    command.add_argument("--group", default="", metavar="NAME", help="name shared by runs that are compared")
+    _engine_option(command)

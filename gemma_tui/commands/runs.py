@@ -8,6 +8,7 @@ import shutil
 import sys
 from contextlib import closing
 
+from gemma_tui.errors import UsageError
 from gemma_tui.output import Output, age
 from gemma_tui.runs.store import Run, RunStore
 
@@ -55,12 +56,54 @@ def stop(args: argparse.Namespace, output: Output) -> int:
     with closing(RunStore()) as store:
         run = store.run(args.run_name)
         if run.active:
-            store.request(run.run_id, "stop")
-            output.say(f"{run.run_id} was asked to stop; it saves after the step in hand")
+            _ask(store, run, "stop", "it saves after the step in hand", output)
         else:
-            output.say(f"{run.run_id} is {run.state} already")
-        output.row("end", status="done", run=run.run_id, asked=run.active)
+            _already(run, output)
         return 0
+
+
+def pause(args: argparse.Namespace, output: Output) -> int:
+    """Ask a run, of whatever process, to wait after its step."""
+    with closing(RunStore()) as store:
+        run = store.run(args.run_name)
+        if run.state == "running" or run.request == "resume":
+            _ask(store, run, "pause", f"`gemma-tui runs resume {run.run_id}` lets it go on", output)
+        else:
+            _already(run, output)
+        return 0
+
+
+def resume(args: argparse.Namespace, output: Output) -> int:
+    """Let a paused run go on; a run whose process is gone goes on in this one."""
+    with closing(RunStore()) as store:
+        run = store.run(args.run_name)
+        if not run.active:
+            return resume_run(run, output)
+        if run.state == "paused" or run.request == "pause":
+            _ask(store, run, "resume", "it goes on", output)
+        else:
+            _already(run, output)
+        return 0
+
+
+def resume_run(run: Run, output: Output) -> int:
+    """Go on with a run that ended before its last step.
+
+    Raises:
+        UsageError: it cannot be done.
+    """
+    raise UsageError(f"{run.run_id} is {run.state} and cannot be resumed yet: start it again with `{run.command}`")
+
+
+def _ask(store: RunStore, run: Run, what: str, then: str, output: Output) -> None:
+    store.request(run.run_id, what)
+    output.say(f"{run.run_id} was asked to {what}; {then}")
+    output.row("end", status="done", run=run.run_id, asked=True)
+
+
+def _already(run: Run, output: Output) -> None:
+    output.say(f"{run.run_id} is {run.state} already")
+    output.row("end", status="done", run=run.run_id, asked=False)
 
 
 def show_chart(run_id: str) -> None:
@@ -86,5 +129,5 @@ def _facts(run: Run) -> dict[str, object]:
     return {
         "run": run.run_id, "state": run.state, "study": run.study, "engine": run.engine, "created": run.created,
         "updated": run.updated, "step": run.step, "steps": run.steps, "command": run.command, "error": run.error,
-        "folder": str(run.folder),
+        "folder": str(run.folder), "group": run.group,
     }  # fmt: skip

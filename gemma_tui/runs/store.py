@@ -1,7 +1,6 @@
 """Runs in one SQLite file: plans, states, metrics and events, each written as it comes.
 
-``metrics`` and ``configs`` have trackio's layout, so its command line and dashboard read them; tables with ``gt_`` in
-front are ours. One connection per thread: writers append, readers remember how far they have read.
+One connection per thread: writers append, readers remember how far they have read.
 """
 
 from __future__ import annotations
@@ -10,43 +9,22 @@ import json
 import math
 import os
 import re
-import sqlite3
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from gemma_tui import paths
 from gemma_tui.errors import GemmaTuiError, UsageError
+from gemma_tui.runs.database import Database
+from gemma_tui.runs.processes import alive, own_start
 
 ACTIVE = ("running", "paused")
 METRIC_KINDS = ("step", "evaluation")
+REQUESTS = ("pause", "resume", "stop")
 RUN_NAME = re.compile(r"\w[\w.\-]{0,95}")
-
-SCHEMA = """
-CREATE TABLE IF NOT EXISTS metrics (
-    id INTEGER PRIMARY KEY AUTOINCREMENT, run_id TEXT NOT NULL, timestamp TEXT NOT NULL, run_name TEXT NOT NULL,
-    step INTEGER NOT NULL, metrics TEXT NOT NULL);
-CREATE INDEX IF NOT EXISTS gt_metrics_run ON metrics (run_id, id);
-CREATE TABLE IF NOT EXISTS configs (
-    id INTEGER PRIMARY KEY AUTOINCREMENT, run_id TEXT NOT NULL, run_name TEXT NOT NULL, config TEXT NOT NULL,
-    created_at TEXT NOT NULL, UNIQUE (run_id));
-CREATE TABLE IF NOT EXISTS gt_runs (
-    run_id TEXT PRIMARY KEY, name TEXT NOT NULL, study TEXT NOT NULL, state TEXT NOT NULL, created REAL NOT NULL,
-    updated REAL NOT NULL, engine TEXT NOT NULL, plan TEXT NOT NULL, command TEXT NOT NULL, step INTEGER NOT NULL,
-    steps INTEGER NOT NULL, pid INTEGER NOT NULL, pid_started REAL NOT NULL, error TEXT NOT NULL,
-    request TEXT NOT NULL);
-CREATE TABLE IF NOT EXISTS gt_events (
-    id INTEGER PRIMARY KEY AUTOINCREMENT, run_id TEXT NOT NULL, time REAL NOT NULL, kind TEXT NOT NULL,
-    step INTEGER NOT NULL, payload TEXT NOT NULL);
-CREATE INDEX IF NOT EXISTS gt_events_run ON gt_events (run_id, id);
-"""
 
 
 @dataclass(frozen=True)
@@ -56,7 +34,8 @@ class Run:
     Attributes:
         state: ``running``, ``paused``, ``done``, ``stopped``, ``failed`` or ``lost`` (its process is gone).
         step, steps: the last finished optimizer step, and how many were planned.
-        request: what another process asked of it: ``stop`` or nothing.
+        request: what another process asked of it and it has not heard yet: ``pause``, ``resume``, ``stop`` or nothing.
+        group: the name it shares with the runs it is compared with, or nothing.
     """
 
     run_id: str
@@ -72,6 +51,7 @@ class Run:
     steps: int
     error: str
     request: str
+    group: str
 
     @property
     def active(self) -> bool:
@@ -95,48 +75,28 @@ class Row:
     values: Mapping[str, Any]
 
 
-class RunStore:
+class RunStore(Database):
     """One thread's connection to the runs.
 
     Raises:
         GemmaTuiError: from every method, when the file cannot be read or written.
     """
 
-    def __init__(self, folder: Path | None = None) -> None:
-        self._folder = folder or paths.runs()
-        self._path = self._folder / "gemma-tui.db"
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise GemmaTuiError(f"{self._folder} cannot be made ({error.strerror}): set GEMMA_TUI_HOME") from None
-        with self._guard():
-            self._db = sqlite3.connect(self._path, timeout=5, isolation_level=None)
-            try:
-                self._db.execute("PRAGMA journal_mode=WAL")
-                self._db.execute("PRAGMA synchronous=NORMAL")
-                self._db.executescript(SCHEMA)
-            except sqlite3.Error:
-                self._db.close()
-                raise
-
-    def close(self) -> None:
-        """Close the connection."""
-        self._db.close()
-
-    def create(self, name: str, study: str, engine: str, plan: Mapping[str, Any], command: str, steps: int) -> Run:
+    def create(
+        self, name: str, study: str, engine: str, plan: Mapping[str, Any], command: str, steps: int, group: str = ""
+    ) -> Run:
         """Register a run of this process and make its folder.
 
         Raises:
             UsageError: the name could not be that of a folder.
         """
-        if not RUN_NAME.fullmatch(name):
-            raise UsageError(f"{name[:60]!r} is no run name: use letters, digits, dots and dashes")
+        check_name(name)
         now, text = time.time(), json.dumps(plan)
         with self._guard(), self._transaction():
             run_id = self._free_id(name)
             self._db.execute(
-                "INSERT INTO gt_runs VALUES (?, ?, ?, 'running', ?, ?, ?, ?, ?, 0, ?, ?, ?, '', '')",
-                (run_id, name, study, now, now, engine, text, command, steps, os.getpid(), _own_start()),
+                f"INSERT INTO gt_runs ({_COLUMNS}) VALUES (?, ?, ?, 'running', ?, ?, ?, ?, ?, 0, ?, '', '', ?, ?, ?)",
+                (run_id, name, study, now, now, engine, text, command, steps, group, os.getpid(), own_start()),
             )
             self._db.execute(
                 "INSERT INTO configs (run_id, run_name, config, created_at) VALUES (?, ?, ?, ?)",
@@ -176,9 +136,23 @@ class RunStore:
             )
 
     def request(self, run_id: str, what: str) -> None:
-        """Ask the process of a run for something; it looks about once a second."""
+        """Ask the process of a run to ``pause``, ``resume`` or ``stop``; it looks about once a second.
+
+        A later request takes the place of one that was not heard yet, but nothing takes that of ``stop``.
+        """
+        if what not in REQUESTS:
+            raise UsageError(f"a run cannot be asked to {what!r}: choose {' | '.join(REQUESTS)}")
         with self._guard():
-            self._db.execute("UPDATE gt_runs SET request = ? WHERE run_id = ?", (what, run_id))
+            self._db.execute("UPDATE gt_runs SET request = ? WHERE run_id = ? AND request != 'stop'", (what, run_id))
+
+    def take_request(self, run_id: str) -> str:
+        """What was asked of a run of this process since the last call, or nothing; heard once."""
+        with self._guard():
+            row = self._db.execute("SELECT request FROM gt_runs WHERE run_id = ?", (run_id,)).fetchone()
+            what = str(row[0]) if row is not None else ""
+            if what:  # if another one came meanwhile, that is left for the next look
+                self._db.execute("UPDATE gt_runs SET request = '' WHERE run_id = ? AND request = ?", (run_id, what))
+            return what
 
     def run(self, run_id: str) -> Run:
         """One run, by its id or a beginning of it that fits no other.
@@ -204,6 +178,14 @@ class RunStore:
         with self._guard():
             rows = self._db.execute(
                 f"SELECT {_COLUMNS} FROM gt_runs ORDER BY created DESC LIMIT ?", (limit,)
+            ).fetchall()
+        return [_run(row) for row in rows]
+
+    def group(self, name: str) -> list[Run]:
+        """The runs of a group, the oldest first."""
+        with self._guard():
+            rows = self._db.execute(
+                f"SELECT {_COLUMNS} FROM gt_runs WHERE group_name = ? ORDER BY created", (name,)
             ).fetchall()
         return [_run(row) for row in rows]
 
@@ -237,35 +219,20 @@ class RunStore:
             number += 1
         return f"{name}-{number}"
 
-    @contextmanager
-    def _transaction(self) -> Iterator[None]:
-        self._db.execute("BEGIN IMMEDIATE")
-        try:
-            yield
-            self._db.execute("COMMIT")
-        except BaseException:
-            self._rollback()
-            raise
 
-    def _rollback(self) -> None:
-        # A full disk has rolled it back already, and may leave a connection that cannot even say so.
-        if self._db.in_transaction:
-            self._db.execute("ROLLBACK")
+def check_name(name: str) -> None:
+    """Refuse a name that could not be that of a run's folder.
 
-    @contextmanager
-    def _guard(self) -> Iterator[None]:
-        try:
-            yield
-        except sqlite3.Error as error:
-            raise GemmaTuiError(
-                f"{self._path}: {error}; free some space, or move the file away if it is damaged"
-            ) from None
-        except UnicodeEncodeError:
-            raise GemmaTuiError("a name is not valid Unicode (half a surrogate pair): use another") from None
+    Raises:
+        UsageError: it could not.
+    """
+    if not RUN_NAME.fullmatch(name):
+        raise UsageError(f"{name[:60]!r} is no run name: use letters, digits, dots and dashes")
 
 
 _COLUMNS = (
-    "run_id, name, study, state, created, updated, engine, plan, command, step, steps, error, request, pid, pid_started"
+    "run_id, name, study, state, created, updated, engine, plan, command, step, steps, error, request,"
+    " group_name, pid, pid_started"
 )
 
 
@@ -273,26 +240,9 @@ def _run(row: tuple[Any, ...]) -> Run:
     *facts, pid, started = row
     values = dict(zip((f.name for f in fields(Run)), facts, strict=True))
     values["plan"] = json.loads(values["plan"])
-    if values["state"] in ACTIVE and not _alive(pid, started):
+    if values["state"] in ACTIVE and not alive(pid, started):
         values["state"] = "lost"
     return Run(**values)
-
-
-def _alive(pid: int, started: float) -> bool:
-    """Whether the very process that registered the run is there: pids are used again."""
-    if pid == os.getpid():
-        return started == _own_start()
-    try:
-        process = psutil.Process(pid)
-        return process.status() != psutil.STATUS_ZOMBIE and abs(process.create_time() - started) < 2
-    except psutil.Error:
-        return False
-
-
-@cache
-def _own_start() -> float:
-    """Asked once, since the answer moves when the machine's clock is set."""
-    return psutil.Process().create_time()
 
 
 def _metric(cursor: int, step: int, timestamp: str, text: str) -> Row:

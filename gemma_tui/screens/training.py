@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 from textual.binding import Binding
@@ -13,18 +13,22 @@ from textual.events import Resize
 from textual.widget import Widget
 from textual.widgets import DataTable, Static
 
+from engines.errors import EngineError
 from gemma_tui import paths
 from gemma_tui.errors import GemmaTuiError
-from gemma_tui.output import age
 from gemma_tui.plots import Series
+from gemma_tui.runs.processes import Detached, start
+from gemma_tui.runs.queue import Queue
 from gemma_tui.runs.store import Row, Run, RunStore
 from gemma_tui.runs.view import RunView
 from gemma_tui.screens.workbench import Workbench
-from gemma_tui.studies.plan import build, command
-from gemma_tui.studies.training import TrainingPlan, settings
+from gemma_tui.studies.plan import command
+from gemma_tui.studies.queueing import check, detached, enqueue, plan_of, start_runner
+from gemma_tui.studies.training import TrainingPlan
 from gemma_tui.text import one_line
 from gemma_tui.widgets.chart import Chart
 from gemma_tui.widgets.plan_form import PlanForm
+from gemma_tui.widgets.run_table import QUEUED, RunTable
 from gemma_tui.widgets.status import bar, duration
 
 if TYPE_CHECKING:
@@ -33,18 +37,13 @@ if TYPE_CHECKING:
 WATCH_SECONDS = 0.4
 LIST_SECONDS = 2.0
 LOG_LINES = 300
+LISTED = 200
 PLAN, WATCH, RUNS = "plan", "watch", "runs"
 SMALL = {
     "learning_rate": "learning rate",
     "grad_norm": "gradient norm",
     "tokens_per_second": "tokens/s",
 }
-
-
-class RunTable(DataTable[Text]):
-    """The runs; enter opens one."""
-
-    BINDINGS = [Binding("enter", "select_cursor", "Open", id="runs.open")]
 
 
 class EventLog(VerticalScroll):
@@ -77,14 +76,17 @@ class TrainingScreen(Workbench):
 
     BINDINGS = [
         Binding("s", "start", "Start", id="training.start"),
+        Binding("d", "detach", "Detach", id="training.detach", show=False,
+                tooltip="Start as a process that outlives the app"),
+        Binding("a", "enqueue", "Queue", id="training.queue", tooltip="Add to the queue, which runs one by one"),
         Binding("space", "pause", "Pause", id="training.pause", tooltip="Pause, and go on"),
         Binding("x", "stop", "Stop", id="training.stop", tooltip="End after the step in hand, and save"),
         Binding("v", "next_pane", "View", id="training.view", tooltip="Plan, charts, runs in turn"),
         Binding("p", "pane('plan')", "Plan", id="training.plan", show=False),
         Binding("w", "pane('watch')", "Watch", id="training.watch", show=False),
         Binding("l", "pane('runs')", "Runs", id="training.runs", show=False),
-        Binding("y", "log_axis", "Log", id="training.log", tooltip="Logarithmic or linear loss"),
-    ]
+        Binding("y", "log_axis", "Log", id="training.log", show=False, tooltip="Logarithmic or linear loss"),
+    ]  # fmt: skip
 
     def __init__(self) -> None:
         super().__init__()
@@ -94,14 +96,16 @@ class TrainingScreen(Workbench):
         self._started: Job | None = None
         self._adopted = "nano"
         self._store: RunStore | None = None
-        self._listed: list[tuple[str, ...]] = []
+        self._queue: Queue | None = None
+        self._detached: Detached | None = None
+        self._runner: Detached | None = None
 
     def body(self) -> Iterable[Widget]:
         """The three panes."""
         form = PlanForm(TrainingPlan)
         self._adopted = form.values["model"] = self.bench.session.place.model or "nano"
         form.values["data"] = _sample_data()
-        runs = RunTable(id=RUNS, cursor_type="row", classes="pane")
+        runs = RunTable(id=RUNS)
         charts = [Chart(title, id=measure) for measure, title in SMALL.items()]
         watch = Vertical(
             Static("no run yet: press s to start one", id="headline", markup=False),
@@ -116,11 +120,10 @@ class TrainingScreen(Workbench):
 
     def on_mount(self) -> None:
         """Open the store, and look at it from now on."""
-        self.query_one(f"#{RUNS}", DataTable).add_columns("run", "state", "engine", "step", "method", "age")
         self._arrange()
         self.query_one(PlanForm).focus()
         try:
-            self._store = RunStore()
+            self._store, self._queue = RunStore(), Queue()
         except GemmaTuiError as error:
             self.bench.tell(str(error), "error")
             return
@@ -147,8 +150,8 @@ class TrainingScreen(Workbench):
         """The command that runs the plan, or that made the run which is looked at."""
         if self._pane == WATCH and self._view is not None:
             return self._view.run.command
-        if self._pane == RUNS and (run := self._chosen_run()) is not None:
-            return run.command
+        if self._pane == RUNS and (chosen := self._chosen_command()):
+            return chosen
         form = self.query_one(PlanForm)
         plan = TrainingPlan(**form.values)
         return command(("train", "--engine", self.bench.session.engine), plan)
@@ -160,36 +163,84 @@ class TrainingScreen(Workbench):
             return
 
         def show() -> None:
-            self._show_run(store, run_id)
-            self._started = None
+            self._look_at(store.run(run_id))
             self.action_pane(WATCH)
             self._watch()
 
         self.bench.attempt(show)
 
+    def _look_at(self, run: Run) -> None:
+        self._view, self._started = RunView(run), None
+        self.query_one(EventLog).clear()
+        for chart in self.query(Chart):
+            chart.show([])
+            chart.redraw()
+
     def action_start(self) -> None:
         """Train as the form says."""
-        form = self.query_one(PlanForm)
 
-        def start() -> None:
-            plan = build(TrainingPlan, {k: v for k, v in form.values.items() if v is not None}, "form")
-            settings(plan)
-            self._started = self.bench.session.train(plan)
-            self._view = None
-            self.query_one("#headline", Static).update("starting…", layout=False)
-            self.action_pane(WATCH)
+        def start_here() -> None:
+            self._started = self.bench.session.train(self._plan())
+            self._await_run()
 
-        self.bench.attempt(start)
+        self.bench.attempt(start_here)
+
+    def action_detach(self) -> None:
+        """Train as the form says, in a process that goes on when the app ends."""
+        if self._detached is not None:
+            self.bench.tell("one is starting already", "warning")
+            return
+
+        def start_elsewhere() -> None:
+            self._detached = start(detached(self.bench.session.engine, self._plan()), "run")
+            self._started = None
+            self._await_run()
+
+        self.bench.attempt(start_elsewhere)
+
+    def action_enqueue(self) -> None:
+        """Put the form's plan into the queue, and see to it that something works through that."""
+        queue = self._queue
+        if queue is None:
+            return
+
+        def add() -> None:
+            number = enqueue(queue, [self._plan()], self.bench.session.engine)[0]
+            text = f"queued as plan {number}"
+            if self._runner is None and queue.leader() is None:
+                self._runner = start_runner()
+                text += "; a process that works through the queue was started, and goes on when the app ends"
+            self.bench.tell(text)
+            self._list()
+
+        self.bench.attempt(add)
+
+    def action_cancel_queued(self) -> None:
+        """Take the plan under the cursor out of the queue."""
+        key, queue = self.query_one(RunTable).chosen, self._queue
+        if queue is None or not key.startswith(QUEUED):
+            self.bench.tell("only a queued plan can be cancelled; x stops the run that is shown", "warning")
+            return
+
+        def take_out() -> None:
+            item = queue.cancel(int(key.removeprefix(QUEUED)))
+            begins = "is beginning: x stops its run" if item.state == "running" else f"is {item.state}"
+            self.bench.tell(f"plan {item.id} {begins}")
+            self._list()
+
+        self.bench.attempt(take_out)
 
     def action_pause(self) -> None:
-        """Pause the run that is shown, or let it go on."""
-        job = self._shown_job()
-        if job is None or job.future.done():
-            self.bench.tell("no run of this app is shown", "warning")
-        elif job.control.pause.is_set():
-            job.control.pause.clear()
+        """Pause the run that is shown, of whatever process, or let it go on."""
+        view, store, job = self._view, self._store, self._shown_job()
+        if job is not None and not job.future.done():
+            pause = job.control.pause
+            pause.clear() if pause.is_set() else pause.set()
+        elif view is not None and view.run.active and store is not None:
+            paused = view.run.request == "pause" or (view.run.state == "paused" and view.run.request != "resume")
+            self._ask(store, view.run, "resume" if paused else "pause")
         else:
-            job.control.pause.set()
+            self.bench.tell("no run that goes on is shown", "warning")
 
     def action_stop(self) -> None:
         """End the run that is shown, or what is starting, after its step; it saves."""
@@ -198,16 +249,41 @@ class TrainingScreen(Workbench):
             job.control.stop.set()
             self.bench.tell(f"{job.label} ends after this step and saves")
         elif view is not None and view.run.active and store is not None:
-            if self.bench.attempt(lambda: store.request(view.run.run_id, "stop")):
-                self.bench.tell(f"{view.run.run_id} was asked to stop")
+            self._ask(store, view.run, "stop")
         else:
             self.bench.tell("no run that goes on is shown", "warning")
 
-    def _chosen_run(self) -> Run | None:
-        table = self.query_one(RunTable)
-        if self._store is None or not table.row_count:
-            return None
-        return self._store.run(str(table.coordinate_to_cell_key(table.cursor_coordinate).row_key.value))
+    def _plan(self) -> TrainingPlan:
+        """The form's plan, checked."""
+        plan: TrainingPlan = self.query_one(PlanForm).build()
+        check(plan)
+        return plan
+
+    def _await_run(self) -> None:
+        """Show what is starting until its run is there."""
+        self._view = None
+        self.query_one("#headline", Static).update("starting…", layout=False)
+        self.action_pane(WATCH)
+
+    def _ask(self, store: RunStore, run: Run, what: str) -> None:
+        def ask() -> None:
+            store.request(run.run_id, what)
+            self.bench.tell(f"{run.run_id} was asked to {what}")
+
+        self.bench.attempt(ask)
+
+    def _chosen_command(self) -> str:
+        """The command of the run or plan under the cursor."""
+        key, store, queue = self.query_one(RunTable).chosen, self._store, self._queue
+        if not key or store is None or queue is None:
+            return ""
+        try:
+            if not key.startswith(QUEUED):
+                return store.run(key).command
+            item = queue.item(int(key.removeprefix(QUEUED)))
+            return command(("train", "--engine", item.engine), plan_of(item))
+        except GemmaTuiError:
+            return ""
 
     def _shown_job(self) -> Job | None:
         """The job of the run that is shown, or what is starting."""
@@ -237,7 +313,10 @@ class TrainingScreen(Workbench):
         """Open the run under the cursor."""
         if event.data_table.id == RUNS and event.row_key.value is not None:
             event.stop()
-            self.watch_run(event.row_key.value)
+            if event.row_key.value.startswith(QUEUED):
+                self.bench.tell("this plan waits for its turn; delete takes it out of the queue")
+            else:
+                self.watch_run(event.row_key.value)
 
     def _arrange(self) -> None:
         wide = self.app.size.width >= 110
@@ -250,6 +329,7 @@ class TrainingScreen(Workbench):
         """Read the run that is shown and draw one chart that changed; the others wait for the next time."""
         if self._store is None or not self.is_current:
             return
+        self._processes(self._store)
         try:
             self._follow(self._store)
         except GemmaTuiError as error:
@@ -261,13 +341,40 @@ class TrainingScreen(Workbench):
             recent = time.monotonic() - WATCH_SECONDS * (len(SMALL) + 1)
             min(stale, key=lambda chart: max(recent, chart.drawn)).redraw()
 
+    def _processes(self, store: RunStore) -> None:
+        """Tell of what was started as a process of its own that it has begun, or why it has not."""
+        if self._runner is not None and self._first_row(self._runner) is not None:
+            self._runner = None
+        if self._detached is None or (row := self._first_row(self._detached)) is None:
+            return
+        process, self._detached = self._detached, None
+        looks = self._view is None and self._started is None
+        if row:
+            run = str(row["run"])
+            process.move_log(paths.runs() / run)
+            self.bench.tell(f"{run} goes on by itself, also when the app ends")
+            if looks:
+                self.bench.attempt(lambda: self._look_at(store.run(run)))
+        elif looks:
+            self.query_one("#headline", Static).update("did not start", layout=False)
+
+    def _first_row(self, process: Detached) -> Mapping[str, Any] | None:
+        """What a process began with; nothing in it if it did not, which is told; None while that is open."""
+        try:
+            return process.look()
+        except EngineError as error:
+            self.bench.tell(str(error), "error")
+            return {}
+
     def _follow(self, store: RunStore) -> None:
+        if self._view is None and self._started is None and self._detached is not None:
+            return  # what is starting is shown, not what else runs
         if self._view is None:
             job = self._started or next((job for job in self.bench.session.jobs if job.run), None)
             if job is None or not job.run:
                 self._show_start(job)
                 return
-            self._show_run(store, job.run)
+            self._look_at(store.run(job.run))
         if (view := self._view) is None:
             return
         new = view.read(store)
@@ -276,13 +383,6 @@ class TrainingScreen(Workbench):
             self.query_one(EventLog).add(lines)
         if new:
             self._draw(view)
-
-    def _show_run(self, store: RunStore, run_id: str) -> None:
-        self._view = RunView(store.run(run_id))
-        self.query_one(EventLog).clear()
-        for chart in self.query(Chart):
-            chart.show([])
-            chart.redraw()
 
     def _show_start(self, job: Job | None) -> None:
         if job is not None:
@@ -297,26 +397,10 @@ class TrainingScreen(Workbench):
                 self.query_one(f"#{measure}", Chart).show([Series(title, *view.lines[measure])])
 
     def _list(self) -> None:
-        if self._store is None or not self.is_current:
+        store, queue = self._store, self._queue
+        if store is None or queue is None or not self.is_current:
             return
-        try:
-            runs = self._store.runs(200)
-        except GemmaTuiError as error:
-            self.bench.tell(str(error), "error")
-            return
-        rows: list[tuple[str, ...]] = [
-            (r.run_id, r.state, r.engine, f"{r.step}/{r.steps}", str(r.plan.get("method", "")), age(r.created))
-            for r in runs
-        ]
-        if rows == self._listed:
-            return
-        self._listed = rows
-        table = self.query_one(f"#{RUNS}", DataTable)
-        cursor = table.cursor_row
-        table.clear()
-        for row in rows:
-            table.add_row(*(Text(one_line(cell, 30)) for cell in row), key=row[0])
-        table.move_cursor(row=min(cursor, table.row_count - 1))
+        self.bench.attempt(lambda: self.query_one(RunTable).show(queue.queued(), store.runs(LISTED)))
 
 
 _LOSSES = {"loss": "training", "valid_loss": "validation"}

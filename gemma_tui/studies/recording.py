@@ -29,7 +29,8 @@ class Recorded:
 def record_training(engine: Engine, plan: TrainingPlan, control: Control, store: RunStore) -> Recorded:
     """Register a training run and make its recorded events; nothing is computed before they are asked for."""
     verb = ("train", "--engine", engine.name)
-    run = store.create(plan.name or plan.method, "training", engine.name, asdict(plan), command(verb, plan), plan.steps)
+    words, name = command(verb, plan), plan.name or plan.method
+    run = store.create(name, "training", engine.name, asdict(plan), words, plan.steps, plan.group)
 
     def study(folder: Path) -> Iterator[Event]:
         return train(engine, plan, folder, control)
@@ -42,7 +43,7 @@ def recorded(
 ) -> Generator[Event, None, None]:
     """The events of a study, kept as they come; the run's state follows, also when the study fails.
 
-    Once a second the run's requests are read, so that another process can stop it.
+    Once a second the run's requests are read, also while it is paused, so that another process can steer it.
     """
     looked, last = time.monotonic(), Event("run")
     yield Event("run", values={"run": run.run_id})
@@ -56,8 +57,7 @@ def recorded(
             yield event
             if time.monotonic() - looked > REQUEST_SECONDS:
                 looked = time.monotonic()
-                if store.run(run.run_id).request == "stop":
-                    control.stop.set()
+                heed(store.take_request(run.run_id), control)
     except BaseException as error:
         broken_off = isinstance(error, KeyboardInterrupt | GeneratorExit)
         said = "broken off" if broken_off else one_line(str(error) or type(error).__name__)
@@ -66,3 +66,14 @@ def recorded(
     state = "stopped" if control.stop.is_set() else "done"
     store.set_state(run.run_id, state)
     yield Event("end", last.step, {"status": state, "run": run.run_id})
+
+
+def heed(request: str, control: Control) -> None:
+    """Do what another process asked for."""
+    match request:
+        case "stop":
+            control.stop.set()
+        case "pause":
+            control.pause.set()
+        case "resume":
+            control.pause.clear()

@@ -46,6 +46,7 @@ class TrainingPlan:
     )
     method: str = option("lora", "what is trained", choices=METHODS, group="What")
     name: str = option("", "name of the run; empty takes the method", group="What")
+    group: str = option("", "name shared by runs that are compared; empty for none", group="What")
     fresh: bool = option(False, "start from new weights of the model's shape", group="What")
     steps: int = option(100, "optimizer steps", low=1, high=10_000_000, group="Budget")
     batch_size: int = option(4, "windows in a micro-batch", low=1, high=4096, group="Budget")

@@ -17,6 +17,7 @@ from samples import write_rows
 from engines import ENGINES, available_engines
 from gemma_tui import VERSION, paths
 from gemma_tui.cli import main
+from gemma_tui.runs.queue import Queue
 from gemma_tui.runs.store import RunStore
 from gemma_tui.studies.events import Event
 from gemma_tui.tokenizer import Tokenizer
@@ -88,6 +89,10 @@ EVERY_COMMAND = {
     "runs list": "run",
     "runs show lora-1": "run",
     "runs stop lora-1": "end",
+    "runs pause lora-1": "end",
+    "queue list": "end",
+    "queue add --set model=tiny --set data=DATA": "queued",
+    "sweep --set model=tiny --set data=DATA --set rank=2,4": "queued",
     "doctor": "check",
 }
 
@@ -215,6 +220,9 @@ BAD: dict[str, tuple[list[str], int, str]] = {
     "a model's name that is too long": (["models", "info", "x" * 5000], 1, "no model"),
     "a model that was not fetched": (["models", "info", "google/gemma-3-270m-none"], 1, "hf download"),
     "no such data": (["train", "--model", "tiny", "--data", "none.jsonl"], 1, "none.jsonl does not exist"),
+    "no such run to resume": (["runs", "resume", "lora-1"], 1, "no run 'lora-1'"),
+    "no plan for the queue": (["queue", "add"], 2, "name a PLAN.toml"),
+    "no such plan in the queue": (["queue", "cancel", "3"], 1, "no plan 3"),
     "no such run": (["runs", "show", "none"], 1, "no run 'none'"),
     "a run's name that is not Unicode": (["runs", "show", "\udcff"], 1, "not valid Unicode"),
     "a prompt that is not Unicode": (["generate", "tiny", "--prompt", "\udcff"], 1, "not valid Unicode"),
@@ -297,7 +305,7 @@ def test_a_run_broken_off_between_two_events_does_not_stay_running(
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_training_saves_and_leaves_with_130(
+def test_an_interrupted_training_saves_and_its_exit_code_tells_the_signal(
     command: Commands, tiny: str, corpus: Path, number: signal.Signals
 ) -> None:
     arguments = ("--model", tiny, "--data", str(corpus), *SMALL, "--steps", "1000000", "--evaluate-every", "0")
@@ -309,7 +317,7 @@ def test_an_interrupted_training_saves_and_leaves_with_130(
             rows = [json.loads(line) for line in child.stdout]
         finally:
             child.kill()
-    assert child.returncode == 130
+    assert child.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143}[number]
     assert kinds(rows[-2:]) == ["checkpoint", "end"]
     assert (rows[-1]["status"], rows[-1]["interrupted"]) == ("stopped", True)
     assert (Path(rows[-2]["path"]) / "adapter_model.safetensors").is_file()
@@ -342,7 +350,7 @@ def test_a_detached_training_that_cannot_start_says_why(tiny: str, corpus: Path)
     arguments = ("--model", tiny, "--data", str(corpus), "--name", "../up", "--detach")
     with process("train", *arguments, stderr=subprocess.PIPE) as front:
         text, errors = front.communicate()
-    assert (front.returncode, text, errors.count("\n")) == (1, "", 1)
+    assert (front.returncode, text, errors.count("\n")) == (2, "", 1)
     assert "is no run name" in errors
 
 
@@ -428,6 +436,19 @@ def hostile_list() -> list[str]:
     return ["runs", "list"]
 
 
+def hostile_queue() -> list[str]:
+    values = [f"model=m{ESCAPE}", f"data={ESCAPE}", f"group=g{ESCAPE}"]
+    queue = Queue()
+    queue.enqueue([dict(value.split("=") for value in values)], f"torch{ESCAPE}", f"/{ESCAPE}")
+    queue.finish(1, "failed", f"because{ESCAPE}")
+    queue.close()
+    return ["queue", "list"]
+
+
+def hostile_sweep() -> list[str]:
+    return ["sweep", "--set", f"model=m{ESCAPE}", "--set", f"data={ESCAPE}", "--group", ESCAPE]
+
+
 def hostile_rows() -> list[str]:
     path = write_rows(paths.home() / "rows.jsonl", ["fine"])
     path.write_text(path.read_text() + json.dumps({f"key{ESCAPE}": 1}) + "\n")
@@ -465,6 +486,8 @@ def hostile_debug() -> list[str]:
         hostile_model,
         hostile_run,
         hostile_list,
+        hostile_queue,
+        hostile_sweep,
         hostile_rows,
         hostile_tokens,
         hostile_template,

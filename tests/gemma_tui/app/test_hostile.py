@@ -24,6 +24,7 @@ import gemma_tui.studies.generation
 from engines.errors import EngineError
 from engines.torch.engine import TorchEngine
 from gemma_tui import paths
+from gemma_tui.runs.queue import Queue
 from gemma_tui.runs.store import RunStore
 from gemma_tui.screens.training import EventLog
 from gemma_tui.studies.generation import Generation
@@ -159,7 +160,7 @@ async def test_the_names_and_the_configs_of_models(opened: Open, tiny: str) -> N
 
 
 async def test_what_a_store_of_someone_elses_holds(opened: Open, size: Size) -> None:
-    store, names = RunStore(), []
+    store, queue, names = RunStore(), Queue(), []
     for text in map(storable, TEXTS):
         plan = {"method": text, "name": text, "model": text, "data": text}
         run = store.create("hostile", "training", "torch", plan, text, 4).run_id
@@ -170,19 +171,26 @@ async def test_what_a_store_of_someone_elses_holds(opened: Open, size: Size) -> 
         for kind, key in (("checkpoint", "path"), ("warning", "text"), (text, "text")):
             store.record(run, kind, 1, {key: text})
         store.set_state(run, "failed", text)
-        store._db.execute("UPDATE gt_runs SET engine = ? WHERE run_id = ?", (text, run))
+        store._db.execute("UPDATE gt_runs SET engine = ?, group_name = ? WHERE run_id = ?", (text, text, run))
         # Names are checked when a run is made; a store from elsewhere may still have others.
         kept = (
-            "name, study, state, created, updated, engine, plan, command, step, steps, pid, pid_started, error, request"
+            "name, study, state, created, updated, engine, plan, command, step, steps, pid, pid_started, error, "
+            "request, group_name"
         )
         named = f"{run} {text}"
         store._db.execute(f"INSERT INTO gt_runs SELECT ?, {kept} FROM gt_runs WHERE run_id = ?", (named, run))
         names += [run, named]
+        queue.enqueue([{**plan, "steps": text, text: text}], text, text, text)
+    queued = len(queue.queued())
+    queue.close()
     async with opened(size) as it:
         await it.mode("2", "training")
         await it.press("l")
         table = it.app.screen.query_one("#runs", DataTable)
-        await it.until(lambda: table.row_count == len(names), "the list")
+        await it.until(lambda: table.row_count == len(names) + queued, "the list")
+        await it.press("c")
+        nothing_foreign(it)
+        await it.press("escape", "delete")
         assert WORD in nothing_foreign(it)
         for name in names:
             it.app.screen.watch_run(name)  # type: ignore[attr-defined]

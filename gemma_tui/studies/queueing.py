@@ -1,0 +1,105 @@
+"""Training plans as lines of the queue: checked, varied, stored, and made the words of a command again."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from gemma_tui.errors import UsageError
+from gemma_tui.runs.processes import Detached, start
+from gemma_tui.runs.queue import Item, Queue
+from gemma_tui.runs.store import check_name
+from gemma_tui.studies.plan import build, changed, command
+from gemma_tui.studies.training import TrainingPlan, settings
+
+MAX_VARIATIONS = 1000
+RUNNER = ("queue", "run")
+
+
+def check(plan: TrainingPlan) -> None:
+    """Refuse a plan that could not begin, as far as it can be told without its model and data.
+
+    Raises:
+        UsageError: what is wrong with it.
+    """
+    settings(plan)
+    check_name(plan.name or plan.method)
+
+
+def assignments(texts: Sequence[str]) -> dict[str, str]:
+    """``["steps=3", ...]`` as a mapping; dashes in names are underscores.
+
+    Raises:
+        UsageError: one has no name or no ``=``, or a name comes twice.
+    """
+    found: dict[str, str] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        name = name.strip().removeprefix("--").replace("-", "_")
+        if not equals or not name:
+            raise UsageError(f"--set {text[:60]!r} is no OPTION=VALUE")
+        if name in found:
+            raise UsageError(f"--set {name} is given twice: put all its values behind one")
+        found[name] = value
+    return found
+
+
+def variations(values: Mapping[str, Any], choices: Mapping[str, str], where: str) -> list[TrainingPlan]:
+    """A plan for every combination of the choices, the last one changing fastest.
+
+    Args:
+        choices: values with commas between, or with semicolons, so that a value can have commas.
+
+    Raises:
+        UsageError: a combination is no plan that could begin, or there are more than ``MAX_VARIATIONS``.
+    """
+    lists = {name: _split(name, text) for name, text in choices.items()}
+    number = math.prod(map(len, lists.values()))
+    if number > MAX_VARIATIONS:
+        raise UsageError(f"these are {number:,} plans; {MAX_VARIATIONS:,} at most go into a queue at once")
+    plans = []
+    for combination in itertools.product(*lists.values()):
+        plan = build(TrainingPlan, {**values, **dict(zip(lists, combination, strict=True))}, where)
+        check(plan)
+        plans.append(plan)
+    return plans
+
+
+def enqueue(queue: Queue, plans: Sequence[TrainingPlan], engine: str, group: str = "") -> list[int]:
+    """Append checked plans, all or none; with a group they become its members. Returns their numbers."""
+    if group:
+        plans = [dataclasses.replace(plan, group=group) for plan in plans]
+    return queue.enqueue([changed(plan) for plan in plans], engine, str(Path.cwd()), group)
+
+
+def plan_of(item: Item) -> TrainingPlan:
+    """The plan of a line of the queue.
+
+    Raises:
+        UsageError: another version of the program wrote it, and this one does not know its options.
+    """
+    return build(TrainingPlan, item.plan, f"queue {item.id}")
+
+
+def detached(engine: str, plan: TrainingPlan) -> list[str]:
+    """The words of the command that runs a plan without an onlooker."""
+    return [*shlex.split(command(("train", "--engine", engine), plan))[1:], "--quiet"]
+
+
+def start_runner() -> Detached:
+    """Start a process that works through the queue."""
+    return start(RUNNER, "runner")
+
+
+def _split(name: str, text: str) -> list[str]:
+    separator = ";" if ";" in text else ","
+    found = [value.strip() for value in text.split(separator)]
+    found = [value for value in found if value]
+    if not found:
+        raise UsageError(f"--set {name} has no value")
+    return found
