@@ -50,6 +50,7 @@ class MLXEngine:
         self._settings: TrainingSettings | None = None
         self._training: training.Training | None = None
         self._start: tuple[Factors, LoRASettings] | None = None
+        self._touched: set[str] = set()
 
     def device(self) -> DeviceInfo:
         return device.describe(self._device)
@@ -76,6 +77,7 @@ class MLXEngine:
     def unload(self) -> None:
         self._model = self._info = self._settings = self._training = None
         self._start = None
+        self._touched = set()
         device.release()
 
     def logits(self, tokens: np.ndarray) -> np.ndarray:
@@ -102,6 +104,7 @@ class MLXEngine:
         ensure_memory("training", TRAINED_BYTES * trained_count(model.config, settings), device.free(self._device))
         self._settings = settings
         self._training = training.start_training(model, settings)
+        self._touched |= set(self._training.trained)
         return sum(p.size for _, p in tree_flatten(model.trainable_parameters()))
 
     def train_step(self, batches: Sequence[Batch], learning_rate: float, observe: bool = False) -> StepResult:
@@ -116,10 +119,11 @@ class MLXEngine:
         return optimizers.prune(started.optimizer, pruned, how, ratio, seed)
 
     def updates(self, names: Sequence[str] | None = None) -> Iterator[tuple[str, np.ndarray, float]]:
-        return merging.updates(self._loaded(), self._first_weights(), names)
+        wanted = merging.matrices(self._loaded()) if names is None else names
+        return merging.updates(self._loaded(), self._first_weights(wanted))
 
     def save_state(self, folder: Path) -> list[Path]:
-        return state.save(self._loaded(), self._started(), folder)
+        return state.save(self._loaded(), self._started(), self._touched, folder)
 
     def load_state(self, folder: Path) -> None:
         state.load(self._loaded(), self._started(), folder)
@@ -211,16 +215,19 @@ class MLXEngine:
             raise UnsupportedError("no training was started: call start_training first")
         return self._training
 
-    def _first_weights(self) -> Iterator[tuple[str, np.ndarray]]:
-        """The weights as they were loaded or made, float32, adapters that were loaded with them included."""
-        info = self._loaded_info()
-        shapes = info.config.parameter_shapes()
+    def _first_weights(self, modules: Sequence[str]) -> Iterator[tuple[str, np.ndarray]]:
+        """Linears' weights as they were loaded or made, float32, adapters that were loaded with them included."""
+        info, wanted = self._loaded_info(), set(modules)
+        shapes = {n: s for n, s in info.config.parameter_shapes().items() if n.removesuffix(".weight") in wanted}
         stored = iterate_model(Path(info.folder), shapes) if info.folder else gemma3_weights(info.config, self._seed)
         for name, array in stored:
-            value, module = as_float32(array), name.removesuffix(".weight")
+            module = name.removesuffix(".weight")
+            if module not in wanted:
+                continue
+            value = as_float32(array)
             if self._start is not None and module in self._start[0]:
                 value = merged(value, self._start[0][module], self._start[1])
-            yield name, value
+            yield module, value
 
     def _loaded_info(self) -> ModelInfo:
         if self._info is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import mlx.core as mx
 import numpy as np
@@ -96,13 +96,7 @@ def effective(model: Gemma3, name: str) -> mx.array:
     return layer.merged() if isinstance(layer, LoRALinear | Rank1Linear) else layer.weight.astype(mx.float32)
 
 
-def updates(
-    model: Gemma3, start: Iterator[tuple[str, np.ndarray]], names: Sequence[str] | None
-) -> Iterator[tuple[str, np.ndarray, float]]:
-    """``W - W_0`` and ``‖W_0‖`` of linears, whose first weights ``start`` gives, float32."""
-    wanted = set(matrices(model) if names is None else names)
-    for parameter, before in start:
-        name = parameter.removesuffix(".weight")
-        if name in wanted:
-            now = np.array(effective(model, name))
-            yield name, now - before, float(np.linalg.norm(before))
+def updates(model: Gemma3, start: Iterator[tuple[str, np.ndarray]]) -> Iterator[tuple[str, np.ndarray, float]]:
+    """``W - W_0`` and ``‖W_0‖`` of the linears whose first weights ``start`` gives, float32."""
+    for name, before in start:
+        yield name, np.array(effective(model, name)) - before, float(np.linalg.norm(before))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Collection
 from pathlib import Path
 
 import mlx.core as mx
@@ -20,9 +21,11 @@ from engines.mlx.training import Training
 from engines.states import OPTIMIZER, PARAMETERS, PLACE, read_place
 
 
-def save(model: Gemma3, training: Training, folder: Path) -> list[Path]:
-    """Write everything that steps change."""
-    write_arrays(folder / PARAMETERS, {n: np.array(a) for n, a in changing(model, training).items()})
+def save(model: Gemma3, training: Training, touched: Collection[str], folder: Path) -> list[Path]:
+    """Write everything that steps changed, those of a training before (``touched``) too."""
+    before = {n: a for n, a in tree_flatten(model.parameters()) if n in touched}
+    arrays = changing(model, training) | before
+    write_arrays(folder / PARAMETERS, {n: np.array(a.astype(mx.float32)) for n, a in arrays.items()})
     write_arrays(folder / OPTIMIZER, optimizers.state_of(training.optimizer))
     pending = [name for name, layer in rank1_layers(model).items() if layer.pending]
     random = {"mlx": base64.b64encode(np.array(random_state()).tobytes()).decode()}
@@ -37,8 +40,9 @@ def load(model: Gemma3, training: Training, folder: Path) -> None:
         CheckpointError: the files are broken, or of a training with other parameters.
     """
     place = read_place(folder / PLACE)
-    kept, arrays = changing(model, training), read_arrays(folder / PARAMETERS)
-    if set(kept) != set(arrays) or any(tuple(a.shape) != arrays[n].shape for n, a in kept.items()):
+    changed, arrays = changing(model, training), read_arrays(folder / PARAMETERS)
+    known = changed | dict(tree_flatten(model.parameters()))
+    if not set(changed) <= set(arrays) <= set(known) or any(known[n].shape != a.shape for n, a in arrays.items()):
         raise CheckpointError(f"{folder} was saved by another training: its parameters do not fit")
     buffers = {name: mx.array(a) for name, a in arrays.items() if name.endswith(".buffer")}
     model.update(tree_unflatten([(n, mx.array(a)) for n, a in arrays.items() if n not in buffers]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +20,10 @@ from engines.torch.rank1 import rank1_layers
 from engines.torch.training import Training
 
 
-def save(model: Gemma3, training: Training, folder: Path) -> list[Path]:
-    """Write everything that steps change."""
-    write_arrays(folder / PARAMETERS, {n: t.detach().cpu().numpy() for n, t in changing(model, training).items()})
+def save(model: Gemma3, training: Training, touched: Collection[str], folder: Path) -> list[Path]:
+    """Write everything that steps changed, those of a training before (``touched``) too."""
+    tensors = changing(model, training) | {n: p for n, p in model.named_parameters() if n in touched}
+    write_arrays(folder / PARAMETERS, {n: t.detach().float().cpu().numpy() for n, t in tensors.items()})
     write_arrays(folder / OPTIMIZER, optimizers.state_of(training.optimizers, training.trained))
     pending = [name for name, layer in rank1_layers(model).items() if layer.pending]
     random = {"cpu": torch.get_rng_state()}
@@ -45,12 +47,14 @@ def load(model: Gemma3, training: Training, folder: Path) -> None:
         CheckpointError: the files are broken, or of a training with other parameters.
     """
     place = read_place(folder / PLACE)
-    tensors, arrays = changing(model, training), read_arrays(folder / PARAMETERS)
-    if set(tensors) != set(arrays) or any(tuple(t.shape) != arrays[n].shape for n, t in tensors.items()):
+    changed, arrays = changing(model, training), read_arrays(folder / PARAMETERS)
+    known = changed | dict(model.named_parameters())
+    if not set(changed) <= set(arrays) <= set(known) or any(
+        tuple(known[n].shape) != a.shape for n, a in arrays.items()
+    ):
         raise CheckpointError(f"{folder} was saved by another training: its parameters do not fit")
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            tensor.copy_(torch.from_numpy(arrays[name]))
+    for name, array in arrays.items():
+        known[name].data = torch.from_numpy(array.copy()).to(known[name].device)
     optimizers.restore(training.optimizers, training.trained, read_arrays(folder / OPTIMIZER))
     training.step = place["step"]
     for name, layer in rank1_layers(model).items():
