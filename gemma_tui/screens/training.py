@@ -16,8 +16,10 @@ from gemma_tui import paths
 from gemma_tui.errors import GemmaTuiError
 from gemma_tui.output import age
 from gemma_tui.plots import Series
+from gemma_tui.runs.comparison import Comparison
 from gemma_tui.runs.store import Row, Run, RunStore
 from gemma_tui.runs.view import RunView
+from gemma_tui.screens.comparison import ComparisonScreen
 from gemma_tui.screens.workbench import Workbench
 from gemma_tui.studies.plan import build, command
 from gemma_tui.studies.training import TrainingPlan, settings
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 WATCH_SECONDS = 0.4
 LIST_SECONDS = 2.0
 PLAN, WATCH, RUNS = "plan", "watch", "runs"
+MARK = "● "
 SMALL = {
     "learning_rate": "learning rate",
     "grad_norm": "gradient norm",
@@ -40,9 +43,13 @@ SMALL = {
 
 
 class RunTable(DataTable[Text]):
-    """The runs; enter opens one."""
+    """The runs; enter opens one, m marks those that o compares."""
 
-    BINDINGS = [Binding("enter", "select_cursor", "Open", id="runs.open")]
+    BINDINGS = [
+        Binding("enter", "select_cursor", "Open", id="runs.open"),
+        Binding("m", "screen.mark", "Mark", id="runs.mark", tooltip="Mark the run for a comparison, or take it out"),
+        Binding("o", "screen.overlay", "Overlay", id="runs.overlay", tooltip="Compare the runs that are marked"),
+    ]
 
 
 class TrainingScreen(Workbench):
@@ -70,6 +77,7 @@ class TrainingScreen(Workbench):
         self._adopted = "nano"
         self._store: RunStore | None = None
         self._listed: list[tuple[str, ...]] = []
+        self._marked = Comparison()
 
     def body(self) -> Iterable[Widget]:
         """The three panes."""
@@ -178,6 +186,28 @@ class TrainingScreen(Workbench):
         else:
             self.bench.tell("no run that goes on is shown", "warning")
 
+    def action_mark(self) -> None:
+        """Mark the run under the cursor for a comparison, or take it out."""
+
+        def mark() -> None:
+            run = self._chosen_run()
+            if run is None:
+                return
+            if run.run_id in self._marked:
+                self._marked.remove(run.run_id)
+            else:
+                self._marked.add(run)
+            self._list()
+
+        self.bench.attempt(mark)
+
+    def action_overlay(self) -> None:
+        """Compare the runs that are marked."""
+        if len(self._marked.runs) < 2:
+            self.bench.tell("mark two runs or more with m", "warning")
+        elif self._store is not None:
+            self.app.push_screen(ComparisonScreen(self._marked, self._store))
+
     def _chosen_run(self) -> Run | None:
         table = self.query_one(RunTable)
         if self._store is None or not table.row_count:
@@ -272,7 +302,15 @@ class TrainingScreen(Workbench):
             self.bench.tell(str(error), "error")
             return
         rows: list[tuple[str, ...]] = [
-            (r.run_id, r.state, r.engine, f"{r.step}/{r.steps}", str(r.plan.get("method", "")), age(r.created))
+            (
+                r.run_id,
+                MARK * (r.run_id in self._marked) + r.run_id,
+                r.state,
+                r.engine,
+                f"{r.step}/{r.steps}",
+                str(r.plan.get("method", "")),
+                age(r.created),
+            )
             for r in runs
         ]
         if rows == self._listed:
@@ -281,8 +319,8 @@ class TrainingScreen(Workbench):
         table = self.query_one(f"#{RUNS}", DataTable)
         cursor = table.cursor_row
         table.clear()
-        for row in rows:
-            table.add_row(*(Text(one_line(cell, 30)) for cell in row), key=row[0])
+        for key, *cells in rows:
+            table.add_row(*(Text(one_line(cell, 30)) for cell in cells), key=key)
         table.move_cursor(row=min(cursor, table.row_count - 1))
 
 
