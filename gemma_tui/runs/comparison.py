@@ -33,6 +33,8 @@ SMOOTHED = 20
 
 ROWS_PER_READ = 2000
 BLOCK = 128
+TELLING = 40
+"""Windows after which a value's weight in a mean is e^-40."""
 
 
 @dataclass
@@ -164,22 +166,25 @@ class Compared:
 
     def result(self, window: int) -> Result:
         """Where it stands, its training loss smoothed over ``window`` points."""
-        valid = self._values("valid_loss")
-        loss = self.curves["loss"].points("step", window)[1] if "loss" in self.curves else np.empty(0)
-        best, ranks = valid[np.isfinite(valid)], self._values("effective_rank")
-        memory, speed = self._values("memory"), self._values("tokens_per_second")
+        valid, loss = self._values("valid_loss"), self._values("loss")
+        # What lies further back weighs less than a double tells.
+        recent = smooth(loss[-TELLING * window :], window)
+        best, speed, memory, ranks = (
+            values[np.isfinite(values)]
+            for values in (valid, *map(self._values, ("tokens_per_second", "memory", "effective_rank")))
+        )
         return Result(
             run=self.run.run_id,
             state=self.run.state,
             valid_loss=_last(valid),
             best_valid_loss=float(best.min()) if best.size else None,
-            loss=_last(loss),
+            loss=_last(recent),
             tokens=_integer(self._tokens),
-            tokens_per_second=float(np.nanmedian(speed)) if np.isfinite(speed).any() else None,
-            memory=_integer(np.nanmax(memory)) if np.isfinite(memory).any() else None,
+            tokens_per_second=float(np.median(speed)) if speed.size else None,
+            memory=int(memory.max()) if memory.size else None,
             optimizer_bytes=_integer(self.start.get("optimizer_bytes")),
             trainable=_integer(self.start.get("trainable")),
-            effective_rank=_last(ranks[np.isfinite(ranks)]),
+            effective_rank=_last(ranks),
         )
 
     def _values(self, measure: str) -> np.ndarray:
@@ -330,7 +335,7 @@ def _number(value: Any) -> float:
 
 
 def _integer(value: Any) -> int | None:
-    number = float(value) if isinstance(value, np.floating) else _number(value)
+    number = _number(value)
     return int(number) if math.isfinite(number) else None
 
 

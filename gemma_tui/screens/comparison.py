@@ -56,12 +56,12 @@ class ComparisonScreen(Workbench):
     MODE = "training"
     BINDINGS = [
         Binding("escape", "close", "Back", id="comparison.back"),
-        Binding("m", "measure", "Measure", id="comparison.measure", tooltip="Draw the next measure"),
-        Binding("x", "axis", "X axis", id="comparison.axis", tooltip="Against step, tokens or seconds of computing"),
+        Binding("m", "measure", "Metric", id="comparison.measure", tooltip="Draw the next measure"),
+        Binding("x", "axis", "Axis", id="comparison.axis", tooltip="Against step, tokens or seconds of computing"),
         Binding("y", "log_axis", "Log", id="comparison.log", tooltip="Logarithmic or linear measure"),
-        Binding("plus,equals_sign", "smooth(1)", "Smooth", id="comparison.smooth", key_display="+",
-                tooltip="Mean over more points"),
-        Binding("minus", "smooth(-1)", "Less", id="comparison.rough", key_display="-",
+        Binding("plus,equals_sign", "smooth(1)", "Mean", id="comparison.smooth", key_display="+/-",
+                tooltip="Mean over more points, or over fewer"),
+        Binding("minus", "smooth(-1)", "Shorter mean", id="comparison.rough", show=False, key_display="-",
                 tooltip="Mean over fewer points"),
     ]  # fmt: skip
 

@@ -48,7 +48,8 @@ class RunTable(DataTable[Text]):
     BINDINGS = [
         Binding("enter", "select_cursor", "Open", id="runs.open"),
         Binding("m", "screen.mark", "Mark", id="runs.mark", tooltip="Mark the run for a comparison, or take it out"),
-        Binding("o", "screen.overlay", "Overlay", id="runs.overlay", tooltip="Compare the runs that are marked"),
+        Binding("space", "screen.mark", "Mark", id="runs.pin", show=False, tooltip="Mark the run, as m does"),
+        Binding("o", "screen.overlay", "Over", id="runs.overlay", tooltip="Compare the runs that are marked"),
     ]
 
 
@@ -65,7 +66,7 @@ class TrainingScreen(Workbench):
         Binding("p", "pane('plan')", "Plan", id="training.plan", show=False),
         Binding("w", "pane('watch')", "Watch", id="training.watch", show=False),
         Binding("l", "pane('runs')", "Runs", id="training.runs", show=False),
-        Binding("y", "log_axis", "Log", id="training.log", tooltip="Logarithmic or linear loss"),
+        Binding("y", "log_axis", "Log", id="training.log", show=False, tooltip="Logarithmic or linear loss"),
     ]
 
     def __init__(self) -> None:

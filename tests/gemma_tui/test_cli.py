@@ -85,6 +85,7 @@ EVERY_COMMAND = {
     "runs list": "run",
     "runs show lora-1": "run",
     "runs stop lora-1": "end",
+    "runs compare lora-1": "curve",
     "doctor": "check",
 }
 
