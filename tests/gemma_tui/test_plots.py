@@ -50,6 +50,12 @@ def test_a_value_that_is_not_finite_is_left_out(gap: float | None) -> None:
     assert len(draw([line([1.0, gap, 2.0])], 40, 10, "t", colour=False).splitlines()) == 10
 
 
+def test_a_point_without_a_place_on_the_x_axis_is_left_out() -> None:
+    unplaced = Series("l", [0.0, math.nan, 2.0], [1.0, 5.0, 3.0])
+    assert reduce(unplaced, columns=8) == ([0.0, 2.0], [1.0, 3.0])
+    assert len(draw([unplaced], 40, 10, "t", colour=False).splitlines()) == 10
+
+
 def test_a_logarithmic_axis_leaves_out_what_has_no_logarithm() -> None:
     assert reduce(line([0.0, -1.0, 1.0, 100.0, None]), columns=8, log=True) == ([2.0, 3.0], [0.0, 2.0])
 
