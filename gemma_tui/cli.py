@@ -232,6 +232,18 @@ def _runs(groups: argparse._SubParsersAction) -> None:
     ):
         command = _command(group, name, help, f"runs:{name}")
         command.add_argument("run_name", metavar="R", help="the run's name, or enough of it")
+    compare = _command(group, "compare", "runs side by side: a chart, what differs, results", "compare:compare")
+    compare.add_argument("run_names", nargs="+", metavar="R", help="the runs' names, or enough of them")
+    compare.add_argument(
+        "--measure", default="loss", metavar="NAME", help="what is drawn: loss, valid_loss, grad_norm…"
+    )
+    compare.add_argument("--x", default="step", choices=("step", "tokens", "seconds"), help="what it is drawn against")
+    compare.add_argument("--log", action="store_true", help="logarithmic axis of the measure")
+    compare.add_argument("--smooth", type=int, default=20, metavar="N", help="points the mean goes over; 1 for none")
+    export = _command(group, "export", "a run's metrics and events as a file", "compare:export")
+    export.add_argument("run_name", metavar="R", help="the run's name, or enough of it")
+    export.add_argument("--format", default="csv", choices=("csv", "json"), help="the format (default csv)")
+    export.add_argument("--output", metavar="FILE", help="where to; the run's name in this folder if left out")
 
 
 def _queue(groups: argparse._SubParsersAction) -> None:

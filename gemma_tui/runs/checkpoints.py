@@ -112,7 +112,7 @@ def read(path: Path) -> Checkpoint:
 def sweep(folder: Path) -> None:
     """Remove what writers that are gone have left."""
     for path in folder.glob(".tmp-*"):
-        _, _, pid, started = (path.name.split("-") + ["", "", ""])[:4]
+        _, _, pid, started = [*path.name.split("-"), "", "", ""][:4]
         if not (pid.isdigit() and started.isdigit() and alive(int(pid), float(started))):
             shutil.rmtree(path, ignore_errors=True)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from array import array
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -21,13 +23,13 @@ class RunView:
     """What is known of one run so far.
 
     Attributes:
-        lines: for each measure its steps and values; a value that was not finite is None.
+        lines: for each measure its steps and values; a value that was not finite is NaN.
         last: the newest metrics, whatever their kind.
         fresh: events since the last ``take``.
     """
 
     run: Run
-    lines: dict[str, tuple[list[float], list[float | None]]] = field(default_factory=dict)
+    lines: dict[str, tuple[array[float], array[float]]] = field(default_factory=dict)
     last: dict[str, Any] = field(default_factory=dict)
     fresh: list[Row] = field(default_factory=list)
     _metric: int = 0
@@ -62,6 +64,6 @@ class RunView:
             self._point(measure, step, values.get(measure))
 
     def _point(self, measure: str, step: int, value: Any) -> None:
-        steps, points = self.lines.setdefault(measure, ([], []))
+        steps, points = self.lines.setdefault(measure, (array("d"), array("d")))
         steps.append(step)
-        points.append(value if isinstance(value, int | float) else None)  # another program may have written it
+        points.append(value if isinstance(value, int | float) else math.nan)  # another program may have written it

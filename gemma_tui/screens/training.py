@@ -16,10 +16,12 @@ from engines.errors import EngineError
 from gemma_tui import paths
 from gemma_tui.errors import GemmaTuiError
 from gemma_tui.plots import Series
+from gemma_tui.runs.comparison import Comparison
 from gemma_tui.runs.processes import Detached, start
 from gemma_tui.runs.queue import Queue
 from gemma_tui.runs.store import Row, Run, RunStore
 from gemma_tui.runs.view import RunView
+from gemma_tui.screens.comparison import ComparisonScreen
 from gemma_tui.screens.workbench import Workbench
 from gemma_tui.studies.plan import command
 from gemma_tui.studies.queueing import check, detached, enqueue, plan_of, start_runner
@@ -98,6 +100,7 @@ class TrainingScreen(Workbench):
         self._queue: Queue | None = None
         self._detached: Detached | None = None
         self._runner: Detached | None = None
+        self._marked = Comparison()
 
     def body(self) -> Iterable[Widget]:
         """The three panes."""
@@ -284,6 +287,29 @@ class TrainingScreen(Workbench):
         except GemmaTuiError:
             return ""
 
+    def action_mark(self) -> None:
+        """Mark the run under the cursor for a comparison, or take it out."""
+        key, store = self.query_one(RunTable).chosen, self._store
+        if not key or key.startswith(QUEUED) or store is None:
+            self.bench.tell("choose a run to mark", "warning")
+            return
+
+        def mark() -> None:
+            if key in self._marked:
+                self._marked.remove(key)
+            else:
+                self._marked.add(store.run(key))
+            self._list()
+
+        self.bench.attempt(mark)
+
+    def action_overlay(self) -> None:
+        """Compare the runs that are marked."""
+        if len(self._marked.runs) < 2:
+            self.bench.tell("mark two runs or more with m", "warning")
+        elif self._store is not None:
+            self.app.push_screen(ComparisonScreen(self._marked, self._store))
+
     def _shown_job(self) -> Job | None:
         """The job of the run that is shown, or what is starting."""
         return self.bench.session.job_of(self._view.run.run_id) if self._view else self._started
@@ -399,7 +425,8 @@ class TrainingScreen(Workbench):
         store, queue = self._store, self._queue
         if store is None or queue is None or not self.is_current:
             return
-        self.bench.attempt(lambda: self.query_one(RunTable).show(queue.queued(), store.runs(LISTED)))
+        marked = {run.run_id for run in self._marked.runs}
+        self.bench.attempt(lambda: self.query_one(RunTable).show(queue.queued(), store.runs(LISTED), marked))
 
 
 _LOSSES = {"loss": "training", "valid_loss": "validation"}

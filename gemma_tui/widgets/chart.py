@@ -16,14 +16,18 @@ class Chart(Widget):
     Args:
         title: what is drawn, with its unit.
         log: whether it starts with a logarithmic y axis.
+        named: whether the names of the lines follow the title.
     """
 
     DEFAULT_CSS = "Chart { height: 1fr; width: 1fr; }"
 
-    def __init__(self, title: str, log: bool = False, id: str | None = None) -> None:
+    def __init__(self, title: str, log: bool = False, id: str | None = None, named: bool = True) -> None:
         super().__init__(id=id)
         self.title = title
         self.log_axis = log
+        self.named = named
+        self.x_label = ""
+        """What the x axis counts, where that is not the step."""
         self.series: list[Series] = []
         self.drawn = 0.0
         """When it was drawn last, on the monotonic clock."""
@@ -52,7 +56,8 @@ class Chart(Widget):
         if width < 12 or height < 4:
             return Text()
         title = f"{self.title} (log)" if self.log_axis else self.title
-        if not any(line.x for line in self.series):
+        if not any(len(line.x) for line in self.series):
             return Text(f"{title}\n\n  nothing yet", no_wrap=True)
         colour = not self.app.no_color
-        return Text.from_ansi(draw(self.series, width, height, title, self.log_axis, colour), no_wrap=True)
+        drawn = draw(self.series, width, height, title, self.log_axis, colour, self.x_label, self.named)
+        return Text.from_ansi(drawn, no_wrap=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from rich.text import Text
 from textual.binding import Binding
@@ -15,15 +15,18 @@ from gemma_tui.studies.training import TrainingPlan
 from gemma_tui.text import one_line
 
 COLUMNS = ("run", "state", "engine", "step", "method", "age", "group")
+MARK = "● "
 QUEUED = "queue:"
 """What the key of a row begins with that is a plan of the queue; no run's name has a colon."""
 
 
 class RunTable(DataTable[Text]):
-    """What is queued, and the runs; enter opens one, delete takes a plan out of the queue."""
+    """What is queued, and the runs; enter opens one, m marks those that o compares, delete takes a plan out."""
 
     BINDINGS = [
         Binding("enter", "select_cursor", "Open", id="runs.open"),
+        Binding("m", "screen.mark", "Mark", id="runs.mark", tooltip="Mark the run for a comparison, or take it out"),
+        Binding("o", "screen.overlay", "Over", id="runs.overlay", tooltip="Compare the runs that are marked"),
         Binding(
             "delete,backspace",
             "screen.cancel_queued",
@@ -43,11 +46,13 @@ class RunTable(DataTable[Text]):
         """The key of the row under the cursor: a run's name, or ``QUEUED`` and a number; nothing in an empty table."""
         return str(self.coordinate_to_cell_key(self.cursor_coordinate).row_key.value) if self.row_count else ""
 
-    def show(self, items: Sequence[Item], runs: Sequence[Run]) -> None:
+    def show(self, items: Sequence[Item], runs: Sequence[Run], marked: Collection[str] = ()) -> None:
         """Draw what has changed; the cursor stays on what it is on, while that is there."""
         if not self.columns:
             self.add_columns(*COLUMNS)
-        rows = [_waiting(item) for item in items] + [_run(run) for run in runs if not run.run_id.startswith(QUEUED)]
+        rows = [_waiting(item) for item in items] + [
+            _run(run, run.run_id in marked) for run in runs if not run.run_id.startswith(QUEUED)
+        ]
         if rows == self._shown:
             return
         cursor, chosen = self.cursor_row, self.chosen
@@ -59,10 +64,10 @@ class RunTable(DataTable[Text]):
         self.move_cursor(row=keys.index(chosen) if chosen in keys else min(cursor, len(rows) - 1))
 
 
-def _run(run: Run) -> tuple[str, ...]:
+def _run(run: Run, marked: bool) -> tuple[str, ...]:
     """The key and the cells of a run."""
     step, method = f"{run.step}/{run.steps}", str(run.plan.get("method", ""))
-    return run.run_id, run.run_id, run.state, run.engine, step, method, age(run.created), run.group
+    return run.run_id, MARK * marked + run.run_id, run.state, run.engine, step, method, age(run.created), run.group
 
 
 def _waiting(item: Item) -> tuple[str, ...]:

@@ -93,6 +93,7 @@ EVERY_COMMAND = {
     "queue list": "end",
     "queue add --set model=tiny --set data=DATA": "queued",
     "sweep --set model=tiny --set data=DATA --set rank=2,4": "queued",
+    "runs compare lora-1": "curve",
     "doctor": "check",
 }
 

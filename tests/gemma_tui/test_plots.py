@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import math
+from array import array
+from typing import Any
 
 import numpy as np
 import pytest
 
-from gemma_tui.plots import Series, draw, reduce, ticks
+from gemma_tui.plots import MARKERS, Series, draw, legend, log_ticks, look, number_text, reduce, ticks
 
 BLANK = "⠀"
 
@@ -46,6 +48,12 @@ def test_few_points_are_kept_as_they_are() -> None:
 def test_a_value_that_is_not_finite_is_left_out(gap: float | None) -> None:
     assert reduce(line([1.0, gap, 2.0]), columns=8) == ([0.0, 2.0], [1.0, 2.0])
     assert len(draw([line([1.0, gap, 2.0])], 40, 10, "t", colour=False).splitlines()) == 10
+
+
+def test_a_point_without_a_place_on_the_x_axis_is_left_out() -> None:
+    unplaced = Series("l", [0.0, math.nan, 2.0], [1.0, 5.0, 3.0])
+    assert reduce(unplaced, columns=8) == ([0.0, 2.0], [1.0, 3.0])
+    assert len(draw([unplaced], 40, 10, "t", colour=False).splitlines()) == 10
 
 
 def test_a_logarithmic_axis_leaves_out_what_has_no_logarithm() -> None:
@@ -108,3 +116,79 @@ def test_ticks_are_few_round_and_inside(low: float, high: float) -> None:
     assert 1 <= len(places) <= 7
     assert all(low - slack <= place <= high + slack for place in places)
     assert places == sorted(places)
+
+
+def test_more_lines_than_colours_still_differ() -> None:
+    for colour in (True, False):
+        looks = [look(i, colour) for i in range(30)]
+        assert len({(it.marker, it.tint) for it in looks}) == 30
+        assert len({it.coloured() for it in looks}) == 30
+        assert (
+            len(draw([line([float(i)] * 9, str(i)) for i in range(30)], 60, 40, "t", colour=colour).splitlines()) == 40
+        )
+
+
+def test_a_line_keeps_its_look_when_it_stands_elsewhere() -> None:
+    alone = draw([Series("b", [0.0, 1.0], [1.0, 2.0], look=1)], 40, 10, "t", colour=False)
+    assert MARKERS[1] in body(alone)
+    assert BLANK not in body(alone)
+
+
+def test_the_legend_takes_as_many_lines_as_it_needs() -> None:
+    names = [f"a-long-name-{i}" for i in range(9)]
+    rows = legend([line([1.0], name) for name in names], 40, colour=False)
+    assert all(len(row) <= 40 for row in rows)
+    assert len(rows) > 1
+    assert all(any(name in row for row in rows) for name in names)
+
+
+@pytest.mark.parametrize("size", [(80, 16), (40, 10), (24, 8)])
+def test_the_name_of_the_x_axis_takes_a_line_of_the_chart(size: tuple[int, int]) -> None:
+    width, height = size
+    lines = [line([3.0, 2.0], "a"), line([1.0, 2.0], "b")]
+    rows = draw(lines, width, height, "t", colour=False, x_label="tokens seen", named=False).splitlines()
+    assert (len(rows), rows[0]) == (height, "t")
+    assert "tokens seen" in rows[-1]
+
+
+@pytest.mark.parametrize(
+    "values", [[1.0, math.nan, 3.0], np.array([1.0, math.nan, 3.0]), array("d", [1.0, math.nan, 3.0])]
+)
+def test_lists_and_buffers_are_one_to_a_chart(values: Any) -> None:
+    x = type(values)([0.0, 1.0, 2.0]) if isinstance(values, list) else array("d", [0.0, 1.0, 2.0])
+    assert reduce(Series("l", x, values), columns=8) == ([0.0, 2.0], [1.0, 3.0])
+
+
+def test_a_point_is_added_to_a_list_or_buffer_but_not_to_an_array_of_numpy() -> None:
+    for y in ([], array("d")):
+        grown = Series("l", array("d"), y)
+        grown.add(1.0, None)
+        grown.add(2.0, 5.0)
+        assert reduce(grown, columns=8) == ([2.0], [5.0])
+    with pytest.raises(TypeError):
+        Series("l", np.empty(0), np.empty(0)).add(1.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "wanted"),
+    [
+        (2.0, 6.0, [2, 3, 4, 5, 6]),
+        (1.0, 1000.0, [1, 3, 10, 30, 100, 300, 1000]),
+        (1e-9, 1e9, None),
+        (1e-300, 1e308, None),
+    ],
+)
+def test_a_logarithmic_axis_has_round_numbers(low: float, high: float, wanted: list[float] | None) -> None:
+    places = log_ticks(math.log10(low), math.log10(high), 7)
+    assert 1 <= len(places) <= 9
+    assert all(math.log10(low) - 1e-6 <= place <= math.log10(high) + 1e-6 for place in places)
+    if wanted:
+        assert [10**place for place in places] == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.0, "0"), (2.5, "2.5"), (9999.0, "9999"), (20_000.0, "20k"), (-1.5e6, "-1.5M"), (2e9, "2G"), (3e-5, "3e-05")],
+)
+def test_a_number_at_an_axis_is_short(value: float, text: str) -> None:
+    assert number_text(value) == text
