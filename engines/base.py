@@ -64,6 +64,16 @@ class Batch:
     labels: np.ndarray
     segments: np.ndarray | None = None
 
+    def split(self, parts: int) -> list[Batch]:
+        """The rows in at most so many batches; those without a supervised token are left out."""
+
+        def piece(rows: np.ndarray) -> Batch:
+            segments = None if self.segments is None else self.segments[rows]
+            return Batch(self.tokens[rows], self.labels[rows], segments)
+
+        pieces = map(piece, np.array_split(np.arange(len(self.tokens)), min(parts, len(self.tokens))))
+        return [batch for batch in pieces if batch.supervised]
+
     @property
     def supervised(self) -> int:
         """Number of positions that count in the loss."""

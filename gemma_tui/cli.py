@@ -182,7 +182,7 @@ def _train(groups: argparse._SubParsersAction, wanted: bool) -> None:
     _engine_option(command)
     if wanted:
         from gemma_tui.commands.plans import add_options
-        from gemma_tui.studies.training import TrainingPlan
+        from gemma_tui.studies.training_plan import TrainingPlan
 
         add_options(command, TrainingPlan)
 

@@ -19,7 +19,7 @@ from gemma_tui.studies.events import Control
 if TYPE_CHECKING:
     from engines.base import DeviceInfo, Engine, ModelInfo
     from gemma_tui.studies.generation import Generation, GenerationPlan
-    from gemma_tui.studies.training import TrainingPlan
+    from gemma_tui.studies.training_plan import TrainingPlan
 
 Progress = Callable[[float, str], None]
 

@@ -142,6 +142,7 @@ def train_step(
     """One optimizer step; every supervised token of all micro-batches weighs the same."""
     settings, merged = training.settings, rank1_layers(model)
     model.train()
+    model.zero_grad(set_to_none=True)  # a step that ran out of memory may have left some
     training.step += 1
     if settings.rank1 is not None:
         formed = settings.rank1.error_feedback or settings.rank1.momentum > 0 or len(batches) > 1

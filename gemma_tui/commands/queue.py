@@ -17,7 +17,7 @@ from gemma_tui.runs.queue import OUTCOMES, Item, Queue
 from gemma_tui.runs.store import RunStore
 from gemma_tui.studies.plan import build, read_toml
 from gemma_tui.studies.queueing import assignments, check, detached, enqueue, plan_of, start_runner, variations
-from gemma_tui.studies.training import TrainingPlan
+from gemma_tui.studies.training_plan import TrainingPlan
 
 LOOK_SECONDS = 0.1
 BEGIN_SECONDS = 60.0

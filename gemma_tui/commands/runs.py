@@ -92,7 +92,18 @@ def resume_run(run: Run, output: Output) -> int:
     Raises:
         UsageError: it cannot be done.
     """
-    raise UsageError(f"{run.run_id} is {run.state} and cannot be resumed yet: start it again with `{run.command}`")
+    from engines import open_engine
+    from gemma_tui.commands.train import follow
+    from gemma_tui.studies.events import Control
+    from gemma_tui.studies.recording import resume_training
+    from gemma_tui.studies.training_plan import plan_of
+
+    if run.study != "training":
+        raise UsageError(f"{run.run_id} is no training run: start it again with `{run.command}`")
+    control = Control()
+    with closing(RunStore()) as store:
+        recorded = resume_training(open_engine(run.engine), run, control, store)
+        return follow(recorded, control, plan_of(run.plan), output, quiet=False)
 
 
 def _ask(store: RunStore, run: Run, what: str, then: str, output: Output) -> None:

@@ -17,8 +17,8 @@ from gemma_tui.runs.store import RunStore
 from gemma_tui.studies.events import Control, Event
 from gemma_tui.studies.plan import read_toml
 from gemma_tui.studies.queueing import check, detached
-from gemma_tui.studies.recording import record_training
-from gemma_tui.studies.training import TrainingPlan
+from gemma_tui.studies.recording import Recorded, record_training
+from gemma_tui.studies.training_plan import TrainingPlan
 
 DETACH_SECONDS = 60.0
 INTERRUPTED = 130
@@ -37,7 +37,11 @@ def train_command(args: argparse.Namespace, output: Output) -> int:
 
 def _train(engine: Engine, plan: TrainingPlan, store: RunStore, output: Output, quiet: bool) -> int:
     control = Control()
-    recorded = record_training(engine, plan, control, store)
+    return follow(record_training(engine, plan, control, store), control, plan, output, quiet)
+
+
+def follow(recorded: Recorded, control: Control, plan: TrainingPlan, output: Output, quiet: bool) -> int:
+    """Let a run take its course and tell of it; returns the exit code."""
     with stop_on_signal(control) as came, closing(recorded.events) as events:
         for event in events:
             if quiet and event.kind not in QUIET:
@@ -112,6 +116,17 @@ def _say(output: Output, event: Event, plan: TrainingPlan) -> None:
             output.say(f"       validation loss {v['valid_loss']:.4f}  perplexity {v['perplexity']:.2f}")
         case "checkpoint":
             output.say(f"saved {v['path']}")
+        case "resumed":
+            output.say(f"goes on after step {event.step}")
+        case "merge":
+            output.say("       " + "  ".join(f"{name} {value:.3g}" for name, value in v.items()))
+        case "diagnosis":
+            shown = {name: value for name, value in v.items() if isinstance(value, float)}
+            output.say("       " + "  ".join(f"{n.replace('_', ' ')} {value:.3g}" for n, value in shown.items()))
+        case "best":
+            output.say(f"       the best so far, kept at {v['path']}")
+        case "early_stop":
+            output.say(f"no better evaluation for a while: ends; the best was {v['best']:.4f}")
         case "warning":
             output.say(f"warning: {v['text']}")
         case "end":

@@ -160,8 +160,8 @@ class Compared:
             self._add(row)
         for event in events:
             self._event = event.cursor
-            if event.kind == "start":
-                self.start = event.values
+            if event.kind in ("start", "checkpoint"):
+                self.start = {**self.start, **event.values}
         return bool(metrics or events) or self.run.state != before.state
 
     def result(self, window: int) -> Result:
@@ -192,7 +192,7 @@ class Compared:
 
     def _add(self, row: Row) -> None:
         self._metric = row.cursor
-        evaluated = row.kind == "evaluation"
+        evaluated = row.kind != "step"
         if not evaluated:
             if row.step < self._step:
                 # The run went on from a save: what it had done after that is done again.

@@ -22,7 +22,7 @@ from gemma_tui.runs.database import Database
 from gemma_tui.runs.processes import alive, own_start
 
 ACTIVE = ("running", "paused")
-METRIC_KINDS = ("step", "evaluation")
+METRIC_KINDS = ("step", "evaluation", "diagnosis")
 REQUESTS = ("pause", "resume", "stop")
 RUN_NAME = re.compile(r"\w[\w.\-]{0,95}")
 
@@ -108,6 +108,22 @@ class RunStore(Database):
         except OSError as error:
             raise GemmaTuiError(f"{run.folder} cannot be made ({error.strerror}): free some space") from None
         return run
+
+    def adopt(self, run_id: str) -> Run:
+        """Take over a run that ended, or whose process is gone: it runs in this process from now on.
+
+        Raises:
+            GemmaTuiError: there is none, or another process computes it.
+        """
+        with self._guard(), self._transaction():
+            if (run := self.run(run_id)).active:
+                raise GemmaTuiError(f"{run.run_id} is {run.state} in another process: stop it there first")
+            self._db.execute(
+                "UPDATE gt_runs SET state = 'running', error = '', request = '', updated = ?, pid = ?, pid_started = ?"
+                " WHERE run_id = ?",
+                (time.time(), os.getpid(), own_start(), run.run_id),
+            )
+        return self.run(run.run_id)
 
     def record(self, run_id: str, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """Append a metric (``step``, ``evaluation``) or an event; on disk when this returns."""
@@ -247,7 +263,10 @@ def _run(row: tuple[Any, ...]) -> Run:
 
 def _metric(cursor: int, step: int, timestamp: str, text: str) -> Row:
     values = json.loads(text)
-    kind = "evaluation" if "valid_loss" in values else "step"
+    kind = next(
+        (kind for key, kind in (("valid_loss", "evaluation"), ("diagnosis_seconds", "diagnosis")) if key in values),
+        "step",
+    )
     return Row(cursor, kind, step, datetime.fromisoformat(timestamp).timestamp(), values)
 
 

@@ -54,6 +54,10 @@ class RunView:
         return taken
 
     def _add(self, step: int, values: Mapping[str, Any], kind: str) -> None:
+        if kind == "diagnosis":
+            for measure, value in values.items():
+                self._point(measure, step, value)
+            return
         if kind == "evaluation":
             # Its seconds are those of the evaluation; the estimate of what is left goes by the steps'.
             self.last["valid_loss"] = values.get("valid_loss")

@@ -25,7 +25,7 @@ from gemma_tui.screens.comparison import ComparisonScreen
 from gemma_tui.screens.workbench import Workbench
 from gemma_tui.studies.plan import command
 from gemma_tui.studies.queueing import check, detached, enqueue, plan_of, start_runner
-from gemma_tui.studies.training import TrainingPlan
+from gemma_tui.studies.training_plan import TrainingPlan
 from gemma_tui.text import one_line
 from gemma_tui.widgets.chart import Chart
 from gemma_tui.widgets.plan_form import PlanForm
@@ -79,8 +79,8 @@ class TrainingScreen(Workbench):
         Binding("s", "start", "Start", id="training.start"),
         Binding("d", "detach", "Detach", id="training.detach", show=False,
                 tooltip="Start as a process that outlives the app"),
-        Binding("a", "enqueue", "Queue", id="training.queue", tooltip="Add to the queue, which runs one by one"),
-        Binding("space", "pause", "Pause", id="training.pause", tooltip="Pause, and go on"),
+        Binding("a", "enqueue", "Queue", id="training.queue", show=False, tooltip="Add to the queue, one by one"),
+        Binding("space", "pause", "Pause", id="training.pause", key_display="␣", tooltip="Pause, and go on"),
         Binding("x", "stop", "Stop", id="training.stop", tooltip="End after the step in hand, and save"),
         Binding("v", "next_pane", "View", id="training.view", tooltip="Plan, charts, runs in turn"),
         Binding("p", "pane('plan')", "Plan", id="training.plan", show=False),
@@ -425,8 +425,13 @@ class TrainingScreen(Workbench):
         store, queue = self._store, self._queue
         if store is None or queue is None or not self.is_current:
             return
-        marked = {run.run_id for run in self._marked.runs}
-        self.bench.attempt(lambda: self.query_one(RunTable).show(queue.queued(), store.runs(LISTED), marked))
+
+        def show() -> None:
+            runs = store.runs(LISTED)
+            marked = {run.run_id for run in runs if run.run_id in self._marked}
+            self.query_one(RunTable).show(queue.queued(), runs, marked)
+
+        self.bench.attempt(show)
 
 
 _LOSSES = {"loss": "training", "valid_loss": "validation"}

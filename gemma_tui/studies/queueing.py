@@ -15,7 +15,7 @@ from gemma_tui.runs.processes import Detached, start
 from gemma_tui.runs.queue import Item, Queue
 from gemma_tui.runs.store import check_name
 from gemma_tui.studies.plan import build, changed, command
-from gemma_tui.studies.training import TrainingPlan, settings
+from gemma_tui.studies.training_plan import TrainingPlan, settings
 
 MAX_VARIATIONS = 1000
 RUNNER = ("queue", "run")

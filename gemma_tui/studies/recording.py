@@ -8,10 +8,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from engines.base import Engine
-from gemma_tui.runs.store import Run, RunStore
+from gemma_tui.errors import UsageError
+from gemma_tui.runs.store import METRIC_KINDS, Run, RunStore
 from gemma_tui.studies.events import Control, Event
 from gemma_tui.studies.plan import command
-from gemma_tui.studies.training import TrainingPlan, train
+from gemma_tui.studies.training import train
+from gemma_tui.studies.training_plan import TrainingPlan, plan_of
 from gemma_tui.text import one_line
 
 REQUEST_SECONDS = 1.0
@@ -38,6 +40,26 @@ def record_training(engine: Engine, plan: TrainingPlan, control: Control, store:
     return Recorded(run, recorded(store, run, study, control))
 
 
+def resume_training(engine: Engine, run: Run, control: Control, store: RunStore) -> Recorded:
+    """Take over a run and make its events from its newest whole checkpoint on.
+
+    Raises:
+        UsageError: there is nothing left to do, or its plan is another version's.
+        GemmaTuiError: another process computes it.
+    """
+    plan = plan_of(run.plan)
+    if run.step >= plan.steps and run.state == "done":
+        raise UsageError(f"{run.run_id} has taken all of its {plan.steps} steps: train on it with --model {run.run_id}")
+    if run.engine != engine.name:
+        raise UsageError(f"{run.run_id} was computed with {run.engine}: resume it with --engine {run.engine}")
+    run = store.adopt(run.run_id)
+
+    def study(folder: Path) -> Iterator[Event]:
+        return train(engine, plan, folder, control)
+
+    return Recorded(run, recorded(store, run, study, control))
+
+
 def recorded(
     store: RunStore, run: Run, study: Callable[[Path], Iterator[Event]], control: Control
 ) -> Generator[Event, None, None]:
@@ -45,12 +67,14 @@ def recorded(
 
     Once a second the run's requests are read, also while it is paused, so that another process can steer it.
     """
-    looked, last = time.monotonic(), Event("run")
+    looked, last, known = time.monotonic(), Event("run"), run.step
     yield Event("run", values={"run": run.run_id})
     try:
         for event in study(run.folder):
             last = event
-            if event.kind != "waiting":
+            # A run that goes on takes again the steps after its checkpoint, with the same results.
+            again = event.kind in METRIC_KINDS and event.step <= known
+            if event.kind != "waiting" and not again:
                 store.record(run.run_id, event.kind, event.step, event.values)
             if event.kind in STATES:
                 store.set_state(run.run_id, STATES[event.kind])

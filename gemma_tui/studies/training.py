@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from engines.base import LINEARS, Engine, LoRASettings, OptimizerSettings, TrainingSettings
+from engines.base import Batch, Engine, StepResult, TrainingSettings
+from engines.memory import is_out_of_memory
 from gemma_tui.errors import GemmaTuiError, UsageError
 from gemma_tui.hub.models import Model, copy_tokenizer, resolve
+from gemma_tui.runs import checkpoints
 from gemma_tui.studies.data import (
     Splits,
     evaluation_batches,
@@ -20,176 +22,186 @@ from gemma_tui.studies.data import (
     training_batches,
     warnings,
 )
+from gemma_tui.studies.diagnosis import Diagnoses, gradient_row, matrices_of, measured_decrease, update_row
 from gemma_tui.studies.events import Control, Event
-from gemma_tui.studies.plan import option
-from gemma_tui.studies.schedules import SCHEDULES, learning_rate
-from gemma_tui.studies.turns import PROMPT_FORMS
+from gemma_tui.studies.methods import after_step
+from gemma_tui.studies.training_plan import WHOLE, TrainingPlan, settings
 from gemma_tui.tokenizer import read_tokenizer
 
-METHODS = ("lora", "full")
-DEFAULT_RATES = {"lora": 2e-4, "full": 2e-5}
 MAX_SKIPPED = 10
 SAVE_SHARE = 0.05
-LORA = ("lora",)
-
-
-@dataclass(frozen=True)
-class TrainingPlan:
-    """What a training run is. Every field is an option of ``gemma-tui train`` and a line of the form."""
-
-    model: str = option("", "model: a name, a folder, a hub id or a run", required=True, group="What")
-    data: str = option(
-        "",
-        "text: .jsonl or .txt, a folder with train and valid, or hf:REPO; several with commas",
-        required=True,
-        group="What",
-    )
-    method: str = option("lora", "what is trained", choices=METHODS, group="What")
-    name: str = option("", "name of the run; empty takes the method", group="What")
-    group: str = option("", "name shared by runs that are compared; empty for none", group="What")
-    fresh: bool = option(False, "start from new weights of the model's shape", group="What")
-    steps: int = option(100, "optimizer steps", low=1, high=10_000_000, group="Budget")
-    batch_size: int = option(4, "windows in a micro-batch", low=1, high=4096, group="Budget")
-    accumulate: int = option(1, "micro-batches in a step", low=1, high=4096, group="Budget")
-    sequence_length: int = option(256, "tokens in a window", unit="tokens", low=8, high=131_072, group="Budget")
-    packing: bool = option(False, "put short rows side by side in one window", group="Data")
-    prompts: str = option("turns", "how prompt and completion are written", choices=PROMPT_FORMS, group="Data")
-    learning_rate: float | None = option(
-        None, "peak learning rate", low=0, high=10, open_means="2e-4 for lora, 2e-5 for full", group="Optimizer"
-    )
-    schedule: str = option("cosine", "learning rate after the warm-up", choices=SCHEDULES, group="Optimizer")
-    warmup: int | None = option(
-        None, "steps of linear warm-up", unit="steps", low=0, open_means="3 % of the steps", group="Optimizer"
-    )
-    final_ratio: float = option(0.1, "last learning rate, as a share of the peak", low=0, high=1, group="Optimizer")
-    weight_decay: float = option(0.0, "decoupled weight decay of matrices", low=0, high=10, group="Optimizer")
-    beta2: float = option(0.999, "AdamW's memory of squared gradients", low=0, high=0.999999, group="Optimizer")
-    clip: float = option(1.0, "bound of the gradient norm; 0 for none", low=0, high=1e6, group="Optimizer")
-    rank: int = option(8, "rank of the adapters", low=1, high=4096, group="LoRA", methods=LORA)
-    alpha: float = option(16.0, "adapters are scaled by alpha / rank", low=0, high=1e6, group="LoRA", methods=LORA)
-    dropout: float = option(0.0, "dropout before the adapters", low=0, high=0.99, group="LoRA", methods=LORA)
-    targets: str = option(",".join(LINEARS), "adapted linears, with commas between", group="LoRA", methods=LORA)
-    evaluate_every: int = option(20, "steps between evaluations; 0 for none", low=0, group="Watching")
-    evaluate_batches: int = option(8, "micro-batches per evaluation; 0 for all", low=0, group="Watching")
-    save_every: int | None = option(
-        None, "steps between saves", low=1, group="Watching", open_means="as often as takes 5 % of the time at most"
-    )
-    seed: int = option(0, "seed of the adapters, the order of the data and dropout", low=0, high=2**31, group="Machine")
-    dtype: str | None = option(
-        None,
-        "dtype of frozen weights and activations",
-        choices=("float32", "bfloat16"),
-        open_means="float32 on a CPU, bfloat16 elsewhere",
-        group="Machine",
-    )
-    save_dtype: str | None = option(
-        None,
-        "dtype of a fully trained model on disk",
-        choices=("float32", "bfloat16"),
-        open_means="the dtype it was loaded in",
-        group="Machine",
-        methods=("full",),
-    )
-    checkpoint_activations: bool = option(
-        False, "compute activations again in the backward pass: less memory, more time", group="Machine"
-    )
-
-    @property
-    def peak_rate(self) -> float:
-        """The learning rate after the warm-up."""
-        return DEFAULT_RATES[self.method] if self.learning_rate is None else self.learning_rate
-
-    @property
-    def warmup_steps(self) -> int:
-        """Steps until the peak."""
-        return round(0.03 * self.steps) if self.warmup is None else self.warmup
-
-    def rate(self, step: int) -> float:
-        """The learning rate of a step, the first being 1."""
-        return learning_rate(step, self.peak_rate, self.steps, self.warmup_steps, self.schedule, self.final_ratio)
-
-
-def settings(plan: TrainingPlan) -> TrainingSettings:
-    """What the engine needs of a plan.
-
-    Raises:
-        UsageError: a target is no linear of Gemma-3, or adapters are wanted on weights that will be gone.
-    """
-    if plan.fresh and plan.method == "lora":
-        raise UsageError("fresh: adapters on new weights, which are kept nowhere, are of no use; take --method full")
-    targets = tuple(t.strip() for t in plan.targets.split(",") if t.strip())
-    unknown = [t for t in targets if t not in LINEARS]
-    if unknown or not targets:
-        raise UsageError(f"targets: {', '.join(unknown) or 'none'}; choose from {', '.join(LINEARS)}")
-    return TrainingSettings(
-        lora=LoRASettings(plan.rank, plan.alpha, plan.dropout, targets) if plan.method == "lora" else None,
-        seed=plan.seed,
-        optimizer=OptimizerSettings(betas=(0.9, plan.beta2), weight_decay=plan.weight_decay),
-        clip=plan.clip,
-        checkpoint_activations=plan.checkpoint_activations,
-    )
 
 
 def train(engine: Engine, plan: TrainingPlan, folder: Path, control: Control) -> Iterator[Event]:
     """Train and save, yielding every fact on the way; runs on the engine's thread.
 
+    Where the folder holds checkpoints of this plan, training goes on from the newest that is whole.
+
     Args:
-        folder: where the adapter (``adapter/``) or the model (``model/``) is saved.
+        folder: where checkpoints and the adapter (``adapter/``) or the model (``model/``) are saved.
         control: ``stop`` ends after the step in hand and saves; ``pause`` waits between steps.
 
     Raises:
-        EngineError: the model, the data or the plan is not usable, or the loss is not finite for too long.
+        EngineError: the model, the data or the plan is not usable, the disk is full, or the loss is not finite for too
+            long.
     """
     chosen = settings(plan)
     model = resolve(plan.model)
     yield Event("load", values={"model": model.name})
     _open_model(engine, model, plan)
     splits = _read_data(plan, model)
-    trainable = engine.start_training(chosen)
+    found = checkpoints.latest(folder / "checkpoints")
+    at = Progress(**found.checkpoint.state) if found.checkpoint else Progress()
+    trainable = engine.start_training(_full_rank(chosen) if at.step < plan.full_rank_steps else chosen)
     yield Event("start", values=_facts(engine, plan, model, splits, trainable))
-    for text in warnings(splits, model.folder):
-        yield Event("warning", values={"text": text})
+    for text in (*found.problems, *warnings(splits, model.folder)):
+        yield Event("warning", at.step, {"text": text})
+    if found.checkpoint is not None:
+        engine.load_state(found.checkpoint.folder)
+        yield Event("resumed", at.step, {"path": str(found.checkpoint.folder)})
 
-    batches = training_batches(splits.train, plan.batch_size, plan.seed)
-    saver = _Saver(engine, plan, model, folder)
-    tokens, skipped, busy, step = 0, 0, 0.0, 0
-    for step in range(1, plan.steps + 1):
-        yield from _wait_while_paused(control, step - 1)
+    batches = training_batches(splits.train, plan.batch_size, plan.seed, at.step * plan.accumulate)
+    saver, diagnoses = _Saver(engine, plan, model, folder), Diagnoses(matrices_of(model.config()))
+    while at.step < plan.steps:
+        yield from _wait_while_paused(control, at.step)
         if control.stop.is_set():
-            step -= 1
             break
-        began = time.perf_counter()
-        rate = plan.rate(step)
-        result = engine.train_step([next(batches) for _ in range(plan.accumulate)], rate)
+        if at.step and at.step == plan.full_rank_steps:
+            engine.stop_training()
+            engine.start_training(chosen)
+        at.step += 1
+        began, rate = time.perf_counter(), plan.rate(at.step)
+        observe = plan.diagnose_every > 0 and at.step % plan.diagnose_every == 0
+        micro = [next(batches) for _ in range(plan.accumulate)]
+        result, warned = _step(engine, micro, rate, observe, at)
         seconds = time.perf_counter() - began
-        tokens, busy = tokens + result.tokens, busy + seconds
-        yield Event(
-            "step",
-            step,
-            {
-                "loss": result.loss,
-                "learning_rate": rate,
-                "grad_norm": result.grad_norm,
-                "tokens_per_second": result.tokens / seconds,
-                "memory": engine.memory(),
-                "tokens": tokens,
-                "seconds": busy,
-            },
-        )
-        skipped = 0 if result.applied else skipped + 1
+        merged = after_step(engine, plan, at.step, observe)
+        at.tokens, at.seconds = at.tokens + result.tokens, at.seconds + time.perf_counter() - began
+        yield Event("step", at.step, _measures(engine, at, result, rate, seconds))
+        yield from (Event("warning", at.step, {"text": text}) for text in warned)
+        if merged is not None:
+            yield merged
+        if observe:
+            yield from _diagnose(engine, diagnoses, micro, result, at.step)
+        at.skipped = 0 if result.applied else at.skipped + 1
         if not result.applied:
-            yield Event("warning", step, {"text": "the gradient was not finite: step left out"})
-        if skipped == MAX_SKIPPED:
-            raise GemmaTuiError(f"{MAX_SKIPPED} gradients in a row were not finite: lower the learning rate")
-        last = step == plan.steps
-        if plan.evaluate_every and (step % plan.evaluate_every == 0 or last) and splits.valid:
-            yield Event("evaluation", step, _evaluate(engine, plan, splits, control))
-        if plan.save_every and step % plan.save_every == 0 and not last:
-            yield Event("checkpoint", step, {"path": str(saver.save())})
+            yield Event("warning", at.step, {"text": "the gradient was not finite: step left out"})
+        if at.skipped == MAX_SKIPPED:
+            first = (at.step - 1) * plan.accumulate
+            raise GemmaTuiError(
+                f"{MAX_SKIPPED} gradients in a row were not finite, the last in micro-batch {first}: "
+                "lower the learning rate"
+            )
+        last = at.step == plan.steps
+        if plan.evaluate_every and (at.step % plan.evaluate_every == 0 or last) and splits.valid:
+            values = _evaluate(engine, plan, splits, control)
+            yield Event("evaluation", at.step, values)
+            if at.better(values["valid_loss"]) and (plan.keep_best or plan.patience):
+                yield Event("best", at.step, {"path": str(saver.result("best"))})
+            if plan.patience and at.stale >= plan.patience:
+                yield Event("early_stop", at.step, {"best": at.best})
+                break
+        if plan.save_every and at.step % plan.save_every == 0 and not last:
+            yield _saved(engine, saver, at)
         elif not plan.save_every and saver.cheap():
-            saver.save()
-    yield Event("checkpoint", step, {"path": str(saver.save())})
+            saver.save(at)
+    if plan.diagnose_every and at.step:
+        yield from _last_look(engine, diagnoses, at.step)
+    yield _saved(engine, saver, at)
     engine.stop_training()
+
+
+@dataclass
+class Progress:
+    """Where a run is; kept with each checkpoint.
+
+    Attributes:
+        step: optimizer steps taken.
+        tokens: supervised tokens seen.
+        seconds: spent in steps.
+        skipped: steps left out in a row.
+        best: the lowest validation loss, nats.
+        stale: evaluations since then.
+        halvings: how often the micro-batch was halved for want of memory.
+    """
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    skipped: int = 0
+    best: float | None = None
+    stale: int = 0
+    halvings: int = 0
+
+    def better(self, loss: float) -> bool:
+        """Take an evaluation in; whether it is the best so far."""
+        if self.best is None or loss < self.best:
+            self.best, self.stale = loss, 0
+            return True
+        self.stale += 1
+        return False
+
+
+def _step(engine: Engine, micro: list[Batch], rate: float, observe: bool, at: Progress) -> tuple[StepResult, list[str]]:
+    """A step; where memory runs out the micro-batches are halved, and what was done is told."""
+    warned: list[str] = []
+    while True:
+        parts = [part for batch in micro for part in batch.split(2**at.halvings)]
+        try:
+            return engine.train_step(parts, rate, observe), warned
+        except Exception as error:
+            if not is_out_of_memory(error) or max(len(part.tokens) for part in parts) == 1:
+                raise
+            at.halvings += 1
+            warned.append(f"out of memory: micro-batches are halved, and {2**at.halvings} times as many make a step")
+
+
+def _measures(engine: Engine, at: Progress, result: StepResult, rate: float, seconds: float) -> dict[str, float]:
+    return {
+        "loss": result.loss,
+        "learning_rate": rate,
+        "grad_norm": result.grad_norm,
+        "tokens_per_second": result.tokens / seconds,
+        "memory": engine.memory(),
+        "tokens": at.tokens,
+        "seconds": at.seconds,
+    }
+
+
+def _diagnose(
+    engine: Engine, diagnoses: Diagnoses, micro: list[Batch], result: StepResult, step: int
+) -> Iterator[Event]:
+    """What a step that was observed tells, and the spectra there is time for."""
+    began = time.perf_counter()
+    fresh = diagnoses.look(engine)
+    row = {
+        **gradient_row(result.gradients or {}),
+        **update_row(diagnoses.updates),
+        "predicted": result.predicted,
+        "measured": measured_decrease(engine, micro, result),
+    }
+    yield Event("diagnosis", step, {**row, "diagnosis_seconds": time.perf_counter() - began})
+    gradients = {name: asdict(facts) for name, facts in (result.gradients or {}).items()}
+    yield Event("matrices", step, {"gradients": gradients, "updates": {n: asdict(f) for n, f in fresh.items()}})
+
+
+def _last_look(engine: Engine, diagnoses: Diagnoses, step: int) -> Iterator[Event]:
+    """The spectra of all matrices at the end."""
+    began = time.perf_counter()
+    fresh = diagnoses.look(engine, whole=True)
+    row = {**update_row(fresh), "diagnosis_seconds": time.perf_counter() - began}
+    yield Event("diagnosis", step, row)
+    yield Event("matrices", step, {"gradients": {}, "updates": {n: asdict(f) for n, f in fresh.items()}})
+
+
+def _saved(engine: Engine, saver: _Saver, at: Progress) -> Event:
+    path = saver.save(at)
+    return Event("checkpoint", at.step, {"path": str(path), "optimizer_bytes": engine.optimizer_bytes()})
+
+
+def _full_rank(chosen: TrainingSettings) -> TrainingSettings:
+    """The settings of a warm start."""
+    return replace(chosen, lora=None, rank1=None, rest=False, merging=False)
 
 
 def evaluate(engine: Engine, splits: Splits, batch_size: int, limit: int, control: Control) -> float:
@@ -211,7 +223,7 @@ def _evaluate(engine: Engine, plan: TrainingPlan, splits: Splits, control: Contr
 def _open_model(engine: Engine, model: Model, plan: TrainingPlan) -> None:
     """A run starts from the files, never from what an earlier run left on the loaded model."""
     dtype = plan.dtype
-    if model.adapter is not None and plan.method == "lora":
+    if model.adapter is not None and plan.method in ("lora", "dora"):
         raise UsageError(f"{model.name} is an adapter, and one is kept: start from its base, or take --method full")
     if plan.fresh:
         engine.initialise(model.config(), plan.seed, dtype)
@@ -253,18 +265,25 @@ class _Saver:
         """Whether saving now keeps all saving under its share of the time."""
         return time.monotonic() - self.ended > self.cost / SAVE_SHARE
 
-    def save(self) -> Path:
-        """Write the adapter, or the whole model; returns its folder."""
+    def save(self, at: Progress) -> Path:
+        """Write a checkpoint and what the run has made so far; returns the folder of the latter."""
         began = time.monotonic()
-        if self.plan.method == "lora":
-            target = self.folder / "adapter"
-            self.engine.save_adapter(target, str(self.model.folder))
-        else:
-            target = self.folder / "model"
-            self.engine.save_model(target, self.model.config().to_dict(), self.plan.save_dtype)
-            copy_tokenizer(self.model.folder, target)
+        folder, keep = self.folder / "checkpoints", self.plan.keep
+        checkpoints.write(folder, at.step, self.engine.save_state, asdict(at), keep)
+        target = self.result()
         self.ended = time.monotonic()
         self.cost = self.ended - began
+        return target
+
+    def result(self, under: str = "") -> Path:
+        """Write the adapter, or the whole model; returns its folder."""
+        if self.plan.method in WHOLE:
+            target = self.folder / under / "model"
+            self.engine.save_model(target, self.model.config().to_dict(), self.plan.save_dtype)
+            copy_tokenizer(self.model.folder, target)
+        else:
+            target = self.folder / under / "adapter"
+            self.engine.save_adapter(target, str(self.model.folder))
         return target
 
 

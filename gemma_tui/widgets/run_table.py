@@ -11,7 +11,7 @@ from textual.widgets import DataTable
 from gemma_tui.output import age
 from gemma_tui.runs.queue import Item
 from gemma_tui.runs.store import Run
-from gemma_tui.studies.training import TrainingPlan
+from gemma_tui.studies.training_plan import TrainingPlan
 from gemma_tui.text import one_line
 
 COLUMNS = ("run", "state", "engine", "step", "method", "age", "group")

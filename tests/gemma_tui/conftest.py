@@ -18,7 +18,7 @@ from gemma_tui import paths
 from gemma_tui.cli import main
 from gemma_tui.runs.store import RunStore
 from gemma_tui.studies.plan import build
-from gemma_tui.studies.training import TrainingPlan
+from gemma_tui.studies.training_plan import TrainingPlan
 from gemma_tui.tokenizer import Tokenizer, train_tokenizer
 
 SHAPE = {

@@ -15,7 +15,7 @@ from gemma_tui.hub.models import resolve, summary
 from gemma_tui.rows import read_rows
 from gemma_tui.studies.data import evaluation_batches, windows
 from gemma_tui.studies.plan import build, read_toml
-from gemma_tui.studies.training import TrainingPlan
+from gemma_tui.studies.training_plan import TrainingPlan
 from gemma_tui.tokenizer import BOS, END_OF_TURN, EOS, MASK, PAD, START_OF_TURN, UNK, read_tokenizer
 
 CORPUS = paths.assets() / "corpus"

@@ -15,7 +15,7 @@ from gemma_tui.commands.plans import plan_from
 from gemma_tui.errors import UsageError
 from gemma_tui.studies.generation import GenerationPlan
 from gemma_tui.studies.plan import Option, build, command, options, read_toml
-from gemma_tui.studies.training import LINEARS, TrainingPlan, settings
+from gemma_tui.studies.training_plan import LINEARS, TrainingPlan, settings
 
 NEEDED = {"model": "nano", "data": "data.txt"}
 PLANS = {"train": TrainingPlan, "generate": GenerationPlan}

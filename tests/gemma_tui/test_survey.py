@@ -20,7 +20,7 @@ from gemma_tui.studies.events import Control
 from gemma_tui.studies.plan import options
 from gemma_tui.studies.recording import record_training
 from gemma_tui.studies.survey import Bin, Survey, SurveyPlan, histogram, survey
-from gemma_tui.studies.training import TrainingPlan
+from gemma_tui.studies.training_plan import TrainingPlan
 from gemma_tui.tokenizer import BOS, END_OF_TURN, EOS, Tokenizer
 
 CHAT = {"messages": [{"role": "user", "content": "fox"}, {"role": "assistant", "content": "dog"}]}

@@ -22,7 +22,8 @@ from gemma_tui.studies import recording
 from gemma_tui.studies.data import read_splits, training_batches
 from gemma_tui.studies.events import Control, Event
 from gemma_tui.studies.recording import Recorded, record_training
-from gemma_tui.studies.training import METHODS, TrainingPlan, evaluate
+from gemma_tui.studies.training import evaluate
+from gemma_tui.studies.training_plan import METHODS, TrainingPlan
 from gemma_tui.tokenizer import Tokenizer
 
 Plan = Callable[..., TrainingPlan]

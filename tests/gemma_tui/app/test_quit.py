@@ -148,7 +148,7 @@ def program(tiny: str, corpus: Path, steps: int = LONG) -> str:
     return f"""
 import sys
 from gemma_tui import app
-from gemma_tui.studies.training import TrainingPlan
+from gemma_tui.studies.training_plan import TrainingPlan
 plan = TrainingPlan(model={tiny!r}, data={str(corpus)!r}, steps={steps}, batch_size=2, sequence_length=16, rank=2)
 make, mount = app.GemmaTui.__init__, app.GemmaTui.on_mount
 def on_mount(self):

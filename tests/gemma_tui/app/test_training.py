@@ -17,7 +17,7 @@ from gemma_tui.runs.processes import Detached, start
 from gemma_tui.runs.queue import Queue
 from gemma_tui.runs.store import RunStore
 from gemma_tui.screens.training import EventLog
-from gemma_tui.studies.training import METHODS, SCHEDULES, TrainingPlan
+from gemma_tui.studies.training_plan import METHODS, SCHEDULES, TrainingPlan
 from gemma_tui.widgets.chart import Chart
 from gemma_tui.widgets.plan_form import Field, PlanForm
 

@@ -1,0 +1,128 @@
+"""What training does to each matrix: its gradient, and how far it has moved from where it began."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from engines.adapters import target_modules
+from engines.base import LINEARS, Batch, Engine, GradientFacts, StepResult
+from engines.gemma3 import Gemma3Config
+
+SHARE = 0.05
+"""Of the time since the diagnosis before: what spectra may take. They go round the matrices, some at each diagnosis."""
+
+
+def singular_values(matrix: np.ndarray) -> np.ndarray:
+    """Descending, float64, of a float32 matrix; from its smaller Gram matrix, so that values under 1e-4 of the largest
+    are not exact."""
+    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+    gram = wide.astype(np.float64, copy=False) @ wide.T
+    return np.sqrt(np.clip(np.linalg.eigvalsh(gram)[::-1], 0, None))
+
+
+def effective_rank(values: np.ndarray) -> float:
+    """``exp(H(σ / Σσ))``, H in nats (Roy & Vetterli, 2007); 0 for a matrix of zeros."""
+    total = float(values.sum())
+    if total == 0:
+        return 0.0
+    shares = values[values > 0] / total
+    return math.exp(-float((shares * np.log(shares)).sum()))
+
+
+def stable_rank(values: np.ndarray) -> float:
+    """``‖A‖_F² / σ₁²``; 0 for a matrix of zeros."""
+    return float((values**2).sum() / values[0] ** 2) if values[0] > 0 else 0.0
+
+
+@dataclass(frozen=True)
+class UpdateFacts:
+    """The accumulated update ΔW = W - W_0 of one matrix.
+
+    Attributes:
+        relative: ‖ΔW‖ / ‖W_0‖.
+        spectrum: the largest singular values of ΔW, at most 16.
+    """
+
+    norm: float
+    relative: float
+    effective_rank: float
+    stable_rank: float
+    spectrum: tuple[float, ...]
+
+
+def update_facts(delta: np.ndarray, start_norm: float) -> UpdateFacts:
+    """Norms and ranks of an update ``[out, in]`` of a matrix whose norm was ``start_norm``."""
+    values, norm = singular_values(delta), float(np.linalg.norm(delta))
+    relative = norm / start_norm if start_norm else math.inf
+    spectrum = tuple(float(v) for v in values[:16])
+    return UpdateFacts(norm, relative, effective_rank(values), stable_rank(values), spectrum)
+
+
+@dataclass
+class Diagnoses:
+    """The diagnoses of one run, which take turns with the matrices' spectra.
+
+    Attributes:
+        updates: the newest facts of each matrix.
+    """
+
+    matrices: list[str]
+    updates: dict[str, UpdateFacts] = field(default_factory=dict)
+    _next: int = 0
+    _ended: float = field(default_factory=time.monotonic)
+
+    def look(self, engine: Engine, whole: bool = False) -> dict[str, UpdateFacts]:
+        """Spectra of as many matrices as there is time for, at least one; of all if ``whole``. Those that were new."""
+        allowed = SHARE * (time.monotonic() - self._ended)
+        began, fresh = time.monotonic(), dict[str, UpdateFacts]()
+        while len(fresh) < len(self.matrices) and (not fresh or whole or time.monotonic() - began < allowed):
+            name = self.matrices[self._next]
+            self._next = (self._next + 1) % len(self.matrices)
+            for found, delta, norm in engine.updates([name]):
+                fresh[found] = update_facts(delta, norm)
+        self.updates |= fresh
+        self._ended = time.monotonic()
+        return fresh
+
+
+def matrices_of(config: Gemma3Config) -> list[str]:
+    """The layers' linears, in an order that spreads over all layers soon."""
+    names = list(target_modules(config, LINEARS))
+    return [name for first in range(len(LINEARS)) for name in names[first :: len(LINEARS)]]
+
+
+def gradient_row(gradients: Mapping[str, GradientFacts]) -> dict[str, float | None]:
+    """Means over the matrices: energy that rank 1 captures, stable rank, drift of the leading direction."""
+    seen = [g for g in gradients.values() if g.sigma > 0]
+    if not seen:
+        return {}
+    drifts = [g.drift_v for g in seen if g.drift_v is not None]
+    return {
+        "rank1_energy": _mean([g.sigma**2 / g.norm**2 for g in seen]),
+        "gradient_stable_rank": _mean([g.norm**2 / g.sigma**2 for g in seen]),
+        "drift": _mean(drifts) if drifts else None,
+    }
+
+
+def update_row(updates: Mapping[str, UpdateFacts]) -> dict[str, float]:
+    """Means over the matrices that were measured so far."""
+    facts = list(updates.values())
+    return {
+        "effective_rank": _mean([f.effective_rank for f in facts]),
+        "update_stable_rank": _mean([f.stable_rank for f in facts]),
+        "relative_update": _mean([f.relative for f in facts]),
+    }
+
+
+def measured_decrease(engine: Engine, batches: Sequence[Batch], result: StepResult) -> float:
+    """How much lower the loss on a step's own batches is after it, nats."""
+    return result.loss - sum(engine.loss(batch) for batch in batches) / result.tokens
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
