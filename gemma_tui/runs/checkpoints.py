@@ -113,7 +113,8 @@ def sweep(folder: Path) -> None:
     """Remove what writers that are gone have left."""
     for path in folder.glob(".tmp-*"):
         _, _, pid, started = [*path.name.split("-"), "", "", ""][:4]
-        if not (pid.isdigit() and started.isdigit() and alive(int(pid), float(started))):
+        writing = pid.isdigit() and started.isdigit() and (int(pid) == os.getpid() or alive(int(pid), float(started)))
+        if not writing:
             shutil.rmtree(path, ignore_errors=True)
 
 
