@@ -232,8 +232,12 @@ def _runs(groups: argparse._SubParsersAction) -> None:
     ):
         command = _command(group, name, help, f"runs:{name}")
         command.add_argument("run_name", metavar="R", help="the run's name, or enough of it")
+    matrices = _command(group, "matrices", "what diagnoses tell of each matrix, as maps", "matrices:matrices")
+    matrices.add_argument("run_name", metavar="R", help="the run's name, or enough of it")
+    matrices.add_argument("--measure", default="relative", metavar="NAME", help="what is shown; all for everything")
     compare = _command(group, "compare", "runs side by side: a chart, what differs, results", "compare:compare")
-    compare.add_argument("run_names", nargs="+", metavar="R", help="the runs' names, or enough of them")
+    compare.add_argument("run_names", nargs="*", metavar="R", help="the runs' names, or enough of them")
+    compare.add_argument("--group", default="", metavar="NAME", help="all runs of a group as well")
     compare.add_argument(
         "--measure", default="loss", metavar="NAME", help="what is drawn: loss, valid_loss, grad_norm…"
     )

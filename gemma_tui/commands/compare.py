@@ -28,7 +28,11 @@ WIDEST, HEIGHT = 120, 20
 def compare(args: argparse.Namespace, output: Output) -> int:
     """Runs side by side: one measure as a chart, what differs in their plans, and where they stand."""
     with closing(RunStore()) as store:
-        return compare_runs(store, [store.run(name) for name in args.run_names], args, output)
+        named = [store.run(name) for name in args.run_names]
+        runs = {run.run_id: run for run in (*named, *(store.group(args.group) if args.group else ()))}
+        if not runs:
+            raise UsageError("name runs to compare, or a --group that has some: `gemma-tui runs list` shows them")
+        return compare_runs(store, list(runs.values()), args, output)
 
 
 def compare_runs(store: RunStore, runs: Sequence[Run], args: argparse.Namespace, output: Output) -> int:

@@ -17,11 +17,13 @@ from gemma_tui import paths
 from gemma_tui.errors import GemmaTuiError
 from gemma_tui.plots import Series
 from gemma_tui.runs.comparison import Comparison
+from gemma_tui.runs.matrices import Matrices
 from gemma_tui.runs.processes import Detached, start
 from gemma_tui.runs.queue import Queue
 from gemma_tui.runs.store import Row, Run, RunStore
 from gemma_tui.runs.view import RunView
 from gemma_tui.screens.comparison import ComparisonScreen
+from gemma_tui.screens.matrices import MatricesScreen
 from gemma_tui.screens.workbench import Workbench
 from gemma_tui.studies.plan import command
 from gemma_tui.studies.queueing import check, detached, enqueue, plan_of, start_runner
@@ -82,6 +84,7 @@ class TrainingScreen(Workbench):
         Binding("a", "enqueue", "Queue", id="training.queue", show=False, tooltip="Add to the queue, one by one"),
         Binding("space", "pause", "Pause", id="training.pause", key_display="␣", tooltip="Pause, and go on"),
         Binding("x", "stop", "Stop", id="training.stop", tooltip="End after the step in hand, and save"),
+        Binding("i", "inside", "Inside", id="training.inside", show=False, tooltip="What each matrix does"),
         Binding("v", "next_pane", "View", id="training.view", tooltip="Plan, charts, runs in turn"),
         Binding("p", "pane('plan')", "Plan", id="training.plan", show=False),
         Binding("w", "pane('watch')", "Watch", id="training.watch", show=False),
@@ -302,6 +305,16 @@ class TrainingScreen(Workbench):
             self._list()
 
         self.bench.attempt(mark)
+
+    def action_inside(self) -> None:
+        """Show what the diagnoses of the run that is looked at tell of its matrices."""
+        chosen = self.query_one(RunTable).chosen if self._pane == RUNS else ""
+        name = chosen or (self._view.run.run_id if self._view else "")
+        store = self._store
+        if not name or name.startswith(QUEUED) or store is None:
+            self.bench.tell("choose a run first", "warning")
+            return
+        self.bench.attempt(lambda: self.app.push_screen(MatricesScreen(Matrices(store.run(name)), store)))
 
     def action_overlay(self) -> None:
         """Compare the runs that are marked."""

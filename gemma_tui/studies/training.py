@@ -290,6 +290,7 @@ class _Saver:
 def _facts(engine: Engine, plan: TrainingPlan, model: Model, splits: Splits, trainable: int) -> dict[str, object]:
     device = engine.device()
     info = engine.model()
+    config = model.config()
     return {
         "model": model.name,
         "engine": device.engine,
@@ -299,6 +300,7 @@ def _facts(engine: Engine, plan: TrainingPlan, model: Model, splits: Splits, tra
         "steps": plan.steps,
         "parameters": info.parameters if info else 0,
         "trainable": trainable,
+        "global_layers": [i for i in range(config.num_hidden_layers) if not config.is_local(i)],
         "train_windows": len(splits.train),
         "valid_windows": len(splits.valid),
         "train_tokens": supervised_tokens(splits.train),

@@ -131,7 +131,7 @@ def test_a_full_disk_leaves_the_one_before_and_says_so(tmp_path: Path) -> None:
         (folder / "a.bin").write_bytes(b"half")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    with pytest.raises(GemmaTuiError, match="does not fit.*MB are free"):
+    with pytest.raises(GemmaTuiError, match=r"does not fit.*MB are free"):
         checkpoints.write(tmp_path, 3, full, {})
     assert checkpoints.latest(tmp_path).checkpoint.step == 2  # type: ignore[union-attr]
     assert not list(tmp_path.glob(".tmp-*"))

@@ -144,9 +144,7 @@ def test_a_run_that_was_killed_goes_on_bit_for_bit(
     assert (files[0] / name).read_bytes() == (files[1] / name).read_bytes()
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(
-    engine: Engine, plan: Plan, store: RunStore
-) -> None:
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(engine: Engine, plan: Plan, store: RunStore) -> None:
     run = record_training(engine, plan(steps=4, save_every=1), Control(), store)
     straight = losses(list(run.events))
     folder = paths.runs() / run.run.run_id / "checkpoints"
@@ -180,9 +178,10 @@ def test_a_full_disk_ends_the_run_with_its_last_checkpoint(
             raise GemmaTuiError(f"{folder}: the checkpoint does not fit, 0 MB are free; free some space, then resume")
         return write(folder, step, *rest)
 
-    with monkeypatch.context() as patched, pytest.raises(GemmaTuiError, match="does not fit"):
+    with monkeypatch.context() as patched:
         patched.setattr(checkpoints, "write", full)
-        list(run.events)
+        with pytest.raises(GemmaTuiError, match="does not fit"):
+            list(run.events)
     failed = store.run(run.run.run_id)
     assert failed.state == "failed"
     assert "does not fit" in failed.error
