@@ -120,6 +120,7 @@ class Rank1Settings:
             of the size of the matrix, as momentum does.
         momentum: share of the buffer that is kept from step to step; 0 for none.
         normalised: f = √(out / in) instead of f = ‖G v‖ (Dion, arXiv:2504.05295, algorithm 1).
+        rate: eta as a multiple of the learning rate, which the optimizer of the rest has.
     """
 
     mode: str = "power"
@@ -129,6 +130,7 @@ class Rank1Settings:
     error_feedback: bool = False
     momentum: float = 0.0
     normalised: bool = False
+    rate: float = 1.0
 
 
 @dataclass(frozen=True)

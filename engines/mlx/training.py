@@ -191,8 +191,7 @@ def train_step(
         before = {name: parameters[name] for name in gradients} if observe else {}
         clipped = {name: g * scale for name, g in gradients.items()} if scale < 1 else gradients
         optimizers.step(training.optimizer, model, clipped, learning_rate, settings.optimizer.weight_decay)
-        # A step of fixed length has nothing that clipping could shorten.
-        stride = learning_rate * (1.0 if settings.rank1 and settings.rank1.normalised else scale)
+        stride = _stride(settings, learning_rate, scale)
         for name, (v, p) in pairs.items():
             merged[name].update(v, p, stride)
         mx.eval(model.parameters(), [layer.buffer for layer in merged.values() if layer.buffer is not None])
@@ -201,6 +200,13 @@ def train_step(
                 stride * number(mx.linalg.norm(p) * merged[name].length(p)) for name, (_, p) in pairs.items()
             )
     return StepResult(loss, tokens, norm, applied, facts or None, predicted)
+
+
+def _stride(settings: TrainingSettings, learning_rate: float, scale: float) -> float:
+    """The learning rate of rank-1 updates; a step of fixed length has nothing that clipping could shorten."""
+    if settings.rank1 is None:
+        return 0.0
+    return learning_rate * settings.rank1.rate * (1.0 if settings.rank1.normalised else scale)
 
 
 def _predicted(model: Gemma3, gradients: Mapping[str, mx.array], before: Mapping[str, mx.array]) -> float:

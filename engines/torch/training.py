@@ -171,8 +171,7 @@ def train_step(
             if parameter.grad is not None and scale < 1:
                 parameter.grad.mul_(scale)
         optimizers.step(training.optimizers, training.trained, learning_rate, settings.optimizer.weight_decay)
-        # A step of fixed length has nothing that clipping could shorten.
-        stride = learning_rate * (1.0 if settings.rank1 and settings.rank1.normalised else scale)
+        stride = _stride(settings, learning_rate, scale)
         for name, (v, p) in pairs.items():
             merged[name].update(v, p, stride)
         if observe:
@@ -181,6 +180,13 @@ def train_step(
             )
     model.zero_grad(set_to_none=True)
     return StepResult(loss, tokens, norm, applied, facts or None, predicted)
+
+
+def _stride(settings: TrainingSettings, learning_rate: float, scale: float) -> float:
+    """The learning rate of rank-1 updates; a step of fixed length has nothing that clipping could shorten."""
+    if settings.rank1 is None:
+        return 0.0
+    return learning_rate * settings.rank1.rate * (1.0 if settings.rank1.normalised else scale)
 
 
 def _predicted(trained: Mapping[str, nn.Parameter], before: Mapping[str, Tensor], scale: float) -> float:

@@ -113,6 +113,9 @@ class TrainingPlan:
     update_momentum: float = option(
         0.0, "share of the gradient's buffer that is kept", low=0, high=0.9999, group="Rank 1", methods=("rank1",)
     )
+    update_rate: float = option(
+        1.0, "rate of rank-1 updates, times the learning rate", low=0, high=1e6, group="Rank 1", methods=("rank1",)
+    )
     normalised: bool = option(
         False, "steps of one length instead of the gradient's", group="Rank 1", methods=("rank1",)
     )
@@ -263,6 +266,7 @@ def _rank1(plan: TrainingPlan, targets: tuple[str, ...]) -> Rank1Settings | None
         plan.error_feedback,
         plan.update_momentum,
         plan.normalised,
+        plan.update_rate,
     )
 
 
