@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from engines.base import TrainingSettings
+from typing import TYPE_CHECKING
+
 from engines.errors import EngineError
-from engines.gemma3 import Gemma3Config
+
+if TYPE_CHECKING:  # numpy comes with them, and `--help` needs none
+    from engines.base import TrainingSettings
+    from engines.gemma3 import Gemma3Config
 
 TRAINED_BYTES = 16
 """Of a trained parameter: float32 master, gradient and AdamW's two moments."""

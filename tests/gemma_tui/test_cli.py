@@ -211,7 +211,7 @@ BAD: dict[str, tuple[list[str], int, str]] = {
     "a wrong number": ([*TRAIN, "--steps", "ten"], 2, "steps is 'ten'"),
     "not a number": ([*TRAIN, "--learning-rate", "nan"], 2, "learning_rate is 'nan'"),
     "out of range": (["generate", "tiny", "--prompt", "a", "--top-p", "0"], 2, "top_p is '0'"),
-    "an unknown method": ([*TRAIN, "--method", "magic"], 2, "choose lora | full"),
+    "an unknown method": ([*TRAIN, "--method", "magic"], 2, "choose lora | dora | full | relora | rank1"),
     "unknown targets": ([*TRAIN, "--targets", "lm_head"], 2, "targets: lm_head"),
     "fresh adapters": ([*TRAIN, "--fresh"], 2, "fresh"),
     "a run's name with a path": ([*TRAIN, "--name", "../up"], 2, "is no run name"),
@@ -405,7 +405,7 @@ def test_help_names_every_option_with_its_range(capsys: pytest.CaptureFixture[st
         main(["train", "--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert left.value.code == 0
-    assert "--learning-rate X peak learning rate; 0 to 10 (default 2e-4 for lora, 2e-5 for full)" in text
+    assert "--learning-rate X peak learning rate; 0 to 100 (default lora 2e-4, full 2e-5, relora 4e-4, rank1 0.1 or 2e-3)" in text
     assert "--checkpoint-activations, --no-checkpoint-activations" in text
 
 

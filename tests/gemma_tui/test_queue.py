@@ -383,4 +383,3 @@ def test_a_detached_run_outlives_its_terminal_is_paused_and_saves_when_terminate
     finally:
         if child.is_running():
             child.kill()
-    assert command("runs", "resume", run)[0] == 2

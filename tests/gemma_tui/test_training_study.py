@@ -27,7 +27,7 @@ from gemma_tui.studies.training_plan import METHODS, TrainingPlan
 from gemma_tui.tokenizer import Tokenizer
 
 Plan = Callable[..., TrainingPlan]
-RESULT = {"lora": "adapter", "full": "model"}
+RESULT = {"lora": "adapter", "dora": "adapter", "full": "model", "relora": "model", "rank1": "model"}
 
 
 def finished(engine: Engine, plan: TrainingPlan, store: RunStore) -> tuple[str, list[Event]]:
@@ -307,7 +307,7 @@ def test_gradients_that_stay_infinite_end_the_run(
 ) -> None:
     monkeypatch.setattr(engine, "train_step", lambda *_: StepResult(float("nan"), 8, float("inf"), applied=False))
     recorded = record_training(engine, plan(steps=100), Control(), store)
-    with pytest.raises(GemmaTuiError, match="10 gradients in a row were not finite: lower the learning rate"):
+    with pytest.raises(GemmaTuiError, match="10 gradients in a row were not finite, the last in micro-batch .*: lower the learning rate"):
         list(recorded.events)
     steps = [row for row in store.metrics(recorded.run.run_id) if row.kind == "step"]
     assert [row.values["loss"] for row in steps] == [None] * 10
