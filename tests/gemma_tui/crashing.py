@@ -43,17 +43,17 @@ def write(folder: Path, step: int) -> None:
 
 
 def facts(folder: Path) -> dict[str, Any]:
-    """What a reader finds; ``whole`` are the steps that could be gone on from."""
-    names = sorted(path.name for path in folder.iterdir())
+    """What a reader finds; ``whole`` are the steps that could be gone on from, ``problems`` those of the others."""
     found = checkpoints.latest(folder)
     newest = found.checkpoint
     right = newest is not None and (newest.path / "parameters.bin").read_bytes() == content(newest.step)
+    damages = {int(path.name[5:]): checkpoints.damage(path) for path in sorted(folder.glob("step-*"))}
     return {
         "step": newest.step if newest else None,
         "right": right and newest is not None and newest.state == {"step": newest.step},
-        "problems": found.problems,
-        "whole": [int(n[5:]) for n in names if n.startswith("step-") and checkpoints.damage(folder / n) is None],
-        "partial": [name for name in names if name.startswith(".tmp-")],
+        "problems": [problem for problem in damages.values() if problem is not None],
+        "whole": [step for step, problem in damages.items() if problem is None],
+        "partial": sorted(path.name for path in folder.glob(".tmp-*")),
     }
 
 
