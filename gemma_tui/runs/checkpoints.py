@@ -116,7 +116,7 @@ def latest(folder: Path) -> Found:
     Raises:
         GemmaTuiError: the folder cannot be listed.
     """
-    problems = []
+    problems: list[str] = []
     for path in reversed(_checkpoints(folder)):
         problem = damage(path)
         if problem is None:
