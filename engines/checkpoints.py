@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,10 +18,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from engines.disk import sync
 from engines.errors import CheckpointError
-
-if sys.platform == "darwin":
-    import fcntl
 
 MAX_HEADER_BYTES = 25 << 20
 MAX_TENSORS = 100_000
@@ -288,14 +285,6 @@ def write_json(path: Path, value: Any) -> None:
     """
     with replacing(path) as file:
         file.write((json.dumps(value, ensure_ascii=False, indent=2) + "\n").encode())
-
-
-def sync(descriptor: int) -> None:
-    """Flush a file to the disk itself; on macOS plain fsync stops at the drive's cache."""
-    if sys.platform == "darwin":
-        fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
-    else:
-        os.fsync(descriptor)
 
 
 def iterate_model(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, np.ndarray]]:

@@ -105,6 +105,7 @@ def _say(output: Output, event: Event, plan: TrainingPlan) -> None:
                 f"{v['model']} on {v['engine']} {v['device']} {v['dtype']}, {v['train_tokens']:,} training tokens"
             )
             output.say(f"training {v['trainable']:,} parameters, {share:.2%} of the model's number")
+            output.say(f"memory: {v['estimated']}")
         case "step":
             left = (plan.steps - event.step) * v["seconds"] / event.step
             output.say(

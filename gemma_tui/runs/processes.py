@@ -49,6 +49,15 @@ def start_of(pid: int) -> float:
         return 0.0
 
 
+def began_before(pid: int, moment: float) -> bool:
+    """Whether a process with this pid lives that was there at ``moment``, seconds since 1970; a second is let pass."""
+    try:
+        process = psutil.Process(pid)
+        return process.status() != psutil.STATUS_ZOMBIE and process.create_time() < moment + 1
+    except psutil.Error:
+        return False
+
+
 @dataclass
 class Detached:
     """A command of ours in a process of its own.

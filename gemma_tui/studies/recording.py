@@ -9,6 +9,7 @@ from pathlib import Path
 
 from engines.base import Engine
 from gemma_tui.errors import UsageError
+from gemma_tui.runs import checkpoints
 from gemma_tui.runs.store import METRIC_KINDS, Run, RunStore
 from gemma_tui.studies.events import Control, Event
 from gemma_tui.studies.plan import command
@@ -84,6 +85,7 @@ def recorded(
                 heed(store.take_request(run.run_id), control)
     except BaseException as error:
         broken_off = isinstance(error, KeyboardInterrupt | GeneratorExit)
+        checkpoints.release_ballast(run.folder / "checkpoints")  # so that the end can be written on a full disk
         said = "broken off" if broken_off else one_line(str(error) or type(error).__name__)
         store.set_state(run.run_id, "failed", said)
         raise

@@ -23,6 +23,7 @@ from gemma_tui.studies.data import (
     warnings,
 )
 from gemma_tui.studies.diagnosis import Diagnoses, gradient_row, matrices_of, measured_decrease, update_row
+from gemma_tui.studies.estimate import checkpoint_bytes, estimate
 from gemma_tui.studies.events import Control, Event
 from gemma_tui.studies.methods import after_step
 from gemma_tui.studies.training_plan import WHOLE, TrainingPlan, settings
@@ -50,6 +51,8 @@ def train(engine: Engine, plan: TrainingPlan, folder: Path, control: Control) ->
     yield Event("load", values={"model": model.name})
     _open_model(engine, model, plan)
     splits = _read_data(plan, model)
+    checkpoints.sweep(folder / "checkpoints")
+    checkpoints.hold_ballast(folder / "checkpoints")
     found = checkpoints.latest(folder / "checkpoints")
     at = Progress(**found.checkpoint.state) if found.checkpoint else Progress()
     trainable = engine.start_training(_full_rank(chosen) if at.step < plan.full_rank_steps else chosen)
@@ -57,8 +60,8 @@ def train(engine: Engine, plan: TrainingPlan, folder: Path, control: Control) ->
     for text in (*found.problems, *warnings(splits, model.folder)):
         yield Event("warning", at.step, {"text": text})
     if found.checkpoint is not None:
-        engine.load_state(found.checkpoint.folder)
-        yield Event("resumed", at.step, {"path": str(found.checkpoint.folder)})
+        engine.load_state(found.checkpoint.path)
+        yield Event("resumed", at.step, {"path": str(found.checkpoint.path)})
 
     batches = training_batches(splits.train, plan.batch_size, plan.seed, at.step * plan.accumulate)
     saver, diagnoses = _Saver(engine, plan, model, folder), Diagnoses(matrices_of(model.config()))
@@ -269,7 +272,8 @@ class _Saver:
         """Write a checkpoint and what the run has made so far; returns the folder of the latter."""
         began = time.monotonic()
         folder, keep = self.folder / "checkpoints", self.plan.keep
-        checkpoints.write(folder, at.step, self.engine.save_state, asdict(at), keep)
+        needed = checkpoint_bytes(self.model.config(), settings(self.plan))
+        checkpoints.write(folder, at.step, self.engine.save_state, asdict(at), keep, needed)
         target = self.result()
         self.ended = time.monotonic()
         self.cost = self.ended - began
@@ -291,6 +295,10 @@ def _facts(engine: Engine, plan: TrainingPlan, model: Model, splits: Splits, tra
     device = engine.device()
     info = engine.model()
     config = model.config()
+    guess = estimate(
+        config, settings(plan), plan.batch_size, plan.sequence_length, info.dtype if info else "float32", device,
+        plan.accumulate,
+    )  # fmt: skip
     return {
         "model": model.name,
         "engine": device.engine,
@@ -300,6 +308,8 @@ def _facts(engine: Engine, plan: TrainingPlan, model: Model, splits: Splits, tra
         "steps": plan.steps,
         "parameters": info.parameters if info else 0,
         "trainable": trainable,
+        "estimate": guess.total,
+        "estimated": guess.text,
         "global_layers": [i for i in range(config.num_hidden_layers) if not config.is_local(i)],
         "train_windows": len(splits.train),
         "valid_windows": len(splits.valid),

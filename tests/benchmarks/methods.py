@@ -3,7 +3,7 @@
 python -m tests.benchmarks.methods [ROUNDS] [STEPS]
 
 ``rank1`` finds and merges an update of every matrix at every step, LoRA has rank 8 and AdamW; ``relora`` merges, draws
-anew and prunes once in the measured steps; ``diagnosed`` is LoRA that is observed at every tenth step, spectra included.
+anew and prunes once in the measured steps; ``diagnosed`` is LoRA that is observed at each tenth step, spectra included.
 """
 
 from __future__ import annotations

@@ -405,7 +405,10 @@ def test_help_names_every_option_with_its_range(capsys: pytest.CaptureFixture[st
         main(["train", "--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert left.value.code == 0
-    assert "--learning-rate X peak learning rate; 0 to 100 (default lora 2e-4, full 2e-5, relora 4e-4, rank1 0.1 or 2e-3)" in text
+    assert (
+        "--learning-rate X peak learning rate; 0 to 100 (default lora 2e-4, full 2e-5, relora 4e-4, rank1 0.1 or 2e-3)"
+        in text
+    )
     assert "--checkpoint-activations, --no-checkpoint-activations" in text
 
 

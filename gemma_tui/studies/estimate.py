@@ -1,0 +1,284 @@
+"""The memory of a training run before it starts: from the model's shape and the settings alone.
+
+Parameters, gradients and the optimizer are counted one by one. Activations follow what the layers of
+``engines/torch/model.py`` keep for the way back, and the workspace is a bound. On a CPU, the program itself (some
+hundred MB) comes on top.
+
+Gradients grow while activations go; both are counted in full, as they are there together once several micro-batches
+make a step. So one micro-batch of full training needs up to a quarter less.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from engines.adapters import target_modules
+from engines.base import DeviceInfo, OptimizerSettings, TrainingSettings
+from engines.gemma3 import Gemma3Config
+from gemma_tui.hub.fit import FULL, TIGHT
+
+ITEM_BYTES = {"float32": 4, "bfloat16": 2}
+LOGITS_BYTES = 8 << 20
+"""The engines make logits for as much of the vocabulary at a time as fit in this."""
+EMBEDDING = "model.embed_tokens.weight"
+PARTS = (
+    "weights", "masters", "trainables", "gradients", "optimizer", "activations", "casts", "logits", "workspace",
+)  # fmt: skip
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes of a training run by use, and what is there for it.
+
+    Attributes:
+        weights: all parameters in the dtype the model is loaded in.
+        masters: what float32 adds to those that are trained or merged into.
+        trainables: adapters, or the two vectors of each rank-1 update.
+        gradients: of everything that has one, when the way back ends.
+        optimizer: its state, and the buffers of error feedback and momentum.
+        activations: what one micro-batch keeps for the way back.
+        casts: copies of float32 matrices in the dtype of the activations, kept as long.
+        logits: the tile of the vocabulary that is in hand.
+        workspace: the largest temporaries: of one layer's way back, or of the largest matrix that is trained.
+        available: of the device, for a model and its training.
+        ratio: measured over estimated in earlier runs; see ``remembered``.
+    """
+
+    weights: int
+    masters: int
+    trainables: int
+    gradients: int
+    optimizer: int
+    activations: int
+    casts: int
+    logits: int
+    workspace: int
+    available: int
+    ratio: float = 1.0
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """Bytes by use, before the ratio."""
+        return {name: getattr(self, name) for name in PARTS}
+
+    @property
+    def total(self) -> int:
+        """Bytes in all, by the experience of earlier runs."""
+        return round(self.ratio * sum(self.parts.values()))
+
+    @property
+    def share(self) -> float:
+        """Of what is available."""
+        return self.total / max(1, self.available)
+
+    @property
+    def verdict(self) -> str:
+        """``fits``, ``tight`` or ``will not fit``."""
+        return "fits" if self.share < TIGHT else "tight" if self.share < FULL else "will not fit"
+
+    @property
+    def text(self) -> str:
+        """One line: the verdict, the total and its parts, the largest first; what is under 1 % is left out."""
+        whole = sum(self.parts.values())
+        ordered = sorted(self.parts.items(), key=lambda part: -part[1])
+        shown = ", ".join(f"{name} {_size(count)}" for name, count in ordered if count >= 0.01 * whole)
+        learned = f", times {self.ratio:.2f} as earlier runs measured" if self.ratio != 1 else ""
+        need = f"about {_size(self.total)} of {_size(self.available)} ({self.share:.0%})"
+        return f"{self.verdict}: {need}; {shown}{learned}"
+
+
+def estimate(
+    config: Gemma3Config,
+    settings: TrainingSettings,
+    batch_size: int,
+    sequence_length: int,
+    dtype: str,
+    device: DeviceInfo,
+    accumulate: int = 1,
+    ratio: float = 1.0,
+) -> Estimate:
+    """What a training run will need at its peak.
+
+    Args:
+        batch_size, sequence_length: of one micro-batch.
+        dtype: what the model is loaded in and computes in, ``float32`` or ``bfloat16``, whatever its file has.
+        device: where it will run, and what is there.
+        accumulate: micro-batches in a step; rank-1 updates form their gradients where there are several.
+        ratio: what ``remembered`` makes of earlier runs.
+    """
+    item, parts = ITEM_BYTES[dtype], _parts(config, settings)
+    tokens = batch_size * sequence_length
+    rank1 = settings.rank1 if settings.lora is None else None
+    formed = rank1 is not None and (rank1.error_feedback or rank1.momentum > 0 or accumulate > 1)
+    layers = 1 if settings.checkpoint_activations else config.num_hidden_layers
+    scores = 2 * item * config.num_attention_heads * sequence_length if _stores_attention(device) else 0
+    layer = _layer_bytes(config, settings, parts, item) + scores
+    inputs = item * config.hidden_size * config.num_hidden_layers if settings.checkpoint_activations else 0
+    masks = 0 if sequence_length <= config.sliding_window else item * sequence_length**2 * _locals(config)
+    float32 = _linear_count(parts.float32)
+    largest = max(map(math.prod, ((parts.merged if formed else {}) | parts.rest).values()), default=0)
+    return Estimate(
+        weights=item * config.parameter_count(),
+        masters=(4 - item) * _count(parts.float32),
+        trainables=4 * _count(parts.adapters),
+        gradients=4 * (_count(parts.trained) + _count(parts.merged if formed else parts.vectors)),
+        optimizer=_optimizer_bytes(config, settings),
+        activations=tokens * (layers * layer + inputs + _ends(config, parts, item)) + masks,
+        casts=0 if item == 4 else item * float32 * layers // config.num_hidden_layers,
+        logits=min(max(LOGITS_BYTES, 4 * tokens), 4 * tokens * config.vocab_size),
+        workspace=max(tokens * max(5 * item * config.intermediate_size, scores), 4 * largest),
+        available=device.memory_total,
+        ratio=ratio,
+    )
+
+
+def checkpoint_bytes(config: Gemma3Config, settings: TrainingSettings) -> int:
+    """Bytes of a checkpoint once the optimizer has a state: all that steps and merges change, in float32."""
+    parts = _parts(config, settings)
+    return 4 * (_count(parts.float32) + _count(parts.adapters)) + _optimizer_bytes(config, settings)
+
+
+def remembered(runs: Iterable[tuple[float, float]]) -> float:
+    """Measured over estimated, the median of earlier runs; 1 without any.
+
+    Args:
+        runs: ``(estimated, measured)`` bytes, of one engine on one device and of a like size; those that are not
+            positive numbers are passed over.
+    """
+    ratios = [measured / estimated for estimated, measured in runs if _positive(estimated) and _positive(measured)]
+    return statistics.median(ratios) if ratios else 1.0
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """Shapes by name.
+
+    Attributes:
+        adapted: ``(out, in)`` of the linears that have adapters or rank-1 updates.
+        factors: adapters with a gradient and an optimizer of their own.
+        vectors: v and b of the rank-1 updates, which no optimizer sees.
+        merged: matrices that are float32, since updates go into them.
+        rest: parameters that are trained at full rank.
+    """
+
+    adapted: dict[str, tuple[int, int]]
+    factors: Shapes
+    vectors: Shapes
+    merged: Shapes
+    rest: Shapes
+
+    @property
+    def trained(self) -> Shapes:
+        """What the optimizer updates."""
+        return self.factors | self.rest
+
+    @property
+    def adapters(self) -> Shapes:
+        """What is there beside the model's own parameters."""
+        return self.factors | self.vectors
+
+    @property
+    def float32(self) -> Shapes:
+        """Parameters of the model that are kept in float32, whatever it was loaded in."""
+        return self.merged | self.rest
+
+
+def _parts(config: Gemma3Config, settings: TrainingSettings) -> _Parts:
+    lora, rank1 = settings.lora, settings.rank1
+    chosen = lora or rank1
+    adapted = target_modules(config, chosen.targets, chosen.layers) if chosen else {}
+    factors: Shapes = {}
+    vectors: Shapes = {}
+    for name, (out, inner) in adapted.items():
+        if lora:
+            factors |= {f"{name}.A": (lora.rank, inner), f"{name}.B": (out, lora.rank)}
+            factors |= {f"{name}.m": (out,)} if lora.dora else {}
+        else:
+            vectors |= {f"{name}.A": (1, inner), f"{name}.B": (out, 1)}
+    weights: Shapes = {f"{name}.weight": shape for name, shape in adapted.items()}
+    merged = weights if lora is None or settings.merging else {}
+    rest = config.parameter_shapes() if settings.rest or chosen is None else {}
+    return _Parts(adapted, factors, vectors, merged, {n: s for n, s in rest.items() if n not in weights})
+
+
+def _optimizer_bytes(config: Gemma3Config, settings: TrainingSettings) -> int:
+    parts, rank1 = _parts(config, settings), settings.rank1
+    buffers = settings.lora is None and rank1 is not None and (rank1.error_feedback or rank1.momentum > 0)
+    states = sum(_state_count(name, shape, settings.optimizer) for name, shape in parts.trained.items())
+    return 4 * (states + (_count(parts.merged) if buffers else 0))
+
+
+def _state_count(name: str, shape: tuple[int, ...], optimizer: OptimizerSettings) -> int:
+    """Numbers an optimizer keeps for one parameter, without its step counter."""
+    count, matrix = math.prod(shape), len(shape) == 2
+    match optimizer.name:
+        case "sgd":
+            return count if optimizer.momentum else 0
+        case "adafactor":  # a row and a column in place of a matrix (arXiv:1804.04235, algorithm 4)
+            return sum(shape) if matrix else count
+        case "muon" if matrix and name != EMBEDDING:
+            return count
+    return 2 * count
+
+
+def _layer_bytes(config: Gemma3Config, settings: TrainingSettings, parts: _Parts, item: int) -> int:
+    """What a layer keeps for the way back, per token; adapted linears are spread over all layers."""
+    d, f, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads
+    q, kv = heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    # Norms work on a float32 copy of their input, and keep what came of it where their gain is trained.
+    norms = 4 * (4 * d + q + kv) * (2 if parts.rest else 1)
+    # Two normed inputs; rotated queries and keys, values, attention's output; gate and up, of which the rest of the MLP
+    # is computed again.
+    kept = item * (2 * d + 2 * q + 2 * kv + 2 * f)
+    sums = 4 * (4 + 2 * heads + config.num_key_value_heads)
+    return norms + kept + sums + _adapter_bytes(config, settings, parts, item)
+
+
+def _stores_attention(device: DeviceInfo) -> bool:
+    """Whether attention that is trained is not fused there, so that its scores and weights are kept layer by layer.
+
+    MLX decides so on all its devices, and torch on MPS.
+    """
+    return device.engine == "mlx" or device.device == "mps"
+
+
+def _adapter_bytes(config: Gemma3Config, settings: TrainingSettings, parts: _Parts, item: int) -> int:
+    """What the adapters of a layer keep per token: x Aᵀ; the noise of dropout and what it left; DoRA's ``V x``."""
+    if settings.lora is None:
+        return 0
+    # down_proj is computed again, with its adapter.
+    shapes = [shape for name, shape in parts.adapted.items() if not name.endswith("down_proj")]
+    dropped = sum(2 * inner for _, inner in shapes) if settings.lora.dropout else 0
+    dora = sum(out for out, _ in shapes) if settings.lora.dora else 0
+    return item * (settings.lora.rank * len(shapes) + dropped + dora) // config.num_hidden_layers
+
+
+def _ends(config: Gemma3Config, parts: _Parts, item: int) -> int:
+    """Per token: the last norm, its output, and the head's gradient with the float32 sum it is made of."""
+    return config.hidden_size * (4 * (2 if parts.rest else 1) + 3 * item + 4)
+
+
+def _linear_count(shapes: Shapes) -> int:
+    """Parameters of those that are linears of a layer."""
+    return sum(math.prod(s) for name, s in shapes.items() if len(s) == 2 and name != EMBEDDING)
+
+
+def _locals(config: Gemma3Config) -> int:
+    return config.num_hidden_layers - len(config.global_layers)
+
+
+def _count(shapes: Shapes) -> int:
+    return sum(map(math.prod, shapes.values()))
+
+
+def _positive(number: float) -> bool:
+    return math.isfinite(number) and number > 0
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
