@@ -97,7 +97,7 @@ async def test_the_list_has_a_whole_footer_with_both_keys(opened: Open, made: Ma
     async with opened(size) as it:
         await marked(it, made("a"))
         await it.until(lambda: not _footer_faults(it), f"a whole footer, not {_footer_faults(it)}")
-        await it.press("space")
+        await it.press("m")
         await it.until(lambda: "●" not in it.text(), "the mark gone")
 
 

@@ -17,7 +17,8 @@ from gemma_tui.runs.processes import Detached, start
 from gemma_tui.runs.queue import Queue
 from gemma_tui.runs.store import RunStore
 from gemma_tui.screens.training import EventLog
-from gemma_tui.studies.training_plan import METHODS, SCHEDULES, TrainingPlan
+from gemma_tui.studies.schedules import SCHEDULES
+from gemma_tui.studies.training_plan import ADAPTERS, METHODS, WHOLE, TrainingPlan
 from gemma_tui.widgets.chart import Chart
 from gemma_tui.widgets.plan_form import Field, PlanForm
 
@@ -66,7 +67,7 @@ class TestForm:
     async def test_choices_go_round_and_what_is_open_can_be_opened_again(self, opened: Open, size: Size) -> None:
         async with opened(size) as it:
             form = await it.plan("nano", "x")
-            for name, choices in (("schedule", SCHEDULES), ("dtype", (None, "float32", "bfloat16"))):
+            for name, choices in (("schedule", (None, *SCHEDULES)), ("dtype", (None, "float32", "bfloat16"))):
                 await on_row(it, form, name)
                 first = choices.index(form.values[name])
                 seen = [form.values[name]]
@@ -133,8 +134,8 @@ class TestForm:
                 await it.press("enter")
                 shown = {str(k.value) for k in form.rows}
                 assert form.values["method"] == method
-                assert (shown >= LORA_ROWS) is (method == "lora")
-                assert ("save_dtype" in shown) is (method == "full")
+                assert (shown >= LORA_ROWS) is (method in ADAPTERS)
+                assert ("save_dtype" in shown) is (method in WHOLE)
                 assert form.get_row_index("method") == form.cursor_row
 
     async def test_every_option_is_explained_and_what_is_needed_is_said(self, opened: Open, size: Size) -> None:
