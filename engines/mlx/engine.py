@@ -218,6 +218,8 @@ class MLXEngine:
         stored = iterate_model(Path(info.folder), shapes) if info.folder else gemma3_weights(info.config, self._seed)
         for name, array in stored:
             value, module = as_float32(array), name.removesuffix(".weight")
+            if info.dtype == "bfloat16":
+                value = as_float32(as_bfloat16(value))
             if self._start is not None and module in self._start[0]:
                 value = merged(value, self._start[0][module], self._start[1])
             yield name, value
