@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,7 @@ def save(model: Gemma3, training: Training, folder: Path) -> list[Path]:
         random["mps"] = torch.mps.get_rng_state()
     place = {
         "step": training.step,
+        "optimizer": training.settings.optimizer.name,
         "pending": pending,
         "random": {name: base64.b64encode(state.numpy().tobytes()).decode() for name, state in random.items()},
     }
@@ -44,21 +46,34 @@ def load(model: Gemma3, training: Training, folder: Path) -> None:
     Raises:
         CheckpointError: the files are broken, or of a training with other parameters.
     """
-    place = read_place(folder / PLACE)
+    place, state = read_place(folder / PLACE), read_arrays(folder / OPTIMIZER)
     tensors, arrays = changing(model, training), read_arrays(folder / PARAMETERS)
     if set(tensors) != set(arrays) or any(tuple(t.shape) != arrays[n].shape for n, t in tensors.items()):
         raise CheckpointError(f"{folder} was saved by another training: its parameters do not fit")
+    foreign = [place for place in state if place.rpartition(":")[0] not in training.trained]
+    if foreign or place.get("optimizer") != training.settings.optimizer.name:
+        raise CheckpointError(f"{folder} was saved by another training: its optimizer does not fit")
+    _set_random(place["random"], folder)
     with torch.no_grad():
         for name, tensor in tensors.items():
             tensor.copy_(torch.from_numpy(arrays[name]))
-    optimizers.restore(training.optimizers, training.trained, read_arrays(folder / OPTIMIZER))
+    optimizers.restore(training.optimizers, training.trained, state)
     training.step = place["step"]
     for name, layer in rank1_layers(model).items():
         layer.pending = name in place["pending"]
-    setters = {"cpu": torch.set_rng_state, "cuda": torch.cuda.set_rng_state, "mps": torch.mps.set_rng_state}
-    for name, text in place["random"].items():
-        if name == "cpu" or (name == "cuda" and torch.cuda.is_available()) or name == "mps":
-            setters[name](torch.from_numpy(np.frombuffer(base64.b64decode(text), np.uint8).copy()))
+
+
+def _set_random(states: Mapping[str, bytes], folder: Path) -> None:
+    setters: dict[str, Callable[[Tensor], None]] = {"cpu": torch.set_rng_state}
+    if torch.cuda.is_available():
+        setters["cuda"] = torch.cuda.set_rng_state
+    if torch.backends.mps.is_available():
+        setters["mps"] = torch.mps.set_rng_state
+    try:
+        for name in states.keys() & setters.keys() | {"cpu"}:
+            setters[name](torch.from_numpy(np.frombuffer(states[name], np.uint8).copy()))
+    except (KeyError, RuntimeError):
+        raise CheckpointError(f"{folder} holds no random state of torch: take an earlier checkpoint") from None
 
 
 def changing(model: Gemma3, training: Training) -> dict[str, Tensor]:
