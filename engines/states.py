@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ PLACE = "place.json"
 
 
 def read_place(path: Path) -> dict[str, Any]:
-    """Step, unmerged updates and random states.
+    """Step, optimizer, unmerged updates and random states, which are bytes by the generator's name.
 
     Raises:
         CheckpointError: the file is missing or broken.
@@ -23,8 +24,7 @@ def read_place(path: Path) -> dict[str, Any]:
         place = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(place["step"], int) or not isinstance(place["pending"], list):
             raise TypeError
-        if not all(isinstance(text, str) for text in place["random"].values()):
-            raise TypeError
+        random = {name: base64.b64decode(text, validate=True) for name, text in place["random"].items()}
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read ({type(error).__name__}): take an earlier checkpoint") from None
-    return dict(place)
+    return {**place, "random": random}

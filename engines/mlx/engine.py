@@ -225,6 +225,8 @@ class MLXEngine:
             if module not in wanted:
                 continue
             value = as_float32(array)
+            if info.dtype == "bfloat16":
+                value = as_float32(as_bfloat16(value))
             if self._start is not None and module in self._start[0]:
                 value = merged(value, self._start[0][module], self._start[1])
             yield module, value

@@ -16,8 +16,8 @@ See = Callable[[mx.array, mx.array], tuple[mx.array, ...]]
 """Called on the way back with the inputs X ``[n, in]`` and the gradients Δ ``[n, out]`` of the outputs; G = Δᵀ X.
 It returns what is handed on as the gradients of the slots."""
 
-ITERATIONS = 8
-"""Power iterations of an observation; they begin where the observation before ended."""
+ITERATIONS, FIRST_ITERATIONS = 8, 40
+"""Power iterations of an observation, which begins where the one before ended, and of the first."""
 
 Seen = dict[str, tuple[mx.array, mx.array]]
 
@@ -91,6 +91,6 @@ def observed(model: Gemma3, seen: Seen, wanted: bool) -> Iterator[dict[str, Grad
 def _measures(gradient: mx.array, before: tuple[mx.array, mx.array] | None) -> list[mx.array]:
     """u, v, ‖G‖ and σ₁; with an observation before, also |cos| between its u and v and these."""
     start = before[1] if before else unit(gradient.sum(axis=0) + 1e-30)
-    u, v, sigma = top_pair(gradient, start, ITERATIONS)
+    u, v, sigma = top_pair(gradient, start, ITERATIONS if before else FIRST_ITERATIONS)
     drift = [mx.abs((before[0] * u).sum()), mx.abs((before[1] * v).sum())] if before else []
     return [u, v, mx.linalg.norm(gradient), sigma, *drift]

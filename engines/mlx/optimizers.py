@@ -75,6 +75,12 @@ def restore(optimizer: Optimizer, state: Mapping[str, np.ndarray]) -> None:
         optimizer.state = tree_unflatten(arrays)
 
 
+def foreign(state: Collection[str], trained: Collection[str]) -> list[str]:
+    """Places in a state that belong to none of the trained parameters."""
+    own = [place for place in state if place.rpartition(".")[2] in COUNTERS]
+    return [p for p in state if p not in own and not any(f"{name}." in f"{p}." for name in trained)]
+
+
 def nbytes(optimizer: Optimizer) -> int:
     """Bytes of all arrays of the state."""
     flat: list[tuple[str, Any]] = tree_flatten(optimizer.state)

@@ -59,23 +59,24 @@ class Rank1Linear(Linear):
         self.unfreeze(recurse=False, keys=["weight"] if formed else ["lora_A", "lora_B"])
 
     def found(self, gradients: Mapping[str, mx.array], name: str) -> tuple[mx.array, mx.array]:
-        """After the way back: v of unit length ``[in]`` and ``G v [out]``; the buffer takes the gradient in."""
+        """After the way back: v of unit length ``[in]`` and ``G v [out]``; G is what the buffer holds as well."""
         gradient = gradients.get(f"{name}.weight")
         if gradient is None:
             return gradients[f"{name}.lora_A"][0], gradients[f"{name}.lora_B"][:, 0]
         whole = gradient if self.buffer is None else self.buffer + gradient
-        v, p = self._search(lambda v: whole @ v, lambda u: whole.T @ u)
-        if self.buffer is not None and self.settings.error_feedback:
-            # With momentum, the rule of Dion (arXiv:2504.05295, algorithm 1).
-            self.buffer = whole - (1 - self.settings.momentum) * p[:, None] * v[None]
-        elif self.buffer is not None:
-            self.buffer = whole * self.settings.momentum
-        return v, p
+        return self._search(lambda v: whole @ v, lambda u: whole.T @ u)
 
-    def update(self, v: mx.array, p: mx.array, learning_rate: float) -> None:
-        """Move b against ``p``, along ``v``."""
+    def update(self, v: mx.array, p: mx.array, learning_rate: float, gradient: mx.array | None) -> None:
+        """Move b against ``p``, along ``v``; the buffer keeps what its rule leaves of G."""
         self.lora_A = v[None]
         self.lora_B = self.lora_B - learning_rate * unit(p)[:, None] * self.length(p)
+        if self.buffer is not None and gradient is not None:
+            whole = self.buffer + gradient
+            if self.settings.error_feedback:
+                # With momentum, the rule of Dion (arXiv:2504.05295, algorithm 1).
+                self.buffer = whole - (1 - self.settings.momentum) * p[:, None] * v[None]
+            else:
+                self.buffer = whole * self.settings.momentum
         self.pending = True
 
     def length(self, p: mx.array) -> mx.array:

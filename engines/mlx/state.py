@@ -29,7 +29,13 @@ def save(model: Gemma3, training: Training, touched: Collection[str], folder: Pa
     write_arrays(folder / OPTIMIZER, optimizers.state_of(training.optimizer))
     pending = [name for name, layer in rank1_layers(model).items() if layer.pending]
     random = {"mlx": base64.b64encode(np.array(random_state()).tobytes()).decode()}
-    write_json(folder / PLACE, {"step": training.step, "pending": pending, "random": random})
+    place = {
+        "step": training.step,
+        "optimizer": training.settings.optimizer.name,
+        "pending": pending,
+        "random": random,
+    }
+    write_json(folder / PLACE, place)
     return [folder / PARAMETERS, folder / OPTIMIZER, folder / PLACE]
 
 
@@ -39,21 +45,25 @@ def load(model: Gemma3, training: Training, folder: Path) -> None:
     Raises:
         CheckpointError: the files are broken, or of a training with other parameters.
     """
-    place = read_place(folder / PLACE)
+    place, state = read_place(folder / PLACE), read_arrays(folder / OPTIMIZER)
     changed, arrays = changing(model, training), read_arrays(folder / PARAMETERS)
     known = changed | dict(tree_flatten(model.parameters()))
-    if not set(changed) <= set(arrays) <= set(known) or any(known[n].shape != a.shape for n, a in arrays.items()):
+    fits = set(changed) <= set(arrays) <= set(known)
+    if not fits or any(tuple(known[n].shape) != a.shape for n, a in arrays.items()):
         raise CheckpointError(f"{folder} was saved by another training: its parameters do not fit")
+    if optimizers.foreign(state, training.trained) or place.get("optimizer") != training.settings.optimizer.name:
+        raise CheckpointError(f"{folder} was saved by another training: its optimizer does not fit")
+    if len(place["random"].get("mlx", b"")) != 8:
+        raise CheckpointError(f"{folder} holds no random state of MLX: take an earlier checkpoint")
     buffers = {name: mx.array(a) for name, a in arrays.items() if name.endswith(".buffer")}
     model.update(tree_unflatten([(n, mx.array(a)) for n, a in arrays.items() if n not in buffers]))
-    optimizers.restore(training.optimizer, read_arrays(folder / OPTIMIZER))
+    optimizers.restore(training.optimizer, state)
     training.step = place["step"]
     for name, layer in rank1_layers(model).items():
         layer.pending = name in place["pending"]
         layer.buffer = buffers.get(f"{name}.buffer", layer.buffer)
-    if "mlx" in place["random"]:
-        high, low = np.frombuffer(base64.b64decode(place["random"]["mlx"]), np.uint32)
-        mx.random.seed(int(high) << 32 | int(low))
+    high, low = np.frombuffer(place["random"]["mlx"], np.uint32)
+    mx.random.seed(int(high) << 32 | int(low))
     mx.eval(model.parameters())
 
 

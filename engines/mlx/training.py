@@ -180,6 +180,7 @@ def train_step(
         loss += number(share)
 
     pairs = {name: layer.found(gradients, name) for name, layer in merged.items()}
+    formed_gradients = {name: gradients.get(f"{name}.weight") for name in merged}
     gradients = {name: g for name, g in gradients.items() if name in training.trained}
     squares = [g.square().sum() for g in gradients.values()] + [p.square().sum() for _, p in pairs.values()]
     norm = number(mx.sqrt(mx.stack(squares).sum()))
@@ -193,7 +194,7 @@ def train_step(
         optimizers.step(training.optimizer, model, clipped, learning_rate, settings.optimizer.weight_decay)
         stride = _stride(settings, learning_rate, scale)
         for name, (v, p) in pairs.items():
-            merged[name].update(v, p, stride)
+            merged[name].update(v, p, stride, formed_gradients[name])
         mx.eval(model.parameters(), [layer.buffer for layer in merged.values() if layer.buffer is not None])
         if observe:
             predicted = _predicted(model, gradients, before) + sum(

@@ -36,11 +36,15 @@ def merge(model: Gemma3, reset: str, seed: int, count: bool) -> Merge:
     """Add every update to its weight; ``lora_B`` turns zero, and ``lora_A`` what ``reset`` says.
 
     Raises:
-        UnsupportedError: there is nothing to merge, or the weights are not float32.
+        UnsupportedError: there is nothing to merge, the weights are not float32, or there is no such reset.
     """
     layers: dict[str, LoRALinear | Rank1Linear] = {**lora_layers(model), **rank1_layers(model)}
     if not layers or any(layer.weight.dtype != torch.float32 for layer in layers.values()):
         raise UnsupportedError("there are no adapters over float32 weights to merge: start training with merging")
+    ranks = {layer.lora_A.shape[0] for layer in layers.values()}
+    if reset not in RESETS or (reset == "direction" and ranks != {1}):
+        told = f"reset {reset[:40]!r} is not there for rank {max(ranks)}"
+        raise UnsupportedError(f"{told}: choose {', '.join(RESETS)}")
     generator = np.random.default_rng(seed)
     squares, changed, total = 0.0, 0, 0
     for layer in layers.values():
@@ -65,11 +69,9 @@ def _reset(layer: LoRALinear, reset: str, generator: np.random.Generator) -> Non
     fresh, _ = lora_factors(layer.weight.shape[0], inner, rank, generator)
     if reset == "fresh":
         layer.lora_A.data.copy_(torch.from_numpy(fresh))
-    elif reset == "direction" and rank == 1:
+    elif reset == "direction":
         length = float(np.linalg.norm(fresh))
         layer.lora_A.data.copy_(length * unit(layer.lora_A.data[0])[None])
-    elif reset != "keep":
-        raise UnsupportedError(f"reset {reset[:40]!r} is not there for rank {rank}: choose {', '.join(RESETS)}")
 
 
 def fold(model: Gemma3) -> None:

@@ -16,8 +16,8 @@ See = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
 """Called on the way back with the inputs X ``[n, in]`` and the gradients Δ ``[n, out]`` of the outputs; G = Δᵀ X.
 It returns what is handed on as the gradients of the slots."""
 
-ITERATIONS = 8
-"""Power iterations of an observation; they begin where the observation before ended."""
+ITERATIONS, FIRST_ITERATIONS = 8, 40
+"""Power iterations of an observation, which begins where the one before ended, and of the first."""
 
 
 class _Watched(torch.autograd.Function):
@@ -84,6 +84,6 @@ def observed(model: Gemma3, seen: dict[str, tuple[Tensor, Tensor]], wanted: bool
 
 def _facts(gradient: Tensor, before: tuple[Tensor, Tensor] | None) -> tuple[GradientFacts, tuple[Tensor, Tensor]]:
     start = before[1] if before else unit(gradient.sum(dim=0) + 1e-30)
-    u, v, sigma = top_pair(gradient, start, ITERATIONS)
+    u, v, sigma = top_pair(gradient, start, ITERATIONS if before else FIRST_ITERATIONS)
     drift = (abs(float(before[0] @ u)), abs(float(before[1] @ v))) if before else (None, None)
     return GradientFacts(float(gradient.norm()), sigma, *drift), (u, v)

@@ -61,24 +61,25 @@ class Rank1Linear(Linear):
         self.lora_B.requires_grad_(not formed)
 
     def found(self) -> tuple[Tensor, Tensor]:
-        """After the way back: v of unit length ``[in]`` and ``G v [out]``; the buffer takes the gradient in."""
+        """After the way back: v of unit length ``[in]`` and ``G v [out]``; G is what the buffer holds as well."""
         if self.weight.grad is None:
             slots: Any = self.lora_A.grad, self.lora_B.grad
             return slots[0][0], slots[1][:, 0]
-        whole = self.weight.grad if self.buffer is None else self.buffer.add_(self.weight.grad)
-        v, p = self._search(lambda v: whole @ v, lambda u: whole.T @ u)
-        if self.buffer is not None and self.settings.error_feedback:
-            # With momentum, the rule of Dion (arXiv:2504.05295, algorithm 1).
-            self.buffer.addr_(p, v, alpha=self.settings.momentum - 1)
-        elif self.buffer is not None:
-            self.buffer.mul_(self.settings.momentum)
-        return v, p
+        whole = self.weight.grad if self.buffer is None else self.weight.grad.add_(self.buffer)
+        return self._search(lambda v: whole @ v, lambda u: whole.T @ u)
 
     def update(self, v: Tensor, p: Tensor, learning_rate: float) -> None:
-        """Move b against ``p``, along ``v``."""
+        """Move b against ``p``, along ``v``; the buffer keeps what its rule leaves of G."""
         with torch.no_grad():
             self.lora_A.copy_(v[None])
             self.lora_B.sub_(unit(p)[:, None] * self.length(p), alpha=learning_rate)
+            if self.buffer is not None and self.weight.grad is not None:
+                self.buffer.copy_(self.weight.grad)
+                if self.settings.error_feedback:
+                    # With momentum, the rule of Dion (arXiv:2504.05295, algorithm 1).
+                    self.buffer.addr_(p, v, alpha=self.settings.momentum - 1)
+                else:
+                    self.buffer.mul_(self.settings.momentum)
         self.pending = True
 
     def length(self, p: Tensor) -> Tensor:

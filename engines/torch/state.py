@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +33,7 @@ def save(model: Gemma3, training: Training, touched: Collection[str], folder: Pa
         random["mps"] = torch.mps.get_rng_state()
     place = {
         "step": training.step,
+        "optimizer": training.settings.optimizer.name,
         "pending": pending,
         "random": {name: base64.b64encode(state.numpy().tobytes()).decode() for name, state in random.items()},
     }
@@ -46,23 +47,35 @@ def load(model: Gemma3, training: Training, folder: Path) -> None:
     Raises:
         CheckpointError: the files are broken, or of a training with other parameters.
     """
-    place = read_place(folder / PLACE)
+    place, state = read_place(folder / PLACE), read_arrays(folder / OPTIMIZER)
     changed, arrays = changing(model, training), read_arrays(folder / PARAMETERS)
     known = changed | dict(model.named_parameters())
-    if not set(changed) <= set(arrays) <= set(known) or any(
-        tuple(known[n].shape) != a.shape for n, a in arrays.items()
-    ):
+    fits = set(changed) <= set(arrays) <= set(known)
+    if not fits or any(tuple(known[n].shape) != a.shape for n, a in arrays.items()):
         raise CheckpointError(f"{folder} was saved by another training: its parameters do not fit")
+    foreign = [place for place in state if place.rpartition(":")[0] not in training.trained]
+    if foreign or place.get("optimizer") != training.settings.optimizer.name:
+        raise CheckpointError(f"{folder} was saved by another training: its optimizer does not fit")
+    _set_random(place["random"], folder)
     for name, array in arrays.items():
         known[name].data = torch.from_numpy(array.copy()).to(known[name].device)
-    optimizers.restore(training.optimizers, training.trained, read_arrays(folder / OPTIMIZER))
+    optimizers.restore(training.optimizers, training.trained, state)
     training.step = place["step"]
     for name, layer in rank1_layers(model).items():
         layer.pending = name in place["pending"]
-    setters = {"cpu": torch.set_rng_state, "cuda": torch.cuda.set_rng_state, "mps": torch.mps.set_rng_state}
-    for name, text in place["random"].items():
-        if name == "cpu" or (name == "cuda" and torch.cuda.is_available()) or name == "mps":
-            setters[name](torch.from_numpy(np.frombuffer(base64.b64decode(text), np.uint8).copy()))
+
+
+def _set_random(states: Mapping[str, bytes], folder: Path) -> None:
+    setters: dict[str, Callable[[Tensor], None]] = {"cpu": torch.set_rng_state}
+    if torch.cuda.is_available():
+        setters["cuda"] = torch.cuda.set_rng_state
+    if torch.backends.mps.is_available():
+        setters["mps"] = torch.mps.set_rng_state
+    try:
+        for name in states.keys() & setters.keys() | {"cpu"}:
+            setters[name](torch.from_numpy(np.frombuffer(states[name], np.uint8).copy()))
+    except (KeyError, RuntimeError):
+        raise CheckpointError(f"{folder} holds no random state of torch: take an earlier checkpoint") from None
 
 
 def changing(model: Gemma3, training: Training) -> dict[str, Tensor]:

@@ -1,0 +1,54 @@
+"""Batches and independent answers that the tests of training share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from engines.base import IGNORED, Batch, Engine, GradientFacts, StepResult
+
+
+def batch(length: int = 10, rows: int = 2, seed: int = 0, skip: int = 0) -> Batch:
+    """Random text, of which every row's first ``skip`` targets are not supervised."""
+    text = np.random.default_rng(seed).integers(0, 64, (rows, length + 1), dtype=np.int32)
+    labels = text[:, 1:].copy()
+    labels[:, :skip] = IGNORED
+    return Batch(text[:, :-1].copy(), labels)
+
+
+def rows_of(whole: Batch) -> list[Batch]:
+    """Each row as a micro-batch."""
+    return [Batch(whole.tokens[i : i + 1], whole.labels[i : i + 1]) for i in range(len(whole.tokens))]
+
+
+def true_gradients(network: Any, some: Batch) -> dict[str, np.ndarray]:
+    """The gradient of transformers' mean loss for every parameter, by the name without ``.weight``."""
+    import torch
+
+    network.zero_grad(set_to_none=True)
+    logits = network(torch.from_numpy(some.tokens).long()).logits.flatten(0, 1)
+    labels = torch.from_numpy(some.labels).long().flatten()
+    torch.nn.functional.cross_entropy(logits, labels, ignore_index=IGNORED).backward()
+    return {name.removesuffix(".weight"): p.grad.numpy() for name, p in network.named_parameters()}
+
+
+def changes(engine: Engine) -> dict[str, np.ndarray]:
+    """What ``updates`` tells, by name."""
+    return {name: change for name, change, _ in engine.updates()}
+
+
+def train(engine: Engine, batches: list[Batch], steps: int, rate: float = 1e-2) -> list[StepResult]:
+    return [engine.train_step(batches, rate) for _ in range(steps)]
+
+
+def close(found: np.ndarray, expected: np.ndarray, tolerance: float, message: str = "") -> None:
+    """‖found - expected‖ is at most ``tolerance`` of ‖expected‖."""
+    error, size = np.linalg.norm(found - expected), np.linalg.norm(expected)
+    assert size > 0, message
+    assert error <= tolerance * size, f"{message}: off by {error / size:.2e}"
+
+
+def facts(result: StepResult) -> dict[str, GradientFacts]:
+    assert result.gradients is not None
+    return dict(result.gradients)
