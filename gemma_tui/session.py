@@ -18,7 +18,9 @@ from gemma_tui.studies.events import Control
 
 if TYPE_CHECKING:
     from engines.base import DeviceInfo, Engine, ModelInfo
+    from gemma_tui.runs.store import RunStore
     from gemma_tui.studies.generation import Generation, GenerationPlan
+    from gemma_tui.studies.recording import Recorded
     from gemma_tui.studies.training_plan import TrainingPlan
 
 Progress = Callable[[float, str], None]
@@ -152,22 +154,46 @@ class Session:
         Raises:
             UnsupportedError: the engine is busy.
         """
+
+        def begin(engine: Engine, control: Control, store: RunStore) -> Recorded:
+            from gemma_tui.studies.recording import record_training
+
+            return record_training(engine, plan, control, store)
+
+        return self._record(begin)
+
+    def resume(self, run: str) -> Job:
+        """Go on with a run that ended before its last step, on the chosen engine.
+
+        Raises:
+            UnsupportedError: the engine is busy.
+        """
+
+        def begin(engine: Engine, control: Control, store: RunStore) -> Recorded:
+            from gemma_tui.studies.recording import resume_training
+
+            return resume_training(engine, store.run(run), control, store)
+
+        return self._record(begin)
+
+    def _record(self, begin: Callable[[Engine, Control, RunStore], Recorded]) -> Job:
+        """Let a run take its course; what it has trained stays loaded."""
         place = self.place
 
         def work(engine: Engine, job: Job) -> None:
             from gemma_tui.runs.store import RunStore
-            from gemma_tui.studies.recording import record_training
 
-            place.model, place.info = "", None
             store = RunStore()
-            recorded = record_training(engine, plan, job.control, store)
-            job.run = job.label = recorded.run.run_id
+            recorded = begin(engine, job.control, store)
+            place.model, place.info = "", None
+            run = recorded.run
+            job.run = job.label = run.run_id
             for event in recorded.events:
-                job.share = event.step / plan.steps
-                job.detail = f"step {event.step:,}/{plan.steps:,}"
+                job.share = event.step / run.steps
+                job.detail = f"step {event.step:,}/{run.steps:,}"
                 place.memory = engine.memory()
             store.close()
-            place.model, place.info = recorded.run.run_id, engine.model()
+            place.model, place.info = run.run_id, engine.model()
 
         return self._start(Job("train", "training", self.engine), work)
 

@@ -84,6 +84,7 @@ class TrainingScreen(Workbench):
         Binding("a", "enqueue", "Queue", id="training.queue", show=False, tooltip="Add to the queue, one by one"),
         Binding("space", "pause", "Pause", id="training.pause", key_display="␣", tooltip="Pause, and go on"),
         Binding("x", "stop", "Stop", id="training.stop", tooltip="End after the step in hand, and save"),
+        Binding("u", "resume", "Resume", id="training.resume", show=False, tooltip="Go on with a run that has ended"),
         Binding("i", "inside", "Inside", id="training.inside", show=False, tooltip="What each matrix does"),
         Binding("v", "next_pane", "View", id="training.view", tooltip="Plan, charts, runs in turn"),
         Binding("p", "pane('plan')", "Plan", id="training.plan", show=False),
@@ -189,6 +190,20 @@ class TrainingScreen(Workbench):
             self._await_run()
 
         self.bench.attempt(start_here)
+
+    def action_resume(self) -> None:
+        """Go on with the run that is looked at, where its newest checkpoint is."""
+        chosen = self.query_one(RunTable).chosen if self._pane == RUNS else ""
+        name = chosen or (self._view.run.run_id if self._view else "")
+        if not name or name.startswith(QUEUED):
+            self.bench.tell("choose a run first", "warning")
+            return
+
+        def go_on() -> None:
+            self._started = self.bench.session.resume(name)
+            self._await_run()
+
+        self.bench.attempt(go_on)
 
     def action_detach(self) -> None:
         """Train as the form says, in a process that goes on when the app ends."""

@@ -228,6 +228,31 @@ async def test_stopping_a_paused_run_ends_it(opened: Open, tiny: str, corpus: Pa
         await it.until(lambda: f"{run}  stopped" in headline(it), "the end")
 
 
+async def test_u_goes_on_with_a_run_that_was_stopped(opened: Open, tiny: str, corpus: Path) -> None:
+    async with opened() as it:
+        run = await it.started(tiny, corpus, steps=400)
+        await it.press("x")
+        await it.until(lambda: f"{run}  stopped" in headline(it), "the end")
+        step = RunStore().run(run).step
+        await it.press("u")
+        await it.until(lambda: RunStore().run(run).step > step, "more steps")
+        assert it.app.session.jobs[0].run == run
+
+
+async def test_i_shows_the_matrices_of_a_run(opened: Open, tiny: str, corpus: Path, size: Size) -> None:
+    async with opened(size) as it:
+        run = await it.started(tiny, corpus, steps=4, diagnose_every=2)
+        await it.until(lambda: f"{run}  done" in headline(it), "the end")
+        await it.press("i")
+        await it.until(lambda: it.sees("q_proj", "mean of local layers"), "the map")
+        await it.press("m", "m")
+        await it.until(lambda: it.sees("effective rank"), "another measure")
+        await it.press("c")
+        await it.until(lambda: it.sees(f"gemma-tui runs matrices {run} --measure effective_rank"), "the command")
+        await it.press("escape", "escape")
+        await it.until(lambda: headline(it), "the run again")
+
+
 async def test_a_run_pauses_before_it_is_seen(opened: Open, tiny: str, corpus: Path) -> None:
     async with opened() as it:
         await it.plan(tiny, corpus, steps=LONG)
