@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from textual.binding import Binding
-from textual.containers import Horizontal, Vertical, VerticalScroll
+from textual.containers import Horizontal, Vertical
 from textual.events import Resize
 from textual.widget import Widget
 from textual.widgets import DataTable, Static
@@ -20,7 +20,7 @@ from gemma_tui.runs.comparison import Comparison
 from gemma_tui.runs.matrices import Matrices
 from gemma_tui.runs.processes import Detached, start
 from gemma_tui.runs.queue import Queue
-from gemma_tui.runs.store import Row, Run, RunStore
+from gemma_tui.runs.store import Run, RunStore
 from gemma_tui.runs.view import RunView
 from gemma_tui.screens.comparison import ComparisonScreen
 from gemma_tui.screens.matrices import MatricesScreen
@@ -30,16 +30,15 @@ from gemma_tui.studies.queueing import check, detached, enqueue, plan_of, start_
 from gemma_tui.studies.training_plan import TrainingPlan
 from gemma_tui.text import one_line
 from gemma_tui.widgets.chart import Chart
+from gemma_tui.widgets.event_log import EventLog, event_line, headline
 from gemma_tui.widgets.plan_form import PlanForm
 from gemma_tui.widgets.run_table import QUEUED, RunTable
-from gemma_tui.widgets.status import bar, duration
 
 if TYPE_CHECKING:
     from gemma_tui.session import Job
 
 WATCH_SECONDS = 0.4
 LIST_SECONDS = 2.0
-LOG_LINES = 300
 LISTED = 200
 PLAN, WATCH, RUNS = "plan", "watch", "runs"
 SMALL = {
@@ -47,29 +46,6 @@ SMALL = {
     "grad_norm": "gradient norm",
     "tokens_per_second": "tokens/s",
 }
-
-
-class EventLog(VerticalScroll):
-    """What happened, line by line, the newest in sight."""
-
-    def __init__(self, id: str) -> None:
-        super().__init__(id=id)
-        self.lines: list[str] = []
-
-    def compose(self) -> Iterable[Widget]:
-        """The lines."""
-        yield Static("", markup=False)
-
-    def clear(self) -> None:
-        """Forget all lines."""
-        self.lines = []
-        self.add([])
-
-    def add(self, lines: list[str]) -> None:
-        """Add lines; the oldest go when there are many."""
-        self.lines = [*self.lines, *lines][-LOG_LINES:]
-        self.query_one(Static).update("\n".join(self.lines))
-        self.scroll_end(animate=False)
 
 
 class TrainingScreen(Workbench):
@@ -431,8 +407,8 @@ class TrainingScreen(Workbench):
         if (view := self._view) is None:
             return
         new = view.read(store)
-        self.query_one("#headline", Static).update(_headline(view), layout=False)
-        if lines := [line for event in view.take() if (line := _event_line(event))]:
+        self.query_one("#headline", Static).update(headline(view), layout=False)
+        if lines := [line for event in view.take() if (line := event_line(event))]:
             self.query_one(EventLog).add(lines)
         if new:
             self._draw(view)
@@ -472,36 +448,3 @@ def _sample_data() -> str:
 
 def _is_adapter(name: str) -> bool:
     return (paths.runs() / name / "adapter").is_dir()
-
-
-def _headline(view: RunView) -> str:
-    run, last = view.run, view.last
-    parts = [run.run_id, run.state, f"{bar(run.step / max(1, run.steps), 8)} {run.step:,}/{run.steps:,}"]
-    if last.get("loss") is not None:
-        parts.append(f"loss {last['loss']:.3f}")
-    if last.get("valid_loss") is not None:
-        parts.append(f"valid {last['valid_loss']:.3f}")
-    if run.state == "running" and run.step and last.get("seconds"):
-        parts.append(f"{duration((run.steps - run.step) * last['seconds'] / run.step)} left")
-    if run.error:
-        parts.append(run.error)
-    return "  ".join(one_line(part, 300) for part in parts)
-
-
-def _event_line(event: Row) -> str:
-    v = event.values
-    text = {
-        "load": lambda: f"loading {v['model']}",
-        "start": lambda: (
-            f"{v['model']} on {v['engine']} {v['device']} {v['dtype']}: {v['trainable']:,} of {v['parameters']:,} "
-            f"trained, {v['train_tokens']:,} tokens"
-        ),
-        "checkpoint": lambda: f"saved {v['path']}",
-        "warning": lambda: f"warning: {v['text']}",
-        "pause": lambda: "paused",
-        "resume": lambda: "goes on",
-    }.get(event.kind)
-    try:
-        return f"{event.step:>6}  {one_line(text(), 200)}" if text else ""
-    except (KeyError, TypeError, ValueError):  # another version wrote it
-        return f"{event.step:>6}  {one_line(event.kind)}"

@@ -26,10 +26,10 @@ from engines.torch.engine import TorchEngine
 from gemma_tui import paths
 from gemma_tui.runs.queue import Queue
 from gemma_tui.runs.store import RunStore
-from gemma_tui.screens.training import EventLog
 from gemma_tui.studies.generation import Generation
 from gemma_tui.studies.training_plan import TrainingPlan
 from gemma_tui.widgets.dialogs import Reading
+from gemma_tui.widgets.event_log import EventLog
 from gemma_tui.widgets.plan_form import Field, PlanForm
 
 from .conftest import Open, Opened, Size

@@ -16,10 +16,10 @@ from gemma_tui import paths
 from gemma_tui.runs.processes import Detached, start
 from gemma_tui.runs.queue import Queue
 from gemma_tui.runs.store import RunStore
-from gemma_tui.screens.training import EventLog
 from gemma_tui.studies.schedules import SCHEDULES
 from gemma_tui.studies.training_plan import ADAPTERS, METHODS, WHOLE, TrainingPlan
 from gemma_tui.widgets.chart import Chart
+from gemma_tui.widgets.event_log import EventLog
 from gemma_tui.widgets.plan_form import Field, PlanForm
 
 from .conftest import Open, Opened, Size
