@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import shlex
 from itertools import combinations
 from pathlib import Path
@@ -49,8 +50,9 @@ async def test_the_status_line_names_engine_device_dtype_model_memory_and_what_r
         await it.until(lambda: tiny in it.rows()[1], "the status")
         device = it.app.session.place.device
         assert device is not None
-        for word in (engine_name, device.device, "float32", f"{tiny} ", "MB"):
+        for word in (engine_name, device.device, "float32", f"{tiny} "):
             assert word in it.rows()[1]
+        assert re.search(r"\d [MG]B ", it.rows()[1])
         run = await it.started(tiny, corpus, steps=100_000)
         await it.until(lambda: run in it.rows()[1] and "/100,000" in it.rows()[1], "the run in the status")
 
