@@ -99,13 +99,13 @@ async def test_the_charts_are_drawn_one_at_a_time(opened: Open, tiny: str, corpu
         await it.until(lambda: all(chart.series for chart in it.app.screen.query(Chart)), "points in all charts")
         drawn: list[str] = []
         for chart in it.app.screen.query(Chart):
-            render = chart.render
+            redraw = chart.redraw
 
-            def counted(chart: Chart = chart, render: Any = render) -> Any:
+            def counted(chart: Chart = chart, redraw: Any = redraw) -> None:
                 drawn.append(str(chart.id))
-                return render()
+                redraw()
 
-            chart.render = counted  # type: ignore[method-assign]
+            chart.redraw = counted  # type: ignore[method-assign]
         began, charts = time.monotonic(), len(it.app.screen.query(Chart))
         await it.until(lambda: len(set(drawn)) == charts, "a turn for each chart")
         assert len(drawn) <= (time.monotonic() - began) / WATCH_SECONDS + 2
