@@ -10,8 +10,9 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-from engines.adapters import Factors, read_adapter, write_adapter
+from engines.adapters import Factors, read_adapter, target_modules, write_adapter
 from engines.base import (
+    LINEARS,
     Batch,
     Capabilities,
     DeviceInfo,
@@ -119,7 +120,7 @@ class MLXEngine:
         return optimizers.prune(started.optimizer, pruned, how, ratio, seed)
 
     def updates(self, names: Sequence[str] | None = None) -> Iterator[tuple[str, np.ndarray, float]]:
-        wanted = merging.matrices(self._loaded()) if names is None else names
+        wanted = list(target_modules(self._loaded().config, LINEARS)) if names is None else names
         return merging.updates(self._loaded(), self._first_weights(wanted))
 
     def save_state(self, folder: Path) -> list[Path]:

@@ -85,12 +85,6 @@ def fold(model: Gemma3) -> None:
         model.model.layers[int(layer)][block][leaf] = plain
 
 
-def matrices(model: Gemma3) -> list[str]:
-    """Names of the layers' linears, layer by layer."""
-    config = model.config
-    return [f"model.layers.{i}.{path}" for i in range(config.num_hidden_layers) for path in config.linear_shapes()]
-
-
 def effective(model: Gemma3, name: str) -> mx.array:
     """The weight that a linear multiplies by, adapters and updates included, float32."""
     _, _, index, block, leaf = name.split(".")

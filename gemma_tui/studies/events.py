@@ -12,8 +12,9 @@ class Event:
     """One fact of a run.
 
     Attributes:
-        kind: ``run``, ``load``, ``start``, ``step``, ``evaluation``, ``checkpoint``, ``pause``, ``resume``,
-            ``warning``, ``end``; or ``waiting``, which tells only that a paused study is alive.
+        kind: ``run``, ``load``, ``start``, ``resumed``, ``step``, ``merge``, ``diagnosis``, ``matrices``,
+            ``evaluation``, ``best``, ``early_stop``, ``checkpoint``, ``pause``, ``resume``, ``warning``, ``end``; or
+            ``waiting``, which tells only that a paused study is alive.
         step: the optimizer step it belongs to, 0 before the first.
         values: numbers and plain texts, ready for JSON.
     """
