@@ -1,4 +1,4 @@
-"""Pruning of optimizer state, for both engines."""
+"""What a restart does to adapters and to the optimizer's state, for both engines."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import numpy as np
 from engines.errors import UnsupportedError
 
 PRUNINGS = ("magnitude", "random", "reset")
+RESETS = ("fresh", "direction", "keep")
 
 
 def pruned(array: np.ndarray, how: str, ratio: float, generator: np.random.Generator) -> np.ndarray:
@@ -31,3 +32,13 @@ def pruned(array: np.ndarray, how: str, ratio: float, generator: np.random.Gener
         case _:
             raise UnsupportedError(f"pruning {how[:40]!r} is not there: choose {', '.join(PRUNINGS)}")
     return kept
+
+
+def check_reset(reset: str, rank: int) -> None:
+    """Whether adapters of this rank can be reset so.
+
+    Raises:
+        UnsupportedError: they cannot.
+    """
+    if reset not in RESETS or (reset == "direction" and rank != 1):
+        raise UnsupportedError(f"reset {reset[:40]!r} is not there for rank {rank}: choose {', '.join(RESETS)}")

@@ -24,14 +24,14 @@ from engines.base import (
     StepResult,
     TrainingSettings,
 )
-from engines.blending import merged
-from engines.checkpoints import as_bfloat16, as_float32, iterate_model, write_json, write_safetensors
+from engines.checkpoints import as_bfloat16, iterate_model, write_json, write_safetensors
 from engines.errors import UnsupportedError
 from engines.gemma3 import Gemma3Config, read_config
 from engines.initialisation import gemma3_weights
 from engines.memory import TRAINED_BYTES, ensure_memory, trained_count
 from engines.mlx import adapters, decoding, device, merging, optimizers, rank1, state, training
 from engines.mlx.model import Gemma3
+from engines.origin import first_weights
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16}
@@ -121,7 +121,8 @@ class MLXEngine:
 
     def updates(self, names: Sequence[str] | None = None) -> Iterator[tuple[str, np.ndarray, float]]:
         wanted = list(target_modules(self._loaded().config, LINEARS)) if names is None else names
-        return merging.updates(self._loaded(), self._first_weights(wanted))
+        start = first_weights(self._loaded_info(), self._seed, self._start, wanted)
+        return merging.updates(self._loaded(), start)
 
     def save_state(self, folder: Path) -> list[Path]:
         return state.save(self._loaded(), self._started(), self._touched, folder)
@@ -215,22 +216,6 @@ class MLXEngine:
         if self._training is None:
             raise UnsupportedError("no training was started: call start_training first")
         return self._training
-
-    def _first_weights(self, modules: Sequence[str]) -> Iterator[tuple[str, np.ndarray]]:
-        """Linears' weights as they were loaded or made, float32, adapters that were loaded with them included."""
-        info, wanted = self._loaded_info(), set(modules)
-        shapes = {n: s for n, s in info.config.parameter_shapes().items() if n.removesuffix(".weight") in wanted}
-        stored = iterate_model(Path(info.folder), shapes) if info.folder else gemma3_weights(info.config, self._seed)
-        for name, array in stored:
-            module = name.removesuffix(".weight")
-            if module not in wanted:
-                continue
-            value = as_float32(array)
-            if info.dtype == "bfloat16":
-                value = as_float32(as_bfloat16(value))
-            if self._start is not None and module in self._start[0]:
-                value = merged(value, self._start[0][module], self._start[1])
-            yield module, value
 
     def _loaded_info(self) -> ModelInfo:
         if self._info is None:

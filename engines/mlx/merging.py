@@ -15,8 +15,7 @@ from engines.mlx.device import number
 from engines.mlx.model import Gemma3, Linear
 from engines.mlx.observing import unit
 from engines.mlx.rank1 import Rank1Linear, rank1_layers
-
-RESETS = ("fresh", "direction", "keep")
+from engines.pruning import check_reset
 
 
 def keep_masters(model: Gemma3) -> None:
@@ -40,10 +39,7 @@ def merge(model: Gemma3, reset: str, seed: int, count: bool) -> Merge:
     layers: dict[str, LoRALinear | Rank1Linear] = {**lora_layers(model), **rank1_layers(model)}
     if not layers or any(layer.weight.dtype != mx.float32 for layer in layers.values()):
         raise UnsupportedError("there are no adapters over float32 weights to merge: start training with merging")
-    ranks = {layer.lora_A.shape[0] for layer in layers.values()}
-    if reset not in RESETS or (reset == "direction" and ranks != {1}):
-        told = f"reset {reset[:40]!r} is not there for rank {max(ranks)}"
-        raise UnsupportedError(f"{told}: choose {', '.join(RESETS)}")
+    check_reset(reset, max(layer.lora_A.shape[0] for layer in layers.values()))
     generator = np.random.default_rng(seed)
     squares, changed, total = 0.0, 0, 0
     for layer in layers.values():

@@ -18,7 +18,7 @@ from engines.mlx.device import random_state
 from engines.mlx.model import Gemma3
 from engines.mlx.rank1 import rank1_layers
 from engines.mlx.training import Training
-from engines.states import OPTIMIZER, PARAMETERS, PLACE, read_place
+from engines.states import OPTIMIZER, PARAMETERS, PLACE, check_parameters, read_place
 
 
 def save(model: Gemma3, training: Training, touched: Collection[str], folder: Path) -> list[Path]:
@@ -48,9 +48,7 @@ def load(model: Gemma3, training: Training, folder: Path) -> None:
     place, state = read_place(folder / PLACE), read_arrays(folder / OPTIMIZER)
     changed, arrays = changing(model, training), read_arrays(folder / PARAMETERS)
     known = changed | dict(tree_flatten(model.parameters()))
-    fits = set(changed) <= set(arrays) <= set(known)
-    if not fits or any(tuple(known[n].shape) != a.shape for n, a in arrays.items()):
-        raise CheckpointError(f"{folder} was saved by another training: its parameters do not fit")
+    check_parameters(folder, changed, {n: tuple(t.shape) for n, t in known.items()}, arrays)
     if optimizers.foreign(state, training.trained) or place.get("optimizer") != training.settings.optimizer.name:
         raise CheckpointError(f"{folder} was saved by another training: its optimizer does not fit")
     if len(place["random"].get("mlx", b"")) != 8:

@@ -12,12 +12,11 @@ from torch import Tensor, nn
 from engines.base import Merge
 from engines.errors import UnsupportedError
 from engines.initialisation import lora_factors
+from engines.pruning import check_reset
 from engines.torch.adapters import DoRALinear, LoRALinear, lora_layers
 from engines.torch.model import Gemma3, Linear
 from engines.torch.observing import unit
 from engines.torch.rank1 import Rank1Linear, rank1_layers
-
-RESETS = ("fresh", "direction", "keep")
 
 
 def keep_masters(model: Gemma3) -> None:
@@ -41,10 +40,7 @@ def merge(model: Gemma3, reset: str, seed: int, count: bool) -> Merge:
     layers: dict[str, LoRALinear | Rank1Linear] = {**lora_layers(model), **rank1_layers(model)}
     if not layers or any(layer.weight.dtype != torch.float32 for layer in layers.values()):
         raise UnsupportedError("there are no adapters over float32 weights to merge: start training with merging")
-    ranks = {layer.lora_A.shape[0] for layer in layers.values()}
-    if reset not in RESETS or (reset == "direction" and ranks != {1}):
-        told = f"reset {reset[:40]!r} is not there for rank {max(ranks)}"
-        raise UnsupportedError(f"{told}: choose {', '.join(RESETS)}")
+    check_reset(reset, max(layer.lora_A.shape[0] for layer in layers.values()))
     generator = np.random.default_rng(seed)
     squares, changed, total = 0.0, 0, 0
     for layer in layers.values():

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from engines.checkpoints import read_arrays, write_arrays, write_json
 from engines.errors import CheckpointError
-from engines.states import OPTIMIZER, PARAMETERS, PLACE, read_place
+from engines.states import OPTIMIZER, PARAMETERS, PLACE, check_parameters, read_place
 from engines.torch import optimizers
 from engines.torch.adapters import lora_layers
 from engines.torch.model import Gemma3
@@ -50,9 +50,7 @@ def load(model: Gemma3, training: Training, folder: Path) -> None:
     place, state = read_place(folder / PLACE), read_arrays(folder / OPTIMIZER)
     changed, arrays = changing(model, training), read_arrays(folder / PARAMETERS)
     known = changed | dict(model.named_parameters())
-    fits = set(changed) <= set(arrays) <= set(known)
-    if not fits or any(tuple(known[n].shape) != a.shape for n, a in arrays.items()):
-        raise CheckpointError(f"{folder} was saved by another training: its parameters do not fit")
+    check_parameters(folder, changed, {n: tuple(t.shape) for n, t in known.items()}, arrays)
     foreign = [place for place in state if place.rpartition(":")[0] not in training.trained]
     if foreign or place.get("optimizer") != training.settings.optimizer.name:
         raise CheckpointError(f"{folder} was saved by another training: its optimizer does not fit")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import psutil
 
+from engines.base import LINEARS
 from engines.gemma3 import Gemma3Config
 from gemma_tui.hub.demo import packaged
 from gemma_tui.hub.models import REAL, Summary
@@ -13,7 +14,6 @@ TIGHT, FULL = 0.70, 0.85
 
 CONTEXT = 2048
 RANK = 8
-LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 def estimates(config: Gemma3Config) -> dict[str, int]:

@@ -34,11 +34,7 @@ def record_training(engine: Engine, plan: TrainingPlan, control: Control, store:
     verb = ("train", "--engine", engine.name)
     words, name = command(verb, plan), plan.name or plan.method
     run = store.create(name, "training", engine.name, asdict(plan), words, plan.steps, plan.group)
-
-    def study(folder: Path) -> Iterator[Event]:
-        return train(engine, plan, folder, control)
-
-    return Recorded(run, recorded(store, run, study, control))
+    return _training(engine, plan, run, control, store)
 
 
 def resume_training(engine: Engine, run: Run, control: Control, store: RunStore) -> Recorded:
@@ -54,7 +50,10 @@ def resume_training(engine: Engine, run: Run, control: Control, store: RunStore)
     if run.engine != engine.name:
         raise UsageError(f"{run.run_id} was computed with {run.engine}: resume it with --engine {run.engine}")
     run = store.adopt(run.run_id)
+    return _training(engine, plan, run, control, store)
 
+
+def _training(engine: Engine, plan: TrainingPlan, run: Run, control: Control, store: RunStore) -> Recorded:
     def study(folder: Path) -> Iterator[Event]:
         return train(engine, plan, folder, control)
 
