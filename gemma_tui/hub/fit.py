@@ -26,8 +26,8 @@ def estimates(config: Gemma3Config) -> dict[str, int]:
     adapters = config.lora_count(RANK, LINEARS)
     return {
         f"inference at {CONTEXT:,} tokens": weights + config.cache_bytes(CONTEXT, item=4),
-        f"LoRA training, rank {RANK}, and activations": weights + 16 * adapters,
-        "full training, and activations": weights + 12 * parameters,
+        f"LoRA training, rank {RANK}, before activations": weights + 16 * adapters,
+        "full training, before activations": weights + 12 * parameters,
     }
 
 
