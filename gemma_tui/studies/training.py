@@ -55,7 +55,9 @@ def train(engine: Engine, plan: TrainingPlan, folder: Path, control: Control) ->
     checkpoints.hold_ballast(folder / "checkpoints")
     found = checkpoints.latest(folder / "checkpoints")
     at = Progress(**found.checkpoint.state) if found.checkpoint else Progress()
-    trainable = engine.start_training(_full_rank(chosen) if at.step < plan.full_rank_steps else chosen)
+    # A checkpoint of the warm start's last step is still one of full-rank training.
+    warming = 0 < plan.full_rank_steps >= at.step
+    trainable = engine.start_training(_full_rank(chosen) if warming else chosen)
     yield Event("start", values=_facts(engine, plan, model, splits, trainable))
     for text in (*found.problems, *warnings(splits, model.folder)):
         yield Event("warning", at.step, {"text": text})

@@ -144,6 +144,19 @@ def test_a_run_that_was_killed_goes_on_bit_for_bit(
     assert (files[0] / name).read_bytes() == (files[1] / name).read_bytes()
 
 
+def test_a_kill_at_the_end_of_the_warm_start_is_gone_on_from(engine: Engine, plan: Plan, store: RunStore) -> None:
+    chosen = plan(**METHODS["relora"], steps=6, save_every=1)
+    straight = losses(events_of(engine, chosen, store))
+    recorded = record_training(engine, chosen, Control(), store)
+    for event in recorded.events:
+        if event.kind == "step" and event.step == chosen.warm_start + 1:
+            break
+    recorded.events.close()
+    again = list(resume_training(engine, store.run(recorded.run.run_id), Control(), store).events)
+    assert [e.step for e in of_kind(again, "resumed")] == [chosen.warm_start]
+    assert losses(again) == {step: loss for step, loss in straight.items() if step > chosen.warm_start}
+
+
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(engine: Engine, plan: Plan, store: RunStore) -> None:
     run = record_training(engine, plan(steps=4, save_every=1), Control(), store)
     straight = losses(list(run.events))
