@@ -23,6 +23,8 @@ from gemma_tui.runs.processes import alive, own_start
 
 ACTIVE = ("running", "paused")
 METRIC_KINDS = ("step", "evaluation", "diagnosis")
+KIND_KEYS = {"valid_loss": "evaluation", "diagnosis_seconds": "diagnosis"}
+"""What tells the kinds of metrics apart: trackio's layout has no place for a kind."""
 REQUESTS = ("pause", "resume", "stop")
 RUN_NAME = re.compile(r"\w[\w.\-]{0,95}")
 
@@ -214,6 +216,16 @@ class RunStore(Database):
             ).fetchall()
         return [_metric(*row) for row in rows]
 
+    def last_steps(self, run_id: str) -> dict[str, int]:
+        """The newest step of each kind of metric that a run has."""
+        marks = " ".join(f"WHEN metrics LIKE '%\"{key}\"%' THEN '{kind}'" for key, kind in KIND_KEYS.items())
+        with self._guard():
+            rows = self._db.execute(
+                f"SELECT CASE {marks} ELSE 'step' END AS kind, MAX(step) FROM metrics WHERE run_id = ? GROUP BY kind",
+                (run_id,),
+            ).fetchall()
+        return dict(rows)
+
     def events(self, run_id: str, after: int = 0, limit: int = 10_000) -> list[Row]:
         """Events after a cursor."""
         with self._guard():
@@ -263,10 +275,7 @@ def _run(row: tuple[Any, ...]) -> Run:
 
 def _metric(cursor: int, step: int, timestamp: str, text: str) -> Row:
     values = json.loads(text)
-    kind = next(
-        (kind for key, kind in (("valid_loss", "evaluation"), ("diagnosis_seconds", "diagnosis")) if key in values),
-        "step",
-    )
+    kind = next((kind for key, kind in KIND_KEYS.items() if key in values), "step")
     return Row(cursor, kind, step, datetime.fromisoformat(timestamp).timestamp(), values)
 
 

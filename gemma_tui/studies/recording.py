@@ -10,7 +10,7 @@ from pathlib import Path
 from engines.base import Engine
 from gemma_tui.errors import UsageError
 from gemma_tui.runs import checkpoints
-from gemma_tui.runs.store import METRIC_KINDS, Run, RunStore
+from gemma_tui.runs.store import Run, RunStore
 from gemma_tui.studies.events import Control, Event
 from gemma_tui.studies.plan import command
 from gemma_tui.studies.training import train
@@ -67,13 +67,13 @@ def recorded(
 
     Once a second the run's requests are read, also while it is paused, so that another process can steer it.
     """
-    looked, last, known = time.monotonic(), Event("run"), run.step
+    looked, last, known = time.monotonic(), Event("run"), store.last_steps(run.run_id)
     yield Event("run", values={"run": run.run_id})
     try:
         for event in study(run.folder):
             last = event
             # A run that goes on takes again the steps after its checkpoint, with the same results.
-            again = event.kind in METRIC_KINDS and event.step <= known
+            again = event.step <= known.get(event.kind, -1)
             if event.kind != "waiting" and not again:
                 store.record(run.run_id, event.kind, event.step, event.values)
             if event.kind in STATES:

@@ -135,8 +135,10 @@ def test_a_run_that_was_killed_goes_on_bit_for_bit(
     resumed = losses(again)
     assert min(resumed) == 6
     assert resumed == {step: straight[step] for step in resumed}
-    rows = [row for row in store.metrics(recorded.run.run_id) if row.kind == "step"]
+    metrics = store.metrics(recorded.run.run_id)
+    rows = [row for row in metrics if row.kind == "step"]
     assert [row.step for row in rows] == list(range(1, 9))
+    assert [row.step for row in metrics if row.kind == "evaluation"] == [3, 6, 8]
     assert [e.values["tokens"] for e in of_kind(again, "step")][-1] == rows[-1].values["tokens"]
     assert store.run(recorded.run.run_id).state == "done"
     files = [paths.runs() / r.run.run_id for r in (whole, recorded)]
