@@ -7,6 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from oracles import LORA, random_factors
+
+from engines.adapters import write_adapter
+from engines.gemma3 import Gemma3Config
 
 
 @pytest.fixture(scope="session")
@@ -32,3 +36,23 @@ def reference_logits(reference_model: Callable[[Path], Any]) -> Callable[..., An
             return network(torch.from_numpy(tokens).long()).logits.numpy()
 
     return logits
+
+
+@pytest.fixture
+def config(two_to_one: Gemma3Config) -> Gemma3Config:
+    """Two queries to a key; a square q_proj."""
+    return two_to_one
+
+
+@pytest.fixture
+def folder(config: Gemma3Config, tiny_folder: Callable[..., Path]) -> Path:
+    """A model of that config."""
+    return tiny_folder(config)
+
+
+@pytest.fixture
+def adapter(config: Gemma3Config, folder: Path, tmp_path: Path) -> Path:
+    """An adapter whose B is not zero, so that it changes the logits."""
+    target = tmp_path / "adapter"
+    write_adapter(target, random_factors(config, LORA), LORA, config, str(folder))
+    return target

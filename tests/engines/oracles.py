@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
-from engines.base import IGNORED, Batch, Engine, GradientFacts, StepResult
+from engines.adapters import Factors, LowRank, read_adapter, target_modules
+from engines.base import IGNORED, Batch, Engine, GradientFacts, LoRASettings, StepResult
+from engines.errors import EngineError
+from engines.gemma3 import Gemma3Config
+
+LORA = LoRASettings(rank=3, alpha=5.0)
 
 
 def batch(length: int = 10, rows: int = 2, seed: int = 0, skip: int = 0) -> Batch:
@@ -52,3 +59,27 @@ def close(found: np.ndarray, expected: np.ndarray, tolerance: float, message: st
 def facts(result: StepResult) -> dict[str, GradientFacts]:
     assert result.gradients is not None
     return dict(result.gradients)
+
+
+def random_factors(config: Gemma3Config, lora: LoRASettings, seed: int = 0) -> Factors:
+    """Factors of which none is zero."""
+    generator = np.random.default_rng(seed)
+
+    def small(*shape: int) -> np.ndarray:
+        return generator.standard_normal(shape, np.float32) * np.float32(0.2)
+
+    return {
+        module: LowRank(small(lora.rank, inner), small(out, lora.rank), 1 + small(out) if lora.dora else None)
+        for module, (out, inner) in target_modules(config, lora.targets, lora.layers).items()
+    }
+
+
+def refusal(folder: Path, config: Gemma3Config) -> str:
+    """What is said of an adapter that is refused: one line, which names the folder."""
+    with pytest.raises(EngineError) as caught:
+        read_adapter(folder, config)
+    message = str(caught.value)
+    assert str(folder) in message
+    assert message.isprintable()
+    assert len(message) < 2 * len(str(folder)) + 300
+    return message

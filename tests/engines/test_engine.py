@@ -34,16 +34,6 @@ LORA = LoRASettings(rank=3, alpha=6.0)
 METHODS = {"full": None, "lora": LORA}
 
 
-@pytest.fixture
-def config(two_to_one: Gemma3Config) -> Gemma3Config:
-    return two_to_one
-
-
-@pytest.fixture
-def folder(config: Gemma3Config, tiny_folder: TinyFolder) -> Path:
-    return tiny_folder(config)
-
-
 def batch(length: int = 10, rows: int = 2, seed: int = 0, skip: int = 0) -> Batch:
     """Random text, of which every row's first ``skip`` targets and the last position are not supervised."""
     text = np.random.default_rng(seed).integers(0, 64, (rows, length + 1), dtype=np.int32)

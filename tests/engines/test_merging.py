@@ -23,16 +23,6 @@ LORA = LoRASettings(rank=3, alpha=6.0)
 MERGING = TrainingSettings(LORA, merging=True, seed=4)
 
 
-@pytest.fixture
-def config(two_to_one: Gemma3Config) -> Gemma3Config:
-    return two_to_one
-
-
-@pytest.fixture
-def folder(config: Gemma3Config, tiny_folder: TinyFolder) -> Path:
-    return tiny_folder(config)
-
-
 def start(
     engine: Engine, folder: Path, settings: TrainingSettings = MERGING, steps: int = 2, dtype: str = "float32"
 ) -> None:

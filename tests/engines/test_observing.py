@@ -15,8 +15,6 @@ from oracles import batch, facts, true_gradients
 from engines.base import Engine, LoRASettings, OptimizerSettings, Rank1Settings, TrainingSettings
 from engines.gemma3 import Gemma3Config
 
-TinyFolder = Callable[..., Path]
-
 SGD = OptimizerSettings("sgd", momentum=0.0)
 METHODS = {
     "full": TrainingSettings(optimizer=SGD),
@@ -24,16 +22,6 @@ METHODS = {
     "rank1": TrainingSettings(rank1=Rank1Settings()),
     "rest": TrainingSettings(rank1=Rank1Settings("sketch", targets=("q_proj",)), rest=True, optimizer=SGD),
 }
-
-
-@pytest.fixture
-def config(two_to_one: Gemma3Config) -> Gemma3Config:
-    return two_to_one
-
-
-@pytest.fixture
-def folder(config: Gemma3Config, tiny_folder: TinyFolder) -> Path:
-    return tiny_folder(config)
 
 
 @pytest.mark.parametrize("method", METHODS)

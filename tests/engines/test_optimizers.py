@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import inside
@@ -13,24 +12,11 @@ from oracles import batch
 from engines import UnsupportedError
 from engines.base import Engine, LoRASettings, OptimizerSettings, TrainingSettings
 from engines.checkpoints import read_arrays
-from engines.gemma3 import Gemma3Config
 from engines.pruning import pruned
 from engines.states import OPTIMIZER
 
-TinyFolder = Callable[..., Path]
-
 LORA = LoRASettings(rank=4, alpha=8.0)
 OPTIMIZERS = ["adamw", "sgd", "adafactor", "muon"]
-
-
-@pytest.fixture
-def config(two_to_one: Gemma3Config) -> Gemma3Config:
-    return two_to_one
-
-
-@pytest.fixture
-def folder(config: Gemma3Config, tiny_folder: TinyFolder) -> Path:
-    return tiny_folder(config)
 
 
 def start(engine: Engine, folder: Path, optimizer: OptimizerSettings, lora: LoRASettings | None = None) -> None:

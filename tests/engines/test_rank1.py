@@ -16,22 +16,11 @@ from engines.base import Engine, LoRASettings, Rank1Settings, TrainingSettings
 from engines.gemma3 import Gemma3Config
 from engines.initialisation import unit_vector
 
-TinyFolder = Callable[..., Path]
 Tokens = Callable[..., np.ndarray]
 
 RATE = 0.3
 POWER = Rank1Settings(targets=("q_proj", "down_proj"), iterations=200)
 SKETCH = replace(POWER, mode="sketch")
-
-
-@pytest.fixture
-def config(two_to_one: Gemma3Config) -> Gemma3Config:
-    return two_to_one
-
-
-@pytest.fixture
-def folder(config: Gemma3Config, tiny_folder: TinyFolder) -> Path:
-    return tiny_folder(config)
 
 
 @pytest.fixture

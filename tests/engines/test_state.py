@@ -37,11 +37,6 @@ METHODS = {
 
 
 @pytest.fixture
-def config(two_to_one: Gemma3Config) -> Gemma3Config:
-    return two_to_one
-
-
-@pytest.fixture
 def folder(config: Gemma3Config, tiny_folder: TinyFolder) -> Path:
     return tiny_folder(config, dtype="bfloat16")
 
