@@ -216,6 +216,14 @@ class RunStore(Database):
             ).fetchall()
         return [_metric(*row) for row in rows]
 
+    def peak_memory(self, run_id: str) -> int:
+        """The most bytes that any step of a run told of; 0 if none did."""
+        with self._guard():
+            peak = self._db.execute(
+                "SELECT MAX(json_extract(metrics, '$.memory')) FROM metrics WHERE run_id = ?", (run_id,)
+            ).fetchone()[0]
+        return int(peak) if isinstance(peak, int | float) else 0
+
     def last_steps(self, run_id: str) -> dict[str, int]:
         """The newest step of each kind of metric that a run has."""
         marks = " ".join(f"WHEN metrics LIKE '%\"{key}\"%' THEN '{kind}'" for key, kind in KIND_KEYS.items())

@@ -11,6 +11,7 @@ from engines.base import Engine
 from gemma_tui.errors import UsageError
 from gemma_tui.runs import checkpoints
 from gemma_tui.runs.store import Run, RunStore
+from gemma_tui.studies.estimate import remembered
 from gemma_tui.studies.events import Control, Event
 from gemma_tui.studies.plan import command
 from gemma_tui.studies.training import train
@@ -18,6 +19,13 @@ from gemma_tui.studies.training_plan import TrainingPlan, plan_of
 from gemma_tui.text import one_line
 
 REQUEST_SECONDS = 1.0
+LOOKED_BACK = 100
+MEMORY_KEYS = (
+    "model", "method", "mode", "batch_size", "accumulate", "sequence_length", "rank", "rest", "error_feedback",
+    "update_momentum", "optimizer", "dtype", "checkpoint_activations",
+)  # fmt: skip
+"""What the memory of a run goes by; runs that agree in it are alike."""
+
 STATES = {"pause": "paused", "resume": "running"}
 
 
@@ -54,10 +62,23 @@ def resume_training(engine: Engine, run: Run, control: Control, store: RunStore)
 
 
 def _training(engine: Engine, plan: TrainingPlan, run: Run, control: Control, store: RunStore) -> Recorded:
+    ratio = remembered(_experience(store, run, plan))
+
     def study(folder: Path) -> Iterator[Event]:
-        return train(engine, plan, folder, control)
+        return train(engine, plan, folder, control, ratio)
 
     return Recorded(run, recorded(store, run, study, control))
+
+
+def _experience(store: RunStore, run: Run, plan: TrainingPlan) -> Iterator[tuple[float, float]]:
+    """Estimated and measured bytes of earlier runs that asked for as much memory."""
+    for other in store.runs(LOOKED_BACK):
+        alike = all(other.plan.get(key) == getattr(plan, key) for key in MEMORY_KEYS)
+        if other.run_id == run.run_id or other.engine != run.engine or not alike:
+            continue
+        told = [e.values.get("estimate") for e in store.events(other.run_id, limit=5) if e.kind == "start"]
+        if told and isinstance(told[0], int | float):
+            yield told[0], store.peak_memory(other.run_id)
 
 
 def recorded(

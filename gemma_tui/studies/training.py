@@ -33,7 +33,9 @@ MAX_SKIPPED = 10
 SAVE_SHARE = 0.05
 
 
-def train(engine: Engine, plan: TrainingPlan, folder: Path, control: Control) -> Iterator[Event]:
+def train(
+    engine: Engine, plan: TrainingPlan, folder: Path, control: Control, memory_ratio: float = 1.0
+) -> Iterator[Event]:
     """Train and save, yielding every fact on the way; runs on the engine's thread.
 
     Where the folder holds checkpoints of this plan, training goes on from the newest that is whole.
@@ -41,6 +43,7 @@ def train(engine: Engine, plan: TrainingPlan, folder: Path, control: Control) ->
     Args:
         folder: where checkpoints and the adapter (``adapter/``) or the model (``model/``) are saved.
         control: ``stop`` ends after the step in hand and saves; ``pause`` waits between steps.
+        memory_ratio: what runs like this one took, over what was estimated.
 
     Raises:
         EngineError: the model, the data or the plan is not usable, the disk is full, or the loss is not finite for too
@@ -58,7 +61,7 @@ def train(engine: Engine, plan: TrainingPlan, folder: Path, control: Control) ->
     # A checkpoint of the warm start's last step is still one of full-rank training.
     warming = 0 < plan.full_rank_steps >= at.step
     trainable = engine.start_training(_full_rank(chosen) if warming else chosen)
-    yield Event("start", values=_facts(engine, plan, model, splits, trainable))
+    yield Event("start", values=_facts(engine, plan, model, splits, trainable, memory_ratio))
     for text in (*found.problems, *warnings(splits, model.folder)):
         yield Event("warning", at.step, {"text": text})
     if found.checkpoint is not None:
@@ -293,13 +296,15 @@ class _Saver:
         return target
 
 
-def _facts(engine: Engine, plan: TrainingPlan, model: Model, splits: Splits, trainable: int) -> dict[str, object]:
+def _facts(
+    engine: Engine, plan: TrainingPlan, model: Model, splits: Splits, trainable: int, memory_ratio: float
+) -> dict[str, object]:
     device = engine.device()
     info = engine.model()
     config = model.config()
     guess = estimate(
         config, settings(plan), plan.batch_size, plan.sequence_length, info.dtype if info else "float32", device,
-        plan.accumulate,
+        plan.accumulate, memory_ratio,
     )  # fmt: skip
     return {
         "model": model.name,
@@ -310,7 +315,7 @@ def _facts(engine: Engine, plan: TrainingPlan, model: Model, splits: Splits, tra
         "steps": plan.steps,
         "parameters": info.parameters if info else 0,
         "trainable": trainable,
-        "estimate": guess.total,
+        "estimate": sum(guess.parts.values()),
         "estimated": guess.text,
         "global_layers": [i for i in range(config.num_hidden_layers) if not config.is_local(i)],
         "train_windows": len(splits.train),

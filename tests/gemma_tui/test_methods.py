@@ -239,6 +239,15 @@ def test_ranks_have_their_closed_forms() -> None:
     assert singular_values(wide.T) == pytest.approx(singular_values(wide), rel=1e-5)
 
 
+def test_the_estimate_learns_from_runs_that_were_alike(engine: Engine, plan: Plan, store: RunStore) -> None:
+    def estimated(**values: Any) -> str:
+        return str(of_kind(events_of(engine, plan(steps=1, **values), store), "start")[0].values["estimated"])
+
+    assert "as earlier runs measured" not in estimated()
+    assert "as earlier runs measured" in estimated()
+    assert "as earlier runs measured" not in estimated(batch_size=1)
+
+
 def test_patience_ends_a_run_and_the_best_is_kept(engine: Engine, plan: Plan, store: RunStore) -> None:
     chosen = plan(steps=40, evaluate_every=1, patience=2, method="full", optimizer="sgd", learning_rate=30.0, clip=0.0)
     events = events_of(engine, chosen, store)
