@@ -199,15 +199,17 @@ class GemmaTui(App[None]):
         threading.Thread(target=imports, daemon=True).start()  # no worker: leaving would wait for one
 
     def _watch(self) -> None:
+        if not self.screen_stack:
+            return  # the app is closing
         for job in self.session.finished():
             self._ended(job)
         status = describe(self.session)
-        if not self.screen_stack:
-            return  # the app is closing
         for line in self.screen.query(StatusLine):
             line.text = status
 
     def _ended(self, job: Job) -> None:
+        if isinstance(self.screen, Workbench):
+            self.screen.job_ended()
         error = job.future.exception()
         if error is not None:
             text = str(error) if isinstance(error, EngineError) else _fault(error)

@@ -59,6 +59,15 @@ class ModelsScreen(Workbench):
         name = self._chosen()
         return f"gemma-tui models info {shlex.quote(name)}" if name else "gemma-tui models list"
 
+    def job_ended(self) -> None:
+        """A model was imported, or a run left one."""
+        self._look()
+
+    def on_screen_resume(self) -> None:
+        """What another screen has made is here as well."""
+        if self._found:  # the first look waits for the first frame
+            self._look()
+
     def action_look(self) -> None:
         """Look again."""
         self._look()

@@ -41,6 +41,9 @@ class Workbench(Screen[None]):
         """The widgets between."""
         return ()
 
+    def job_ended(self) -> None:
+        """Something ended on an engine, which may have changed what the screen shows."""
+
     def command(self) -> str:
         """The command that does what this screen is set to do."""
         return "gemma-tui"

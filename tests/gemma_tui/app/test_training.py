@@ -92,6 +92,15 @@ async def test_stopping_a_paused_run_ends_it(opened: Open, tiny: str, corpus: Pa
         await it.until(lambda: f"{run}  stopped" in headline(it), "the end")
 
 
+async def test_what_a_run_left_is_on_the_models_screen(opened: Open, tiny: str, corpus: Path) -> None:
+    async with opened() as it:
+        await it.table()
+        run = await it.started(tiny, corpus, steps=2)
+        await it.until(lambda: f"{run}  done" in headline(it), "the end")
+        await it.mode("1", "models")
+        await it.until(lambda: it.sees(run, "run"), "its model in the list")
+
+
 async def test_u_goes_on_with_a_run_that_was_stopped(opened: Open, tiny: str, corpus: Path) -> None:
     async with opened() as it:
         run = await it.started(tiny, corpus, steps=400)
