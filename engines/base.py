@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from engines.gemma3 import Gemma3Config
+from engines.inspection import Edit, Inspection
 
 IGNORED = -100
 """The label of a position that is not supervised."""
@@ -282,6 +283,13 @@ class Engine(Protocol):
 
     def log_probs(self, tokens: np.ndarray) -> np.ndarray:
         """``log p(tokens[:, t + 1] | tokens[:, :t + 1])`` in nats: float32 ``[batch, length - 1]``."""
+
+    def inspect(self, tokens: np.ndarray, edits: Sequence[Edit] = ()) -> Inspection:
+        """Look into how the model reads int32 ``[T]``; nothing is computed before it is asked for.
+
+        Raises:
+            UnsupportedError: the text is empty or too long, or an edit names what is not there.
+        """
 
     def generate(self, prompt: Sequence[int], sampling: Sampling) -> Iterator[int]:
         """Yield new tokens one by one; ends at ``max_tokens`` or after a stop id, which is yielded too."""

@@ -28,9 +28,11 @@ from engines.checkpoints import as_bfloat16, iterate_model, write_json, write_sa
 from engines.errors import UnsupportedError
 from engines.gemma3 import Gemma3Config, read_config
 from engines.initialisation import gemma3_weights
+from engines.inspection import Edit
 from engines.memory import TRAINED_BYTES, ensure_memory, trained_count
 from engines.origin import first_weights
 from engines.torch import adapters, decoding, device, merging, optimizers, rank1, state, training
+from engines.torch.inspection import TorchInspection
 from engines.torch.model import Gemma3
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2}
@@ -96,6 +98,9 @@ class TorchEngine:
                 for rows, target in zip(hidden.split(LOG_PROBS_ROWS), targets.split(LOG_PROBS_ROWS), strict=True)
             ]
             return torch.cat(parts).view(tokens.shape[0], -1).cpu().numpy()
+
+    def inspect(self, tokens: np.ndarray, edits: Sequence[Edit] = ()) -> TorchInspection:
+        return TorchInspection(self._loaded(), tokens, edits, self._device)
 
     def generate(self, prompt: Sequence[int], sampling: Sampling) -> Iterator[int]:
         return decoding.generate(self._loaded().eval(), prompt, sampling)
