@@ -192,8 +192,8 @@ def keep(heads: Heads, config: Gemma3Config, where: str) -> np.ndarray:
     if not where.strip():
         return np.ones(shape, bool)
     local = np.array([config.is_local(layer) for layer in range(shape[0])])[:, None].repeat(shape[1], 1)
-    layer, head = np.indices(shape)
-    names: dict[str, np.ndarray] = {**heads, "layer": layer, "head": head, "local": local, "global_": ~local}
+    places = np.indices(shape)
+    names: dict[str, np.ndarray] = {**heads, "layer": places[0], "head": places[1], "local": local, "global_": ~local}
     try:
         # `global` is a keyword of Python's, whose grammar this is.
         tree = ast.parse(_renamed(where), mode="eval").body
