@@ -117,7 +117,7 @@ class Rank1Settings:
             (PowerSGD, arXiv:1905.13727); ``sketch`` draws v at random (Flora, arXiv:2402.03293). u is G v.
         iterations: power iterations per update.
         error_feedback: what an update leaves of the gradient is added to the next (arXiv:1901.09847). Takes a buffer
-            of the size of the matrix, as momentum does.
+            of the size of the matrix, as momentum does; gradients are clipped before they enter it.
         momentum: share of the buffer that is kept from step to step; 0 for none.
         normalised: f = √(out / in) instead of f = ‖G v‖ (Dion, arXiv:2504.05295, algorithm 1).
         rate: eta as a multiple of the learning rate, which the optimizer of the rest has.
@@ -131,6 +131,11 @@ class Rank1Settings:
     momentum: float = 0.0
     normalised: bool = False
     rate: float = 1.0
+
+    @property
+    def buffered(self) -> bool:
+        """Whether every matrix has a buffer of its size."""
+        return self.error_feedback or self.momentum > 0
 
 
 @dataclass(frozen=True)
@@ -210,8 +215,8 @@ class StepResult:
     Attributes:
         loss: mean negative log-likelihood over the supervised tokens, nats.
         tokens: supervised tokens in the step.
-        grad_norm: global L2 norm of the gradient before clipping; of a rank-1 method that never forms its gradient,
-            the norm of what it found.
+        grad_norm: global L2 norm of the gradient before clipping; of rank-1 updates without a buffer, which use no
+            more of the gradient than they find, the norm of that.
         applied: False when the gradient was not finite and the step was left out.
         gradients: of a step that was observed, the gradient of each matrix of a layer.
         predicted: of a step that was observed, the decrease of the loss to first order, nats.
