@@ -25,21 +25,25 @@ def keep_masters(model: Gemma3) -> None:
         UnsupportedError: the adapters are DoRA's, whose magnitudes do not go into a weight.
     """
     for layer in lora_layers(model).values():
-        if isinstance(layer, DoRALinear):
-            raise UnsupportedError("dora cannot be merged at every few steps: take plain adapters")
+        _check_plain(layer)
         layer.weight = layer.weight.astype(mx.float32)
 
 
 def merge(model: Gemma3, reset: str, seed: int, count: bool) -> Merge:
     """Add every update to its weight; ``lora_B`` turns zero, and ``lora_A`` what ``reset`` says.
 
+    The direction of a rank-1 update stays, whatever ``reset`` says: the next search begins there.
+
     Raises:
-        UnsupportedError: there is nothing to merge, the weights are not float32, or there is no such reset.
+        UnsupportedError: there is nothing to merge, the weights are not float32, the adapters are DoRA's, or there is
+            no such reset.
     """
     layers: dict[str, LoRALinear | Rank1Linear] = {**lora_layers(model), **rank1_layers(model)}
     if not layers or any(layer.weight.dtype != mx.float32 for layer in layers.values()):
         raise UnsupportedError("there are no adapters over float32 weights to merge: start training with merging")
     check_reset(reset, max(layer.lora_A.shape[0] for layer in layers.values()))
+    for layer in layers.values():
+        _check_plain(layer)
     generator = np.random.default_rng(seed)
     squares, changed, total = 0.0, 0, 0
     for layer in layers.values():
@@ -59,6 +63,11 @@ def merge(model: Gemma3, reset: str, seed: int, count: bool) -> Merge:
         layer.lora_B = mx.zeros_like(b)
         mx.eval(layer.parameters())
     return Merge(max(0.0, squares) ** 0.5, changed / total if count else None)
+
+
+def _check_plain(layer: LoRALinear | Rank1Linear) -> None:
+    if isinstance(layer, DoRALinear):
+        raise UnsupportedError("dora cannot be merged at every few steps: take plain adapters")
 
 
 def _reset(layer: LoRALinear, reset: str, generator: np.random.Generator) -> None:
