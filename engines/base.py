@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from engines.errors import UnsupportedError
 from engines.gemma3 import Gemma3Config
 
 IGNORED = -100
@@ -108,6 +109,9 @@ class LoRASettings:
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 
+RANK1_MODES = ("power", "sketch")
+
+
 @dataclass(frozen=True)
 class Rank1Settings:
     """A fresh rank-1 update per matrix, ``W - eta * f * u vᵀ``, found from the true gradient G.
@@ -176,6 +180,19 @@ class TrainingSettings:
     optimizer: OptimizerSettings = OptimizerSettings()
     clip: float = 1.0
     checkpoint_activations: bool = False
+
+    def check(self) -> None:
+        """Whether they go together.
+
+        Raises:
+            UnsupportedError: they do not.
+        """
+        if self.lora is not None and self.rank1 is not None:
+            raise UnsupportedError("a matrix has adapters or rank-1 updates, not both: choose one")
+        if self.lora is not None and self.lora.dora and self.merging:
+            raise UnsupportedError("dora cannot be merged at every few steps: take plain adapters")
+        if self.rank1 is not None and self.rank1.mode not in RANK1_MODES:
+            raise UnsupportedError(f"mode {self.rank1.mode[:40]!r} is not there: choose {' or '.join(RANK1_MODES)}")
 
 
 @dataclass(frozen=True)
@@ -292,7 +309,11 @@ class Engine(Protocol):
         """Yield new tokens one by one; ends at ``max_tokens`` or after a stop id, which is yielded too."""
 
     def start_training(self, settings: TrainingSettings) -> int:
-        """Prepare the loaded model and an optimizer; returns the number of trainable parameters."""
+        """Prepare the loaded model and an optimizer; returns the number of trainable parameters.
+
+        Raises:
+            UnsupportedError: the settings do not go together; a training that was started before goes on.
+        """
 
     def train_step(self, batches: Sequence[Batch], learning_rate: float, observe: bool = False) -> StepResult:
         """One optimizer step over micro-batches, weighted by their supervised tokens.

@@ -19,13 +19,8 @@ from engines.pruning import check_reset
 
 
 def keep_masters(model: Gemma3) -> None:
-    """Keep the weights below all adapters in float32: bfloat16 would lose most of a small update (83 % at rms 1e-5).
-
-    Raises:
-        UnsupportedError: the adapters are DoRA's, whose magnitudes do not go into a weight.
-    """
+    """Keep the weights below all adapters in float32: bfloat16 would lose most of a small update (83 % at rms 1e-5)."""
     for layer in lora_layers(model).values():
-        _check_plain(layer)
         layer.weight = layer.weight.astype(mx.float32)
 
 
@@ -42,8 +37,8 @@ def merge(model: Gemma3, reset: str, seed: int, count: bool) -> Merge:
     if not layers or any(layer.weight.dtype != mx.float32 for layer in layers.values()):
         raise UnsupportedError("there are no adapters over float32 weights to merge: start training with merging")
     check_reset(reset, max(layer.lora_A.shape[0] for layer in layers.values()))
-    for layer in layers.values():
-        _check_plain(layer)
+    if any(isinstance(layer, DoRALinear) for layer in layers.values()):
+        raise UnsupportedError("dora cannot be merged, since its magnitudes go into no weight: take plain adapters")
     generator = np.random.default_rng(seed)
     squares, changed, total = 0.0, 0, 0
     for layer in layers.values():
@@ -63,11 +58,6 @@ def merge(model: Gemma3, reset: str, seed: int, count: bool) -> Merge:
         layer.lora_B = mx.zeros_like(b)
         mx.eval(layer.parameters())
     return Merge(max(0.0, squares) ** 0.5, changed / total if count else None)
-
-
-def _check_plain(layer: LoRALinear | Rank1Linear) -> None:
-    if isinstance(layer, DoRALinear):
-        raise UnsupportedError("dora cannot be merged at every few steps: take plain adapters")
 
 
 def _reset(layer: LoRALinear, reset: str, generator: np.random.Generator) -> None:

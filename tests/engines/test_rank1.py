@@ -13,6 +13,7 @@ import pytest
 from oracles import batch, changes, close, rows_of, train, true_gradients
 
 from engines.base import Engine, LoRASettings, Rank1Settings, TrainingSettings
+from engines.errors import UnsupportedError
 from engines.gemma3 import Gemma3Config
 from engines.initialisation import unit_vector
 
@@ -56,6 +57,28 @@ def best(matrix: np.ndarray) -> np.ndarray:
 
 def rank(matrix: np.ndarray) -> int:
     return int(np.linalg.matrix_rank(matrix.astype(np.float64), tol=1e-4 * np.linalg.norm(matrix)))
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        (TrainingSettings(rank1=Rank1Settings("alternate")), "alternate.*power or sketch"),
+        (TrainingSettings(LoRASettings(2, 2.0), Rank1Settings()), "not both"),
+        (TrainingSettings(LoRASettings(2, 2.0, dora=True), merging=True), "dora"),
+    ],
+    ids=["mode", "both", "dora"],
+)
+def test_settings_that_do_not_go_together_stop_no_training(
+    engine: Engine, folder: Path, settings: TrainingSettings, reason: str
+) -> None:
+    start(engine, folder, POWER)
+    before = inside.weights(engine)
+    with pytest.raises(UnsupportedError, match=reason):
+        engine.start_training(settings)
+    after = inside.weights(engine)
+    assert after.keys() == before.keys()
+    assert all(np.array_equal(after[name], value) for name, value in before.items())
+    assert engine.train_step([batch()], RATE).applied
 
 
 # ------------------------------------------------------------------------------------------------ one step
