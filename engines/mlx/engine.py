@@ -102,6 +102,7 @@ class MLXEngine:
 
     def start_training(self, settings: TrainingSettings) -> int:
         model = self._loaded()
+        settings.check()
         ensure_memory("training", TRAINED_BYTES * trained_count(model.config, settings), device.free(self._device))
         self._settings = settings
         self._training = training.start_training(model, settings)

@@ -53,13 +53,11 @@ def load(model: Gemma3, training: Training, folder: Path) -> None:
         raise CheckpointError(f"{folder} was saved by another training: its optimizer does not fit")
     if len(place["random"].get("mlx", b"")) != 8:
         raise CheckpointError(f"{folder} holds no random state of MLX: take an earlier checkpoint")
-    buffers = {name: mx.array(a) for name, a in arrays.items() if name.endswith(".buffer")}
-    model.update(tree_unflatten([(n, mx.array(a)) for n, a in arrays.items() if n not in buffers]))
+    model.update(tree_unflatten([(n, mx.array(a)) for n, a in arrays.items()]))
     optimizers.restore(training.optimizer, state)
     training.step = place["step"]
     for name, layer in rank1_layers(model).items():
         layer.pending = name in place["pending"]
-        layer.buffer = buffers.get(f"{name}.buffer", layer.buffer)
     high, low = np.frombuffer(place["random"]["mlx"], np.uint32)
     mx.random.seed(int(high) << 32 | int(low))
     mx.eval(model.parameters())
