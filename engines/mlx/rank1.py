@@ -65,8 +65,15 @@ class Rank1Linear(Linear):
         whole = gradient if self.buffer is None else self.buffer + gradient
         return self._search(lambda v: whole @ v, lambda u: whole.T @ u)
 
-    def update(self, v: mx.array, p: mx.array, learning_rate: float, gradient: mx.array | None) -> None:
-        """Move b against ``p``, along ``v``; the buffer keeps what its rule leaves of G."""
+    def update(self, v: mx.array, p: mx.array, learning_rate: float, decay: float, gradient: mx.array | None) -> None:
+        """Move b against ``p``, along ``v``; the buffer keeps what its rule leaves of G.
+
+        Args:
+            decay: the share of the weight, and of what is not merged yet, that is taken off before.
+        """
+        if decay:
+            self.weight = self.weight * (1 - decay)
+            self.lora_B = self.lora_B * (1 - decay)
         self.lora_A = v[None]
         self.lora_B = self.lora_B - learning_rate * unit(p)[:, None] * self.length(p)
         if self.buffer is not None and gradient is not None:

@@ -196,13 +196,13 @@ def train_step(
         optimizers.step(
             training.optimizer, model, {n: clipped[n] for n in own}, learning_rate, settings.optimizer.weight_decay
         )
-        stride = _stride(settings, learning_rate, scale)
+        stride, decay = _stride(settings, learning_rate, scale), learning_rate * settings.optimizer.weight_decay
         pairs = pairs or {name: layer.found(clipped, name) for name, layer in merged.items()}
         if observe:
             descent = sum(number(merged[name].descent(v, p)) for name, (v, p) in pairs.items())
             predicted = _predicted(model, own, before) + stride * descent / (scale if buffered else 1.0)
         for name, (v, p) in pairs.items():
-            merged[name].update(v, p, stride, clipped.get(f"{name}.weight"))
+            merged[name].update(v, p, stride, decay, clipped.get(f"{name}.weight"))
         mx.eval(model.parameters(), [layer.buffer for layer in merged.values() if layer.buffer is not None])
     return StepResult(loss, tokens, norm, applied, facts or None, predicted)
 

@@ -67,9 +67,16 @@ class Rank1Linear(Linear):
         whole = self.weight.grad if self.buffer is None else self.weight.grad.add_(self.buffer)
         return self._search(lambda v: whole @ v, lambda u: whole.T @ u)
 
-    def update(self, v: Tensor, p: Tensor, learning_rate: float) -> None:
-        """Move b against ``p``, along ``v``; the buffer keeps what its rule leaves of G."""
+    def update(self, v: Tensor, p: Tensor, learning_rate: float, decay: float) -> None:
+        """Move b against ``p``, along ``v``; the buffer keeps what its rule leaves of G.
+
+        Args:
+            decay: the share of the weight, and of what is not merged yet, that is taken off before.
+        """
         with torch.no_grad():
+            if decay:
+                self.weight.mul_(1 - decay)
+                self.lora_B.mul_(1 - decay)
             self.lora_A.copy_(v[None])
             self.lora_B.sub_(unit(p)[:, None] * self.length(p), alpha=learning_rate)
             if self.buffer is not None and self.weight.grad is not None:

@@ -173,13 +173,13 @@ def train_step(
         for gradient in gradients if scale < 1 else []:
             gradient.mul_(scale)
         optimizers.step(training.optimizers, training.trained, learning_rate, settings.optimizer.weight_decay)
-        stride = _stride(settings, learning_rate, scale)
+        stride, decay = _stride(settings, learning_rate, scale), learning_rate * settings.optimizer.weight_decay
         pairs = pairs or {name: layer.found() for name, layer in merged.items()}
         if observe:
             descent = sum(float(merged[name].descent(v, p)) for name, (v, p) in pairs.items())
             predicted = _predicted(training.trained, before, scale) + stride * descent / (scale if buffered else 1.0)
         for name, (v, p) in pairs.items():
-            merged[name].update(v, p, stride)
+            merged[name].update(v, p, stride, decay)
     model.zero_grad(set_to_none=True)
     return StepResult(loss, tokens, norm, applied, facts or None, predicted)
 

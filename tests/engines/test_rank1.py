@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from oracles import batch, changes, close, rows_of, train, true_gradients
 
-from engines.base import Engine, LoRASettings, Rank1Settings, TrainingSettings
+from engines.base import Engine, LoRASettings, OptimizerSettings, Rank1Settings, TrainingSettings
 from engines.errors import UnsupportedError
 from engines.gemma3 import Gemma3Config
 from engines.initialisation import unit_vector
@@ -170,6 +170,26 @@ def test_a_normalised_step_has_its_length_from_the_shape(
             out, inner = change.shape
             top = best(gradients[name])
             close(change, -RATE * np.sqrt(out / inner) * top / np.linalg.norm(top), 5e-3, name)
+
+
+def test_decay_takes_a_share_of_the_weights(engine: Engine, folder: Path) -> None:
+    """A step of W is -d W - step, with d = rate · weight_decay; at a rate of zero nothing decays."""
+    start(engine, folder, SKETCH)
+    train(engine, [batch()], 1, RATE)
+    first = moved(engine)
+    engine.load(folder, "float32")
+    engine.start_training(
+        TrainingSettings(rank1=SKETCH, seed=3, clip=0.0, optimizer=OptimizerSettings(weight_decay=0.1))
+    )
+    before = inside.weights(engine)
+    train(engine, [batch()], 1, RATE)
+    for name, change in moved(engine).items():
+        weight = before[f"{name}.weight"]
+        close(change, first[name] - RATE * 0.1 * weight, 1e-4, name)
+    pending = {name: inside.weights(engine)[f"{name}.lora_B"] for name in first}
+    engine.train_step([batch()], 0.0)
+    for name, b in pending.items():
+        assert np.array_equal(inside.weights(engine)[f"{name}.lora_B"], b)
 
 
 def test_clipping_bounds_the_step(engine: Engine, folder: Path) -> None:
