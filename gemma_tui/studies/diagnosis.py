@@ -13,7 +13,7 @@ from engines.adapters import target_modules
 from engines.base import LINEARS, Batch, Engine, GradientFacts, StepResult
 from engines.gemma3 import Gemma3Config
 
-SHARE = 0.05
+SHARE = 0.02
 """Of the time since the diagnosis before: what spectra may take. They go round the matrices, some at each diagnosis."""
 
 
@@ -21,7 +21,8 @@ def singular_values(matrix: np.ndarray) -> np.ndarray:
     """Descending, float64, of a float32 matrix; from its smaller Gram matrix, so that values under 1e-4 of the largest
     are not exact."""
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
-    gram = wide.astype(np.float64, copy=False) @ wide.T
+    exact = wide.astype(np.float64)
+    gram = exact @ exact.T  # numpy makes but half of a product with one's own transpose
     return np.sqrt(np.clip(np.linalg.eigvalsh(gram)[::-1], 0, None))
 
 
