@@ -407,7 +407,8 @@ class TrainingScreen(Workbench):
         if (view := self._view) is None:
             return
         new = view.read(store)
-        self.query_one("#headline", Static).update(headline(view), layout=False)
+        job = self._shown_job()
+        self.query_one("#headline", Static).update(headline(view, job.passing if job else ""), layout=False)
         if lines := [line for event in view.take() if (line := event_line(event))]:
             self.query_one(EventLog).add(lines)
         if new:

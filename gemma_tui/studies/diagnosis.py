@@ -77,17 +77,21 @@ class Diagnoses:
     _next: int = 0
     _ended: float = field(default_factory=time.monotonic)
 
-    def look(self, engine: Engine, whole: bool = False) -> dict[str, UpdateFacts]:
-        """Spectra of as many matrices as there is time for, at least one; of all if ``whole``. Those that were new."""
+    def look(self, engine: Engine) -> dict[str, UpdateFacts]:
+        """Spectra of as many matrices as there is time for, at least one; those that were new."""
         allowed = SHARE * (time.monotonic() - self._ended)
         began, fresh = time.monotonic(), dict[str, UpdateFacts]()
-        while len(fresh) < len(self.matrices) and (not fresh or whole or time.monotonic() - began < allowed):
-            name = self.matrices[self._next]
-            self._next = (self._next + 1) % len(self.matrices)
-            for found, delta, norm in engine.updates([name]):
-                fresh[found] = update_facts(delta, norm)
-        self.updates |= fresh
+        while len(fresh) < len(self.matrices) and (not fresh or time.monotonic() - began < allowed):
+            fresh |= self.one(engine)
         self._ended = time.monotonic()
+        return fresh
+
+    def one(self, engine: Engine) -> dict[str, UpdateFacts]:
+        """The spectrum of the matrix whose turn it is."""
+        name = self.matrices[self._next]
+        self._next = (self._next + 1) % len(self.matrices)
+        fresh = {found: update_facts(delta, norm) for found, delta, norm in engine.updates([name])}
+        self.updates |= fresh
         return fresh
 
 
