@@ -69,12 +69,13 @@ class Diagnoses:
     """The diagnoses of one run, which take turns with the matrices' spectra.
 
     Attributes:
+        turn: the place of the matrix that is next.
         updates: the newest facts of each matrix.
     """
 
     matrices: list[str]
+    turn: int = 0
     updates: dict[str, UpdateFacts] = field(default_factory=dict)
-    _next: int = 0
     _ended: float = field(default_factory=time.monotonic)
 
     def look(self, engine: Engine) -> dict[str, UpdateFacts]:
@@ -88,8 +89,8 @@ class Diagnoses:
 
     def one(self, engine: Engine) -> dict[str, UpdateFacts]:
         """The spectrum of the matrix whose turn it is."""
-        name = self.matrices[self._next]
-        self._next = (self._next + 1) % len(self.matrices)
+        name = self.matrices[self.turn]
+        self.turn = (self.turn + 1) % len(self.matrices)
         fresh = {found: update_facts(delta, norm) for found, delta, norm in engine.updates([name])}
         self.updates |= fresh
         return fresh

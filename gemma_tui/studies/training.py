@@ -70,7 +70,7 @@ def train(
         yield Event("resumed", at.step, {"path": str(found.checkpoint.path)})
 
     batches = training_batches(splits.train, plan.batch_size, plan.seed, at.step * plan.accumulate)
-    saver, diagnoses = _Saver(engine, plan, model, folder), Diagnoses(matrices_of(model.config()))
+    saver, diagnoses = _Saver(engine, plan, model, folder), Diagnoses(matrices_of(model.config()), at.turn)
     while at.step < plan.steps:
         yield from _wait_while_paused(control, at.step)
         if control.stop.is_set():
@@ -92,6 +92,7 @@ def train(
             yield merged
         if observe:
             yield from _diagnose(engine, diagnoses, micro, result, at.step)
+            at.turn = diagnoses.turn
         at.skipped = 0 if result.applied else at.skipped + 1
         if not result.applied:
             yield Event("warning", at.step, {"text": "the gradient was not finite: step left out"})
@@ -134,6 +135,7 @@ class Progress:
         best: the lowest validation loss, nats.
         stale: evaluations since then.
         halvings: how often the micro-batch was halved for want of memory.
+        turn: the matrix whose spectrum is next.
     """
 
     step: int = 0
@@ -143,6 +145,7 @@ class Progress:
     best: float | None = None
     stale: int = 0
     halvings: int = 0
+    turn: int = 0
 
     def better(self, loss: float) -> bool:
         """Take an evaluation in; whether it is the best so far."""

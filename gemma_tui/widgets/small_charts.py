@@ -13,8 +13,8 @@ from gemma_tui.widgets.chart import Chart
 
 SETS: tuple[Mapping[str, str], ...] = (
     {"learning_rate": "learning rate", "grad_norm": "gradient norm", "tokens_per_second": "tokens/s"},
-    {"rank1_energy": "rank-1 energy of ∇W", "effective_rank": "effective rank of ΔW", "drift": "drift of ∇W, |cos|"},
-    {"gradient_stable_rank": "stable rank of ∇W", "relative_update": "‖ΔW‖ / ‖W‖", "predicted": "loss decrease"},
+    {"rank1_energy": "rank-1 energy, ∇W", "effective_rank": "effective rank, ΔW", "drift": "drift of ∇W, |cos|"},
+    {"gradient_stable_rank": "stable rank, ∇W", "relative_update": "‖ΔW‖ / ‖W‖", "predicted": "loss decrease"},
 )
 """For each set its measures and the charts' titles; ∇W is the gradient of a matrix, ΔW what became of it so far, and
 all but the decrease are means over the matrices. Short, since three stand side by side."""

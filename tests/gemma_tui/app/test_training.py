@@ -134,11 +134,11 @@ async def test_t_turns_the_small_charts_to_the_diagnoses(opened: Open, tiny: str
         await it.until(lambda: f"{run}  done" in headline(it), "the end")
         await it.until(lambda: it.sees("learning rate", "gradient norm", "tokens/s"), "the pace")
         await it.press("t")
-        await it.until(lambda: it.sees("rank-1 energy of ∇W", "effective rank of ΔW", "drift of ∇W, |cos|"), "ranks")
+        await it.until(lambda: it.sees("rank-1 energy, ∇W", "effective rank, ΔW", "drift of ∇W, |cos|"), "ranks")
         assert not it.sees("tokens/s")
         assert [points(it, chart) for chart in ("rank1_energy", "effective_rank", "drift")] == [3, 4, 3]
         await it.press("t")
-        await it.until(lambda: it.sees("stable rank of ∇W", "‖ΔW‖ / ‖W‖", "loss decrease"), "sizes")
+        await it.until(lambda: it.sees("stable rank, ∇W", "‖ΔW‖ / ‖W‖", "loss decrease"), "sizes")
         assert [points(it, chart) for chart in ("gradient_stable_rank", "relative_update")] == [3, 4]
         decrease = it.app.screen.query_one("#predicted", Chart).series
         assert [(line.label, len(line.x)) for line in decrease] == [("predicted", 3), ("measured", 3)]
