@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from engines.errors import UnsupportedError
 from engines.gemma3 import Gemma3Config
 from engines.inspection import Edit, Inspection
 
@@ -109,6 +110,9 @@ class LoRASettings:
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 
+RANK1_MODES = ("power", "sketch")
+
+
 @dataclass(frozen=True)
 class Rank1Settings:
     """A fresh rank-1 update per matrix, ``W - eta * f * u vᵀ``, found from the true gradient G.
@@ -118,7 +122,7 @@ class Rank1Settings:
             (PowerSGD, arXiv:1905.13727); ``sketch`` draws v at random (Flora, arXiv:2402.03293). u is G v.
         iterations: power iterations per update.
         error_feedback: what an update leaves of the gradient is added to the next (arXiv:1901.09847). Takes a buffer
-            of the size of the matrix, as momentum does.
+            of the size of the matrix, as momentum does; gradients are clipped before they enter it.
         momentum: share of the buffer that is kept from step to step; 0 for none.
         normalised: f = √(out / in) instead of f = ‖G v‖ (Dion, arXiv:2504.05295, algorithm 1).
         rate: eta as a multiple of the learning rate, which the optimizer of the rest has.
@@ -132,6 +136,11 @@ class Rank1Settings:
     momentum: float = 0.0
     normalised: bool = False
     rate: float = 1.0
+
+    @property
+    def buffered(self) -> bool:
+        """Whether every matrix has a buffer of its size."""
+        return self.error_feedback or self.momentum > 0
 
 
 @dataclass(frozen=True)
@@ -173,6 +182,19 @@ class TrainingSettings:
     clip: float = 1.0
     checkpoint_activations: bool = False
 
+    def check(self) -> None:
+        """Whether they go together.
+
+        Raises:
+            UnsupportedError: they do not.
+        """
+        if self.lora is not None and self.rank1 is not None:
+            raise UnsupportedError("a matrix has adapters or rank-1 updates, not both: choose one")
+        if self.lora is not None and self.lora.dora and self.merging:
+            raise UnsupportedError("dora cannot be merged at every few steps: take plain adapters")
+        if self.rank1 is not None and self.rank1.mode not in RANK1_MODES:
+            raise UnsupportedError(f"mode {self.rank1.mode[:40]!r} is not there: choose {' or '.join(RANK1_MODES)}")
+
 
 @dataclass(frozen=True)
 class GradientFacts:
@@ -211,8 +233,8 @@ class StepResult:
     Attributes:
         loss: mean negative log-likelihood over the supervised tokens, nats.
         tokens: supervised tokens in the step.
-        grad_norm: global L2 norm of the gradient before clipping; of a rank-1 method that never forms its gradient,
-            the norm of what it found.
+        grad_norm: global L2 norm of the gradient before clipping; of rank-1 updates without a buffer, which use no
+            more of the gradient than they find, the norm of that.
         applied: False when the gradient was not finite and the step was left out.
         gradients: of a step that was observed, the gradient of each matrix of a layer.
         predicted: of a step that was observed, the decrease of the loss to first order, nats.
@@ -295,7 +317,11 @@ class Engine(Protocol):
         """Yield new tokens one by one; ends at ``max_tokens`` or after a stop id, which is yielded too."""
 
     def start_training(self, settings: TrainingSettings) -> int:
-        """Prepare the loaded model and an optimizer; returns the number of trainable parameters."""
+        """Prepare the loaded model and an optimizer; returns the number of trainable parameters.
+
+        Raises:
+            UnsupportedError: the settings do not go together; a training that was started before goes on.
+        """
 
     def train_step(self, batches: Sequence[Batch], learning_rate: float, observe: bool = False) -> StepResult:
         """One optimizer step over micro-batches, weighted by their supervised tokens.

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from engines.errors import EngineError
 
-if TYPE_CHECKING:  # numpy comes with them, and `--help` needs none
+if TYPE_CHECKING:
     from engines.base import TrainingSettings
     from engines.gemma3 import Gemma3Config
 
@@ -16,16 +16,22 @@ TRAINED_BYTES = 16
 SIGNS = ("out of memory", "can't allocate memory", "unable to allocate", "failed to allocate", "bad_alloc")
 
 
-def trained_count(config: Gemma3Config, settings: TrainingSettings) -> int:
-    """Parameters that have a gradient and an optimizer's state of their own."""
+def training_bytes(config: Gemma3Config, settings: TrainingSettings, item: int) -> int:
+    """What training holds beside a model whose weights take ``item`` bytes each, before activations."""
+    from engines.adapters import target_modules  # it brings numpy, which `--help` does without
+
     whole, lora, rank1 = config.parameter_count(), settings.lora, settings.rank1
-    if lora is None and rank1 is None:
-        return whole
     chosen = lora or rank1
-    assert chosen is not None
-    share = 1.0 if chosen.layers is None else len(chosen.layers) / config.num_hidden_layers
-    adapters = round(share * config.lora_count(lora.rank if lora else 1, chosen.targets))
-    return adapters + (whole if settings.rest else 0)
+    if chosen is None:
+        return TRAINED_BYTES * whole
+    matrices = target_modules(config, chosen.targets, chosen.layers)
+    size = sum(out * inner for out, inner in matrices.values())
+    adapters = sum(lora.rank * (out + inner) for out, inner in matrices.values()) if lora else 0
+    rest = whole - size if settings.rest else 0
+    # Weights that are merged into are float32; a buffer comes with a gradient that is formed.
+    masters = (4 - item) * size if rank1 or settings.merging else 0
+    buffers = 8 * size if rank1 and rank1.buffered else 0
+    return TRAINED_BYTES * (adapters + rest) + masters + buffers
 
 
 def ensure_memory(what: str, needed: int, free: int) -> None:

@@ -10,11 +10,14 @@ from typing import Any
 
 import numpy as np
 
+from engines.checkpoints import read_arrays
 from engines.errors import CheckpointError
 
 PARAMETERS = "parameters.safetensors"
 OPTIMIZER = "optimizer.safetensors"
 PLACE = "place.json"
+SEEN = "seen.safetensors"
+"""Not there before the first step that is observed."""
 
 
 def read_place(path: Path) -> dict[str, Any]:
@@ -44,3 +47,25 @@ def check_parameters(
     fits = set(changed) <= set(arrays) <= set(known)
     if not fits or any(known[name] != array.shape for name, array in arrays.items()):
         raise CheckpointError(f"{folder} was saved by another training: its parameters do not fit")
+
+
+def seen_arrays(pairs: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> dict[str, np.ndarray]:
+    """The leading singular vectors of each observed matrix, as arrays of a file."""
+    return {f"{name}:{side}": vector for name, pair in pairs.items() for side, vector in zip("uv", pair, strict=True)}
+
+
+def read_seen(folder: Path, known: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """What ``seen_arrays`` made, float32; nothing where no step was observed.
+
+    Args:
+        known: the shape of each parameter of the model, by name.
+
+    Raises:
+        CheckpointError: the file is broken, or of a model with other matrices.
+    """
+    arrays = read_arrays(folder / SEEN) if (folder / SEEN).exists() else {}
+    names = {name.rpartition(":")[0] for name in arrays}
+    shapes = {f"{n}:{side}": known.get(f"{n}.weight", (0, 0))[i : i + 1] for n in names for i, side in enumerate("uv")}
+    if {name: array.shape for name, array in arrays.items()} != shapes:
+        raise CheckpointError(f"{folder} was saved by another training: the directions it saw do not fit")
+    return {name: (arrays[f"{name}:u"], arrays[f"{name}:v"]) for name in names}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +22,8 @@ class Output:
 
     def __init__(self, as_json: bool) -> None:
         self.as_json = as_json
+        self._passing = 0
+        """Columns of the line that the next one takes the place of."""
 
     def row(self, kind: str, **values: Any) -> None:
         """One JSON object on a line of its own; nothing for a person."""
@@ -30,7 +33,22 @@ class Output:
     def say(self, text: str) -> None:
         """A line for a person; nothing in JSON."""
         if not self.as_json:
+            self._clear()
             print(clean(text), flush=True)
+
+    def passing(self, text: str) -> None:
+        """A line for a person that the next one takes the place of; only on a terminal."""
+        if self.as_json or not sys.stdout.isatty():
+            return
+        self._clear()
+        line = one_line(text, shutil.get_terminal_size().columns - 1)
+        self._passing = len(line)
+        print(line, end="\r", flush=True)
+
+    def _clear(self) -> None:
+        if self._passing:
+            print(" " * self._passing, end="\r")
+            self._passing = 0
 
     def stream(self, text: str) -> None:
         """A piece of text for a person, without a line end."""
@@ -88,6 +106,16 @@ def count_text(count: int) -> str:
         if count >= size:
             return f"{count / size:.3g}{unit}"
     return str(count)
+
+
+def duration(seconds: float) -> str:
+    """A time span in one or two units."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds} s"
+    if seconds < 3600:
+        return f"{seconds // 60}:{seconds % 60:02d} min"
+    return f"{seconds // 3600}:{seconds % 3600 // 60:02d} h"
 
 
 def age(created: float) -> str:

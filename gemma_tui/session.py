@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from engines import ENGINES, available_engines, default_engine
 from engines.errors import UnsupportedError
 from engines.thread import EngineThread
-from gemma_tui.studies.events import Control
+from gemma_tui.studies.events import Control, passing
 
 if TYPE_CHECKING:
     from engines.base import DeviceInfo, Engine, ModelInfo
@@ -35,6 +35,7 @@ class Job:
         label: a few words for the status line.
         share: how much of it is done, 0 to 1.
         detail: what is being done now.
+        passing: what is done between two steps, how far that is, and the time it still takes.
         run: the run it belongs to, once that is registered.
     """
 
@@ -44,6 +45,7 @@ class Job:
     control: Control = field(default_factory=Control)
     share: float = 0.0
     detail: str = ""
+    passing: str = ""
     run: str = ""
     started: float = field(default_factory=time.monotonic)
     future: Future[Any] = field(default_factory=Future)
@@ -189,7 +191,7 @@ class Session:
             run = recorded.run
             job.run = job.label = run.run_id
             for event in recorded.events:
-                job.share = event.step / run.steps
+                job.share, job.passing = event.step / run.steps, passing(event)
                 job.detail = f"step {event.step:,}/{run.steps:,}"
                 place.memory = engine.memory()
             store.close()

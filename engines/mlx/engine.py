@@ -28,7 +28,7 @@ from engines.checkpoints import as_bfloat16, iterate_model, write_json, write_sa
 from engines.errors import UnsupportedError
 from engines.gemma3 import Gemma3Config, read_config
 from engines.initialisation import gemma3_weights
-from engines.memory import TRAINED_BYTES, ensure_memory, trained_count
+from engines.memory import ensure_memory, training_bytes
 from engines.mlx import adapters, decoding, device, merging, optimizers, rank1, state, training
 from engines.mlx.model import Gemma3
 from engines.origin import first_weights
@@ -102,7 +102,9 @@ class MLXEngine:
 
     def start_training(self, settings: TrainingSettings) -> int:
         model = self._loaded()
-        ensure_memory("training", TRAINED_BYTES * trained_count(model.config, settings), device.free(self._device))
+        settings.check()
+        needed = training_bytes(model.config, settings, ITEM_BYTES[self._loaded_info().dtype])
+        ensure_memory("training", needed, device.free(self._device))
         self._settings = settings
         self._training = training.start_training(model, settings)
         self._touched |= set(self._training.trained)

@@ -19,27 +19,26 @@ from engines.pruning import check_reset
 
 
 def keep_masters(model: Gemma3) -> None:
-    """Keep the weights below all adapters in float32: bfloat16 would lose most of a small update (83 % at rms 1e-5).
-
-    Raises:
-        UnsupportedError: the adapters are DoRA's, whose magnitudes do not go into a weight.
-    """
+    """Keep the weights below all adapters in float32: bfloat16 would lose most of a small update (83 % at rms 1e-5)."""
     for layer in lora_layers(model).values():
-        if isinstance(layer, DoRALinear):
-            raise UnsupportedError("dora cannot be merged at every few steps: take plain adapters")
         layer.weight = layer.weight.astype(mx.float32)
 
 
 def merge(model: Gemma3, reset: str, seed: int, count: bool) -> Merge:
     """Add every update to its weight; ``lora_B`` turns zero, and ``lora_A`` what ``reset`` says.
 
+    The direction of a rank-1 update stays, whatever ``reset`` says: the next search begins there.
+
     Raises:
-        UnsupportedError: there is nothing to merge, the weights are not float32, or there is no such reset.
+        UnsupportedError: there is nothing to merge, the weights are not float32, the adapters are DoRA's, or there is
+            no such reset.
     """
     layers: dict[str, LoRALinear | Rank1Linear] = {**lora_layers(model), **rank1_layers(model)}
     if not layers or any(layer.weight.dtype != mx.float32 for layer in layers.values()):
         raise UnsupportedError("there are no adapters over float32 weights to merge: start training with merging")
     check_reset(reset, max(layer.lora_A.shape[0] for layer in layers.values()))
+    if any(isinstance(layer, DoRALinear) for layer in layers.values()):
+        raise UnsupportedError("dora cannot be merged, since its magnitudes go into no weight: take plain adapters")
     generator = np.random.default_rng(seed)
     squares, changed, total = 0.0, 0, 0
     for layer in layers.values():

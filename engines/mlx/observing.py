@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -81,8 +82,9 @@ def observed(model: Gemma3, seen: Seen, wanted: bool) -> Iterator[dict[str, Grad
         yield facts
         mx.eval(lazy)
         for name, (u, v, norm, sigma, *drift) in lazy.items():
-            seen[name] = (u, v)
             facts[name] = GradientFacts(number(norm), number(sigma), *map(number, drift))
+            if 0 < facts[name].sigma < math.inf:  # nothing could go on from directions that are none
+                seen[name] = (u, v)
     finally:
         for name, linear in linears.items():
             linear.__class__ = kinds[name]

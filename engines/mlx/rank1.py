@@ -38,8 +38,7 @@ class Rank1Linear(Linear):
         self.lora_B = mx.zeros((self.weight.shape[0], 1))
         self.settings = settings
         self.pending = False
-        kept = settings.error_feedback or settings.momentum
-        self.buffer = mx.zeros(self.weight.shape) if kept else None
+        self.buffer = mx.zeros(self.weight.shape) if settings.buffered else None
         self.scale = 1.0
         self.freeze(recurse=False)
 
@@ -66,8 +65,15 @@ class Rank1Linear(Linear):
         whole = gradient if self.buffer is None else self.buffer + gradient
         return self._search(lambda v: whole @ v, lambda u: whole.T @ u)
 
-    def update(self, v: mx.array, p: mx.array, learning_rate: float, gradient: mx.array | None) -> None:
-        """Move b against ``p``, along ``v``; the buffer keeps what its rule leaves of G."""
+    def update(self, v: mx.array, p: mx.array, learning_rate: float, decay: float, gradient: mx.array | None) -> None:
+        """Move b against ``p``, along ``v``; the buffer keeps what its rule leaves of G.
+
+        Args:
+            decay: the share of the weight, and of what is not merged yet, that is taken off before.
+        """
+        if decay:
+            self.weight = self.weight * (1 - decay)
+            self.lora_B = self.lora_B * (1 - decay)
         self.lora_A = v[None]
         self.lora_B = self.lora_B - learning_rate * unit(p)[:, None] * self.length(p)
         if self.buffer is not None and gradient is not None:
@@ -78,6 +84,14 @@ class Rank1Linear(Linear):
             else:
                 self.buffer = whole * self.settings.momentum
         self.pending = True
+
+    def descent(self, v: mx.array, p: mx.array) -> mx.array:
+        """``<G, f u vᵀ>``, before ``update``: what a step at a rate of one takes off the loss, to first order.
+
+        G is this step's gradient alone, although the step goes along what the buffer holds as well.
+        """
+        own = p if self.buffer is None else p - self.buffer @ v
+        return self.length(p) * (unit(p) * own).sum()
 
     def length(self, p: mx.array) -> mx.array:
         """How long the step is at a learning rate of one: ``‖G v‖``, or √(out / in) where it is normalised."""

@@ -18,7 +18,7 @@ from engines.mlx.device import random_state
 from engines.mlx.model import Gemma3
 from engines.mlx.rank1 import rank1_layers
 from engines.mlx.training import Training
-from engines.states import OPTIMIZER, PARAMETERS, PLACE, check_parameters, read_place
+from engines.states import OPTIMIZER, PARAMETERS, PLACE, SEEN, check_parameters, read_place, read_seen, seen_arrays
 
 
 def save(model: Gemma3, training: Training, touched: Collection[str], folder: Path) -> list[Path]:
@@ -36,7 +36,12 @@ def save(model: Gemma3, training: Training, touched: Collection[str], folder: Pa
         "random": random,
     }
     write_json(folder / PLACE, place)
-    return [folder / PARAMETERS, folder / OPTIMIZER, folder / PLACE]
+    written = [folder / PARAMETERS, folder / OPTIMIZER, folder / PLACE]
+    if training.seen:
+        pairs = {name: (np.array(u), np.array(v)) for name, (u, v) in training.seen.items()}
+        write_arrays(folder / SEEN, seen_arrays(pairs))
+        written.append(folder / SEEN)
+    return written
 
 
 def load(model: Gemma3, training: Training, folder: Path) -> None:
@@ -48,18 +53,19 @@ def load(model: Gemma3, training: Training, folder: Path) -> None:
     place, state = read_place(folder / PLACE), read_arrays(folder / OPTIMIZER)
     changed, arrays = changing(model, training), read_arrays(folder / PARAMETERS)
     known = changed | dict(tree_flatten(model.parameters()))
-    check_parameters(folder, changed, {n: tuple(t.shape) for n, t in known.items()}, arrays)
+    shapes = {n: tuple(t.shape) for n, t in known.items()}
+    check_parameters(folder, changed, shapes, arrays)
+    seen = read_seen(folder, shapes)
     if optimizers.foreign(state, training.trained) or place.get("optimizer") != training.settings.optimizer.name:
         raise CheckpointError(f"{folder} was saved by another training: its optimizer does not fit")
     if len(place["random"].get("mlx", b"")) != 8:
         raise CheckpointError(f"{folder} holds no random state of MLX: take an earlier checkpoint")
-    buffers = {name: mx.array(a) for name, a in arrays.items() if name.endswith(".buffer")}
-    model.update(tree_unflatten([(n, mx.array(a)) for n, a in arrays.items() if n not in buffers]))
+    model.update(tree_unflatten([(n, mx.array(a)) for n, a in arrays.items()]))
     optimizers.restore(training.optimizer, state)
     training.step = place["step"]
+    training.seen = {name: (mx.array(u), mx.array(v)) for name, (u, v) in seen.items()}
     for name, layer in rank1_layers(model).items():
         layer.pending = name in place["pending"]
-        layer.buffer = buffers.get(f"{name}.buffer", layer.buffer)
     high, low = np.frombuffer(place["random"]["mlx"], np.uint32)
     mx.random.seed(int(high) << 32 | int(low))
     mx.eval(model.parameters())

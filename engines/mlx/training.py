@@ -161,7 +161,7 @@ def train_step(
     model.train()
     training.step += 1
     if settings.rank1 is not None:
-        formed = settings.rank1.error_feedback or settings.rank1.momentum > 0 or len(batches) > 1
+        formed = settings.rank1.buffered or len(batches) > 1
         for layer in merged.values():
             layer.form_gradient(formed)
         if settings.rank1.mode == "sketch":
@@ -179,35 +179,43 @@ def train_step(
         facts = facts or found
         loss += number(share)
 
-    pairs = {name: layer.found(gradients, name) for name, layer in merged.items()}
-    formed_gradients = {name: gradients.get(f"{name}.weight") for name in merged}
-    gradients = {name: g for name, g in gradients.items() if name in training.trained}
-    squares = [g.square().sum() for g in gradients.values()] + [p.square().sum() for _, p in pairs.values()]
+    # Clipping comes before a buffer: after it, a buffer would either lose what was clipped or grow without bound.
+    buffered = {f"{name}.weight" for name, layer in merged.items() if layer.buffer is not None}
+    pairs = {} if buffered else {name: layer.found(gradients, name) for name, layer in merged.items()}
+    gradients = {name: g for name, g in gradients.items() if name in training.trained or name in buffered}
+    squares = [g.square().sum() for g in (*gradients.values(), *(p for _, p in pairs.values()))]
     norm = number(mx.sqrt(mx.stack(squares).sum()))
     applied = math.isfinite(norm) and math.isfinite(loss)
     predicted = None
     if applied:
         scale = min(1.0, settings.clip / (norm + 1e-6)) if settings.clip else 1.0
         parameters = dict(tree_flatten(model.trainable_parameters()))
-        before = {name: parameters[name] for name in gradients} if observe else {}
+        own = {name: g for name, g in gradients.items() if name in training.trained}
+        before = {name: parameters[name] for name in own} if observe else {}
         clipped = {name: g * scale for name, g in gradients.items()} if scale < 1 else gradients
-        optimizers.step(training.optimizer, model, clipped, learning_rate, settings.optimizer.weight_decay)
-        stride = _stride(settings, learning_rate, scale)
-        for name, (v, p) in pairs.items():
-            merged[name].update(v, p, stride, formed_gradients[name])
-        mx.eval(model.parameters(), [layer.buffer for layer in merged.values() if layer.buffer is not None])
+        optimizers.step(
+            training.optimizer, model, {n: clipped[n] for n in own}, learning_rate, settings.optimizer.weight_decay
+        )
+        stride, decay = _stride(settings, learning_rate, scale), learning_rate * settings.optimizer.weight_decay
+        pairs = pairs or {name: layer.found(clipped, name) for name, layer in merged.items()}
         if observe:
-            predicted = _predicted(model, gradients, before) + sum(
-                stride * number(mx.linalg.norm(p) * merged[name].length(p)) for name, (_, p) in pairs.items()
-            )
+            descent = sum(number(merged[name].descent(v, p)) for name, (v, p) in pairs.items())
+            predicted = _predicted(model, own, before) + stride * descent / (scale if buffered else 1.0)
+        for name, (v, p) in pairs.items():
+            merged[name].update(v, p, stride, decay, clipped.get(f"{name}.weight"))
+        mx.eval(model.parameters(), [layer.buffer for layer in merged.values() if layer.buffer is not None])
     return StepResult(loss, tokens, norm, applied, facts or None, predicted)
 
 
 def _stride(settings: TrainingSettings, learning_rate: float, scale: float) -> float:
-    """The learning rate of rank-1 updates; a step of fixed length has nothing that clipping could shorten."""
+    """The learning rate of rank-1 updates, shortened where clipping has not scaled the gradient itself.
+
+    A step of fixed length has nothing that could be shortened.
+    """
     if settings.rank1 is None:
         return 0.0
-    return learning_rate * settings.rank1.rate * (1.0 if settings.rank1.normalised else scale)
+    whole = settings.rank1.normalised or settings.rank1.buffered
+    return learning_rate * settings.rank1.rate * (1.0 if whole else scale)
 
 
 def _predicted(model: Gemma3, gradients: Mapping[str, mx.array], before: Mapping[str, mx.array]) -> float:

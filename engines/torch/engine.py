@@ -29,7 +29,7 @@ from engines.errors import UnsupportedError
 from engines.gemma3 import Gemma3Config, read_config
 from engines.initialisation import gemma3_weights
 from engines.inspection import Edit
-from engines.memory import TRAINED_BYTES, ensure_memory, trained_count
+from engines.memory import ensure_memory, training_bytes
 from engines.origin import first_weights
 from engines.torch import adapters, decoding, device, merging, optimizers, rank1, state, training
 from engines.torch.inspection import TorchInspection
@@ -107,7 +107,9 @@ class TorchEngine:
 
     def start_training(self, settings: TrainingSettings) -> int:
         model = self._loaded()
-        ensure_memory("training", TRAINED_BYTES * trained_count(model.config, settings), device.free(self._device))
+        settings.check()
+        needed = training_bytes(model.config, settings, ITEM_BYTES[self._loaded_info().dtype])
+        ensure_memory("training", needed, device.free(self._device))
         self._settings = settings
         self._training = training.start_training(model, settings)
         self._touched |= set(self._training.trained)

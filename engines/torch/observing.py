@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -69,7 +70,9 @@ def observed(model: Gemma3, seen: dict[str, tuple[Tensor, Tensor]], wanted: bool
     def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
         def see(x: Tensor, delta: Tensor) -> tuple[Tensor, ...]:
             gradient = delta.flatten(0, -2).float().T @ x.flatten(0, -2).float()
-            facts[name], seen[name] = _facts(gradient, seen.get(name))
+            facts[name], pair = _facts(gradient, seen.get(name))
+            if 0 < facts[name].sigma < math.inf:  # nothing could go on from directions that are none
+                seen[name] = pair
             return ()
 
         return lambda module, inputs, y: watched(see, inputs[0], y)

@@ -33,7 +33,9 @@ def make_optimizers(trained: Parameters, settings: OptimizerSettings) -> list[Op
         case "sgd":
             return [SGD(everything, lr=0.0, momentum=settings.momentum)]
         case "adafactor":
-            return [Adafactor(everything, lr=0.0)]
+            # torch squares the first only where it bounds v from below: 1e-30 there, as published. Its own 1e-7 bounds
+            # the mean of v as well, which of a large model's gradients is smaller.
+            return [Adafactor(everything, lr=0.0, eps=(1e-15, 1e-3))]
         case "muon":
             # Orthogonal rows mean nothing for a table of vectors or for gains (Jordan et al., 2024).
             turned = [p for name, p in trained.items() if is_turned(name, p)]

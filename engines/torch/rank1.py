@@ -40,8 +40,7 @@ class Rank1Linear(Linear):
         self.lora_B = nn.Parameter(v.new_zeros(self.weight.shape[0], 1))
         self.settings = settings
         self.pending = False
-        kept = settings.error_feedback or settings.momentum
-        self.buffer = torch.zeros_like(self.weight) if kept else None
+        self.buffer = torch.zeros_like(self.weight) if settings.buffered else None
         self.scale = 1.0
 
     def forward(self, x: Tensor) -> Tensor:
@@ -68,9 +67,16 @@ class Rank1Linear(Linear):
         whole = self.weight.grad if self.buffer is None else self.weight.grad.add_(self.buffer)
         return self._search(lambda v: whole @ v, lambda u: whole.T @ u)
 
-    def update(self, v: Tensor, p: Tensor, learning_rate: float) -> None:
-        """Move b against ``p``, along ``v``; the buffer keeps what its rule leaves of G."""
+    def update(self, v: Tensor, p: Tensor, learning_rate: float, decay: float) -> None:
+        """Move b against ``p``, along ``v``; the buffer keeps what its rule leaves of G.
+
+        Args:
+            decay: the share of the weight, and of what is not merged yet, that is taken off before.
+        """
         with torch.no_grad():
+            if decay:
+                self.weight.mul_(1 - decay)
+                self.lora_B.mul_(1 - decay)
             self.lora_A.copy_(v[None])
             self.lora_B.sub_(unit(p)[:, None] * self.length(p), alpha=learning_rate)
             if self.buffer is not None and self.weight.grad is not None:
@@ -81,6 +87,14 @@ class Rank1Linear(Linear):
                 else:
                     self.buffer.mul_(self.settings.momentum)
         self.pending = True
+
+    def descent(self, v: Tensor, p: Tensor) -> Tensor:
+        """``<G, f u vᵀ>``, before ``update``: what a step at a rate of one takes off the loss, to first order.
+
+        G is this step's gradient alone, although the step goes along what the buffer holds as well.
+        """
+        own = p if self.buffer is None else p - self.buffer @ v
+        return self.length(p) * (unit(p) * own).sum()
 
     def length(self, p: Tensor) -> Tensor:
         """How long the step is at a learning rate of one: ``‖G v‖``, or √(out / in) where it is normalised."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from engines.checkpoints import read_arrays, write_arrays, write_json
 from engines.errors import CheckpointError
-from engines.states import OPTIMIZER, PARAMETERS, PLACE, check_parameters, read_place
+from engines.states import OPTIMIZER, PARAMETERS, PLACE, SEEN, check_parameters, read_place, read_seen, seen_arrays
 from engines.torch import optimizers
 from engines.torch.adapters import lora_layers
 from engines.torch.model import Gemma3
@@ -38,7 +38,12 @@ def save(model: Gemma3, training: Training, touched: Collection[str], folder: Pa
         "random": {name: base64.b64encode(state.numpy().tobytes()).decode() for name, state in random.items()},
     }
     write_json(folder / PLACE, place)
-    return [folder / PARAMETERS, folder / OPTIMIZER, folder / PLACE]
+    written = [folder / PARAMETERS, folder / OPTIMIZER, folder / PLACE]
+    if training.seen:
+        pairs = {name: (u.cpu().numpy(), v.cpu().numpy()) for name, (u, v) in training.seen.items()}
+        write_arrays(folder / SEEN, seen_arrays(pairs))
+        written.append(folder / SEEN)
+    return written
 
 
 def load(model: Gemma3, training: Training, folder: Path) -> None:
@@ -50,7 +55,9 @@ def load(model: Gemma3, training: Training, folder: Path) -> None:
     place, state = read_place(folder / PLACE), read_arrays(folder / OPTIMIZER)
     changed, arrays = changing(model, training), read_arrays(folder / PARAMETERS)
     known = changed | dict(model.named_parameters())
-    check_parameters(folder, changed, {n: tuple(t.shape) for n, t in known.items()}, arrays)
+    shapes = {n: tuple(t.shape) for n, t in known.items()}
+    check_parameters(folder, changed, shapes, arrays)
+    seen = read_seen(folder, shapes)
     foreign = [place for place in state if place.rpartition(":")[0] not in training.trained]
     if foreign or place.get("optimizer") != training.settings.optimizer.name:
         raise CheckpointError(f"{folder} was saved by another training: its optimizer does not fit")
@@ -59,6 +66,8 @@ def load(model: Gemma3, training: Training, folder: Path) -> None:
         known[name].data = torch.from_numpy(array.copy()).to(known[name].device)
     optimizers.restore(training.optimizers, training.trained, state)
     training.step = place["step"]
+    device = model.model.embed_tokens.weight.device
+    training.seen = {n: (torch.tensor(u, device=device), torch.tensor(v, device=device)) for n, (u, v) in seen.items()}
     for name, layer in rank1_layers(model).items():
         layer.pending = name in place["pending"]
 

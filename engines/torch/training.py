@@ -145,7 +145,7 @@ def train_step(
     model.zero_grad(set_to_none=True)  # a step that ran out of memory may have left some
     training.step += 1
     if settings.rank1 is not None:
-        formed = settings.rank1.error_feedback or settings.rank1.momentum > 0 or len(batches) > 1
+        formed = settings.rank1.buffered or len(batches) > 1
         for layer in merged.values():
             layer.form_gradient(formed)
         if settings.rank1.mode == "sketch":
@@ -159,34 +159,40 @@ def train_step(
         facts = facts or found
         loss += share.item()
 
-    pairs = {name: layer.found() for name, layer in merged.items()}
-    squares = [p.grad.square().sum() for p in training.trained.values() if p.grad is not None]
-    norm = float(torch.stack([*squares, *(p.square().sum() for _, p in pairs.values())]).sum().sqrt())
+    # Clipping comes before a buffer: after it, a buffer would either lose what was clipped or grow without bound.
+    buffered = [layer.weight for layer in merged.values() if layer.buffer is not None]
+    gradients = [p.grad for p in (*training.trained.values(), *buffered) if p.grad is not None]
+    pairs = {} if buffered else {name: layer.found() for name, layer in merged.items()}
+    squares = [g.square().sum() for g in (*gradients, *(p for _, p in pairs.values()))]
+    norm = float(torch.stack(squares).sum().sqrt())
     applied = math.isfinite(norm) and math.isfinite(loss)
     predicted = None
     if applied:
         scale = min(1.0, settings.clip / (norm + 1e-6)) if settings.clip else 1.0
         before = {n: p.detach().clone() for n, p in training.trained.items()} if observe else {}
-        for parameter in training.trained.values():
-            if parameter.grad is not None and scale < 1:
-                parameter.grad.mul_(scale)
+        for gradient in gradients if scale < 1 else []:
+            gradient.mul_(scale)
         optimizers.step(training.optimizers, training.trained, learning_rate, settings.optimizer.weight_decay)
-        stride = _stride(settings, learning_rate, scale)
-        for name, (v, p) in pairs.items():
-            merged[name].update(v, p, stride)
+        stride, decay = _stride(settings, learning_rate, scale), learning_rate * settings.optimizer.weight_decay
+        pairs = pairs or {name: layer.found() for name, layer in merged.items()}
         if observe:
-            predicted = _predicted(training.trained, before, scale) + sum(
-                stride * float(p.norm() * merged[name].length(p)) for name, (_, p) in pairs.items()
-            )
+            descent = sum(float(merged[name].descent(v, p)) for name, (v, p) in pairs.items())
+            predicted = _predicted(training.trained, before, scale) + stride * descent / (scale if buffered else 1.0)
+        for name, (v, p) in pairs.items():
+            merged[name].update(v, p, stride, decay)
     model.zero_grad(set_to_none=True)
     return StepResult(loss, tokens, norm, applied, facts or None, predicted)
 
 
 def _stride(settings: TrainingSettings, learning_rate: float, scale: float) -> float:
-    """The learning rate of rank-1 updates; a step of fixed length has nothing that clipping could shorten."""
+    """The learning rate of rank-1 updates, shortened where clipping has not scaled the gradient itself.
+
+    A step of fixed length has nothing that could be shortened.
+    """
     if settings.rank1 is None:
         return 0.0
-    return learning_rate * settings.rank1.rate * (1.0 if settings.rank1.normalised else scale)
+    whole = settings.rank1.normalised or settings.rank1.buffered
+    return learning_rate * settings.rank1.rate * (1.0 if whole else scale)
 
 
 def _predicted(trained: Mapping[str, nn.Parameter], before: Mapping[str, Tensor], scale: float) -> float:

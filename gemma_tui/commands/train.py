@@ -14,7 +14,7 @@ from gemma_tui.commands.plans import plan_from
 from gemma_tui.output import Output, bytes_text
 from gemma_tui.runs.processes import start
 from gemma_tui.runs.store import RunStore
-from gemma_tui.studies.events import Control, Event
+from gemma_tui.studies.events import PASSING, Control, Event, passing
 from gemma_tui.studies.plan import read_toml
 from gemma_tui.studies.queueing import check, detached
 from gemma_tui.studies.recording import Recorded, record_training
@@ -49,9 +49,11 @@ def follow(recorded: Recorded, control: Control, plan: TrainingPlan, output: Out
             row = event.row()
             if event.kind == "end":
                 row["interrupted"] = control.stop.is_set()
-            if event.kind != "waiting":
+            if event.kind not in PASSING:
                 output.row(row.pop("kind"), **row)
                 _say(output, event, plan)
+            elif doing := passing(event):
+                output.passing(f"       {doing}")
     if not output.as_json and not quiet:
         from gemma_tui.commands.runs import show_chart
 

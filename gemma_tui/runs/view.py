@@ -16,6 +16,10 @@ ROWS_PER_READ = 2000
 """Few enough that reading never holds up a frame; a long run is caught up with over several reads."""
 
 MEASURES = ("loss", "learning_rate", "grad_norm", "tokens_per_second")
+DIAGNOSED = (
+    "rank1_energy", "gradient_stable_rank", "drift", "effective_rank", "relative_update", "predicted", "measured",
+)  # fmt: skip
+"""Of a diagnosis; the one at the end of a run has only some."""
 
 
 @dataclass
@@ -55,8 +59,9 @@ class RunView:
 
     def _add(self, step: int, values: Mapping[str, Any], kind: str) -> None:
         if kind == "diagnosis":
-            for measure, value in values.items():
-                self._point(measure, step, value)
+            for measure in DIAGNOSED:
+                if measure in values:
+                    self._point(measure, step, values[measure])
             return
         if kind == "evaluation":
             # Its seconds are those of the evaluation; the estimate of what is left goes by the steps'.

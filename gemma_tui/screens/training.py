@@ -33,6 +33,7 @@ from gemma_tui.widgets.chart import Chart
 from gemma_tui.widgets.event_log import EventLog, event_line, headline
 from gemma_tui.widgets.plan_form import PlanForm
 from gemma_tui.widgets.run_table import QUEUED, RunTable
+from gemma_tui.widgets.small_charts import SmallCharts
 
 if TYPE_CHECKING:
     from gemma_tui.session import Job
@@ -41,11 +42,8 @@ WATCH_SECONDS = 0.4
 LIST_SECONDS = 2.0
 LISTED = 200
 PLAN, WATCH, RUNS = "plan", "watch", "runs"
-SMALL = {
-    "learning_rate": "learning rate",
-    "grad_norm": "gradient norm",
-    "tokens_per_second": "tokens/s",
-}
+CHARTS = 4
+"""Seen at a time."""
 
 
 class TrainingScreen(Workbench):
@@ -67,6 +65,8 @@ class TrainingScreen(Workbench):
         Binding("w", "pane('watch')", "Watch", id="training.watch", show=False),
         Binding("l", "pane('runs')", "Runs", id="training.runs", show=False),
         Binding("y", "log_axis", "Log", id="training.log", show=False, tooltip="Logarithmic or linear loss"),
+        Binding("t", "turn_charts", "Turn", id="training.turn", show=False,
+                tooltip="What the small charts show: the run's pace, or its diagnoses"),
     ]  # fmt: skip
 
     def __init__(self) -> None:
@@ -88,11 +88,10 @@ class TrainingScreen(Workbench):
         self._adopted = form.values["model"] = self.bench.session.place.model or "nano"
         form.values["data"] = _sample_data()
         runs = RunTable(id=RUNS)
-        charts = [Chart(title, id=measure) for measure, title in SMALL.items()]
         watch = Vertical(
             Static("no run yet: press s to start one", id="headline", markup=False),
             Chart("loss, nats per token", id="loss"),
-            Horizontal(*charts, id="small"),
+            SmallCharts(id="small"),
             EventLog(id="log"),
             id=WATCH,
             classes="pane",
@@ -157,6 +156,7 @@ class TrainingScreen(Workbench):
         for chart in self.query(Chart):
             chart.show([])
             chart.redraw()
+        self.query_one(SmallCharts).begin()
 
     def action_start(self) -> None:
         """Train as the form says."""
@@ -334,6 +334,11 @@ class TrainingScreen(Workbench):
         """Switch the loss between a linear and a logarithmic axis."""
         self.query_one("#loss", Chart).toggle_log()
 
+    def action_turn_charts(self) -> None:
+        """Show other measures in the small charts."""
+        if not self.query_one(SmallCharts).turn():
+            self.bench.tell("there are no diagnoses here: start a run with diagnose_every", "warning")
+
     def on_plan_form_explained(self, event: PlanForm.Explained) -> None:
         """What the option under the cursor does."""
         self.query_one("#explained", Static).update(event.text, layout=False)
@@ -367,7 +372,7 @@ class TrainingScreen(Workbench):
         stale = [chart for chart in self.query(Chart) if chart.stale and chart.is_on_screen]
         if stale:
             # In turn, but after a long step the loss first.
-            recent = time.monotonic() - WATCH_SECONDS * (len(SMALL) + 1)
+            recent = time.monotonic() - WATCH_SECONDS * CHARTS
             min(stale, key=lambda chart: max(recent, chart.drawn)).redraw()
 
     def _processes(self, store: RunStore) -> None:
@@ -407,7 +412,8 @@ class TrainingScreen(Workbench):
         if (view := self._view) is None:
             return
         new = view.read(store)
-        self.query_one("#headline", Static).update(headline(view), layout=False)
+        job = self._shown_job()
+        self.query_one("#headline", Static).update(headline(view, job.passing if job else ""), layout=False)
         if lines := [line for event in view.take() if (line := event_line(event))]:
             self.query_one(EventLog).add(lines)
         if new:
@@ -421,9 +427,7 @@ class TrainingScreen(Workbench):
     def _draw(self, view: RunView) -> None:
         loss = [Series(label, *view.lines[m]) for m, label in _LOSSES.items() if m in view.lines]
         self.query_one("#loss", Chart).show(loss)
-        for measure, title in SMALL.items():
-            if measure in view.lines:
-                self.query_one(f"#{measure}", Chart).show([Series(title, *view.lines[measure])])
+        self.query_one(SmallCharts).show(view)
 
     def _list(self) -> None:
         store, queue = self._store, self._queue

@@ -247,13 +247,17 @@ def training_batches(sequences: Sequence[Window], size: int, seed: int, start: i
             position += 1
 
 
-def evaluation_batches(sequences: Sequence[Window], size: int, limit: int) -> Iterator[Batch]:
-    """At most ``limit`` micro-batches (0 for all), spread evenly over the sequences, always the same."""
+def evaluation_windows(sequences: Sequence[Window], size: int, limit: int) -> list[list[Window]]:
+    """The windows of at most ``limit`` micro-batches (0 for all), spread evenly over the sequences, always the same."""
     step = max(1, len(sequences) // (limit * size)) if limit else 1
     chosen = sorted(sequences[::step], key=len)
-    count = -(-len(chosen) // size)
-    for index in range(min(count, limit) if limit else count):
-        yield make_batch(chosen[index * size : (index + 1) * size])
+    found = [chosen[first : first + size] for first in range(0, len(chosen), size)]
+    return found[:limit] if limit else found
+
+
+def evaluation_batches(sequences: Sequence[Window], size: int, limit: int) -> Iterator[Batch]:
+    """The micro-batches of ``evaluation_windows``."""
+    return map(make_batch, evaluation_windows(sequences, size, limit))
 
 
 def _epoch_order(lengths: Sequence[int], size: int, per_epoch: int, seed: int, epoch: int) -> np.ndarray:

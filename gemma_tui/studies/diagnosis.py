@@ -13,7 +13,7 @@ from engines.adapters import target_modules
 from engines.base import LINEARS, Batch, Engine, GradientFacts, StepResult
 from engines.gemma3 import Gemma3Config
 
-SHARE = 0.05
+SHARE = 0.02
 """Of the time since the diagnosis before: what spectra may take. They go round the matrices, some at each diagnosis."""
 
 
@@ -21,7 +21,8 @@ def singular_values(matrix: np.ndarray) -> np.ndarray:
     """Descending, float64, of a float32 matrix; from its smaller Gram matrix, so that values under 1e-4 of the largest
     are not exact."""
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
-    gram = wide.astype(np.float64, copy=False) @ wide.T
+    exact = wide.astype(np.float64)
+    gram = exact @ exact.T  # numpy makes but half of a product with one's own transpose
     return np.sqrt(np.clip(np.linalg.eigvalsh(gram)[::-1], 0, None))
 
 
@@ -68,25 +69,30 @@ class Diagnoses:
     """The diagnoses of one run, which take turns with the matrices' spectra.
 
     Attributes:
+        turn: the place of the matrix that is next.
         updates: the newest facts of each matrix.
     """
 
     matrices: list[str]
+    turn: int = 0
     updates: dict[str, UpdateFacts] = field(default_factory=dict)
-    _next: int = 0
     _ended: float = field(default_factory=time.monotonic)
 
-    def look(self, engine: Engine, whole: bool = False) -> dict[str, UpdateFacts]:
-        """Spectra of as many matrices as there is time for, at least one; of all if ``whole``. Those that were new."""
+    def look(self, engine: Engine) -> dict[str, UpdateFacts]:
+        """Spectra of as many matrices as there is time for, at least one; those that were new."""
         allowed = SHARE * (time.monotonic() - self._ended)
         began, fresh = time.monotonic(), dict[str, UpdateFacts]()
-        while len(fresh) < len(self.matrices) and (not fresh or whole or time.monotonic() - began < allowed):
-            name = self.matrices[self._next]
-            self._next = (self._next + 1) % len(self.matrices)
-            for found, delta, norm in engine.updates([name]):
-                fresh[found] = update_facts(delta, norm)
-        self.updates |= fresh
+        while len(fresh) < len(self.matrices) and (not fresh or time.monotonic() - began < allowed):
+            fresh |= self.one(engine)
         self._ended = time.monotonic()
+        return fresh
+
+    def one(self, engine: Engine) -> dict[str, UpdateFacts]:
+        """The spectrum of the matrix whose turn it is."""
+        name = self.matrices[self.turn]
+        self.turn = (self.turn + 1) % len(self.matrices)
+        fresh = {found: update_facts(delta, norm) for found, delta, norm in engine.updates([name])}
+        self.updates |= fresh
         return fresh
 
 

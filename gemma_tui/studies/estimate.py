@@ -114,7 +114,7 @@ def estimate(
     item, parts = ITEM_BYTES[dtype], _parts(config, settings)
     tokens = batch_size * sequence_length
     rank1 = settings.rank1 if settings.lora is None else None
-    formed = rank1 is not None and (rank1.error_feedback or rank1.momentum > 0 or accumulate > 1)
+    formed = rank1 is not None and (rank1.buffered or accumulate > 1)
     layers = 1 if settings.checkpoint_activations else config.num_hidden_layers
     scores = 2 * item * config.num_attention_heads * sequence_length if _stores_attention(device) else 0
     layer = _layer_bytes(config, settings, parts, item) + scores
@@ -208,7 +208,7 @@ def _parts(config: Gemma3Config, settings: TrainingSettings) -> _Parts:
 
 def _optimizer_bytes(config: Gemma3Config, settings: TrainingSettings) -> int:
     parts, rank1 = _parts(config, settings), settings.rank1
-    buffers = settings.lora is None and rank1 is not None and (rank1.error_feedback or rank1.momentum > 0)
+    buffers = settings.lora is None and rank1 is not None and rank1.buffered
     states = sum(_state_count(name, shape, settings.optimizer) for name, shape in parts.trained.items())
     return 4 * (states + (_count(parts.merged) if buffers else 0))
 

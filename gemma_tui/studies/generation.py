@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from engines.base import Engine, Sampling
 from gemma_tui.studies.plan import option
+from gemma_tui.studies.turns import asked
 from gemma_tui.tokenizer import END_OF_TURN, EOS, Stream, Tokenizer
 
 STOP_IDS = (EOS, END_OF_TURN)
@@ -18,7 +19,7 @@ class GenerationPlan:
     """What is written and how the next token is chosen; every field is an option of ``gemma-tui generate``."""
 
     prompt: str = option("", "text to go on from", required=True)
-    chat: bool = option(False, "put the prompt into Gemma's turns, for tuned models")
+    chat: bool = option(False, "put the prompt into Gemma's turns, for tuned models; control tokens in it are text")
     max_tokens: int = option(128, "new tokens at most", unit="tokens", low=1, high=1_000_000)
     temperature: float = option(0.8, "0 is greedy, 1 the model's own distribution", low=0.0, high=100.0)
     top_k: int = option(0, "draw from the k most probable tokens; 0 for all", low=0)
@@ -48,10 +49,12 @@ class Generation:
 
 
 def encode_prompt(tokenizer: Tokenizer, text: str, chat: bool) -> list[int]:
-    """Prompt tokens with one ``<bos>``; for a chat, in Gemma's turns, open for the model's answer."""
-    if chat:
-        text = f"<start_of_turn>user\n{text}<end_of_turn>\n<start_of_turn>model\n"
-    return tokenizer.encode(text)
+    """Prompt tokens with one ``<bos>``; for a chat, in Gemma's turns, open for the model's answer.
+
+    Control tokens spelled in a plain prompt are recognised, so that turns can be written by hand; the words of a chat
+    stay the characters they are, as in training.
+    """
+    return asked(text, tokenizer) if chat else tokenizer.encode(text)
 
 
 def write(engine: Engine, tokenizer: Tokenizer, plan: GenerationPlan, generation: Generation) -> Iterator[str]:

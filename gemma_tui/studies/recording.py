@@ -12,7 +12,7 @@ from gemma_tui.errors import UsageError
 from gemma_tui.runs import checkpoints
 from gemma_tui.runs.store import Run, RunStore
 from gemma_tui.studies.estimate import remembered
-from gemma_tui.studies.events import Control, Event
+from gemma_tui.studies.events import PASSING, Control, Event
 from gemma_tui.studies.plan import command
 from gemma_tui.studies.training import train
 from gemma_tui.studies.training_plan import TrainingPlan, plan_of
@@ -95,7 +95,7 @@ def recorded(
             last = event
             # A run that goes on takes again the steps after its checkpoint, with the same results.
             again = event.step <= known.get(event.kind, -1)
-            if event.kind != "waiting" and not again:
+            if event.kind not in PASSING and not again:
                 store.record(run.run_id, event.kind, event.step, event.values)
             if event.kind in STATES:
                 store.set_state(run.run_id, STATES[event.kind])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -15,16 +15,17 @@ from gemma_tui.hub.models import Model, copy_tokenizer, resolve
 from gemma_tui.runs import checkpoints
 from gemma_tui.studies.data import (
     Splits,
-    evaluation_batches,
+    evaluation_windows,
+    make_batch,
     pack,
     read_splits,
     supervised_tokens,
     training_batches,
     warnings,
 )
-from gemma_tui.studies.diagnosis import Diagnoses, gradient_row, matrices_of, measured_decrease, update_row
+from gemma_tui.studies.diagnosis import Diagnoses, UpdateFacts, gradient_row, matrices_of, measured_decrease, update_row
 from gemma_tui.studies.estimate import checkpoint_bytes, estimate
-from gemma_tui.studies.events import Control, Event
+from gemma_tui.studies.events import Control, Event, Pace, wait_while_paused
 from gemma_tui.studies.methods import after_step
 from gemma_tui.studies.training_plan import WHOLE, TrainingPlan, settings
 from gemma_tui.tokenizer import read_tokenizer
@@ -52,7 +53,7 @@ def train(
     chosen = settings(plan)
     model = resolve(plan.model)
     yield Event("load", values={"model": model.name})
-    _open_model(engine, model, plan)
+    open_model(engine, model, plan)
     splits = _read_data(plan, model)
     checkpoints.sweep(folder / "checkpoints")
     checkpoints.hold_ballast(folder / "checkpoints")
@@ -69,9 +70,9 @@ def train(
         yield Event("resumed", at.step, {"path": str(found.checkpoint.path)})
 
     batches = training_batches(splits.train, plan.batch_size, plan.seed, at.step * plan.accumulate)
-    saver, diagnoses = _Saver(engine, plan, model, folder), Diagnoses(matrices_of(model.config()))
+    saver, diagnoses = _Saver(engine, plan, model, folder), Diagnoses(matrices_of(model.config()), at.turn)
     while at.step < plan.steps:
-        yield from _wait_while_paused(control, at.step)
+        yield from wait_while_paused(control, at.step)
         if control.stop.is_set():
             break
         if at.step and at.step == plan.full_rank_steps:
@@ -91,6 +92,7 @@ def train(
             yield merged
         if observe:
             yield from _diagnose(engine, diagnoses, micro, result, at.step)
+            at.turn = diagnoses.turn
         at.skipped = 0 if result.applied else at.skipped + 1
         if not result.applied:
             yield Event("warning", at.step, {"text": "the gradient was not finite: step left out"})
@@ -102,7 +104,9 @@ def train(
             )
         last = at.step == plan.steps
         if plan.evaluate_every and (at.step % plan.evaluate_every == 0 or last) and splits.valid:
-            values = _evaluate(engine, plan, splits, control)
+            values = yield from _evaluate(engine, plan, splits, control, at.step)
+            if values is None:
+                break
             yield Event("evaluation", at.step, values)
             if at.better(values["valid_loss"]) and (plan.keep_best or plan.patience):
                 yield Event("best", at.step, {"path": str(saver.result("best"))})
@@ -113,8 +117,8 @@ def train(
             yield _saved(engine, saver, at)
         elif not plan.save_every and saver.cheap():
             saver.save(at)
-    if plan.diagnose_every and at.step:
-        yield from _last_look(engine, diagnoses, at.step)
+    if plan.diagnose_every and at.step and not control.stop.is_set():
+        yield from _last_look(engine, diagnoses, control, at.step)
     yield _saved(engine, saver, at)
     engine.stop_training()
 
@@ -131,6 +135,7 @@ class Progress:
         best: the lowest validation loss, nats.
         stale: evaluations since then.
         halvings: how often the micro-batch was halved for want of memory.
+        turn: the matrix whose spectrum is next.
     """
 
     step: int = 0
@@ -140,6 +145,7 @@ class Progress:
     best: float | None = None
     stale: int = 0
     halvings: int = 0
+    turn: int = 0
 
     def better(self, loss: float) -> bool:
         """Take an evaluation in; whether it is the best so far."""
@@ -193,11 +199,16 @@ def _diagnose(
     yield Event("matrices", step, {"gradients": gradients, "updates": {n: asdict(f) for n, f in fresh.items()}})
 
 
-def _last_look(engine: Engine, diagnoses: Diagnoses, step: int) -> Iterator[Event]:
-    """The spectra of all matrices at the end."""
-    began = time.perf_counter()
-    fresh = diagnoses.look(engine, whole=True)
-    row = {**update_row(fresh), "diagnosis_seconds": time.perf_counter() - began}
+def _last_look(engine: Engine, diagnoses: Diagnoses, control: Control, step: int) -> Iterator[Event]:
+    """The spectra of all matrices at the end, or of those that there was time for before a stop."""
+    began, fresh, count = time.perf_counter(), dict[str, UpdateFacts](), len(diagnoses.matrices)
+    pace = Pace("diagnosing", step, count, count)
+    yield pace.begin()
+    while len(fresh) < count and not (fresh and control.stop.is_set()):
+        fresh |= diagnoses.one(engine)
+        yield from pace.advance()
+    # Means over all, some of them older where it was stopped.
+    row = {**update_row(diagnoses.updates), "diagnosis_seconds": time.perf_counter() - began}
     yield Event("diagnosis", step, row)
     yield Event("matrices", step, {"gradients": {}, "updates": {n: asdict(f) for n, f in fresh.items()}})
 
@@ -212,24 +223,38 @@ def _full_rank(chosen: TrainingSettings) -> TrainingSettings:
     return replace(chosen, lora=None, rank1=None, rest=False, merging=False)
 
 
-def evaluate(engine: Engine, splits: Splits, batch_size: int, limit: int, control: Control) -> float:
-    """Mean loss on the validation windows, nats per token; ends early when asked to stop."""
-    total, tokens = 0.0, 0
-    for batch in evaluation_batches(splits.valid, batch_size, limit):
-        total, tokens = total + engine.loss(batch), tokens + batch.supervised
+def evaluate(
+    engine: Engine, splits: Splits, batch_size: int, limit: int, control: Control, step: int = 0
+) -> Generator[Event, None, float | None]:
+    """Tell how far it is; returns the mean loss on the validation windows, nats per token.
+
+    The windows come by length, so that the mean over some of them means nothing: there is none after a stop.
+    """
+    chosen = evaluation_windows(splits.valid, batch_size, limit)
+    weights = [sum(len(window) for window in windows) for windows in chosen]
+    pace, total, tokens = Pace("evaluating", step, len(chosen), sum(weights)), 0.0, 0
+    yield pace.begin()
+    for windows, weight in zip(chosen, weights, strict=True):
         if control.stop.is_set():
-            break
+            return None
+        batch = make_batch(windows)
+        total, tokens = total + engine.loss(batch), tokens + batch.supervised
+        yield from pace.advance(weight)
     return total / tokens
 
 
-def _evaluate(engine: Engine, plan: TrainingPlan, splits: Splits, control: Control) -> dict[str, float]:
+def _evaluate(
+    engine: Engine, plan: TrainingPlan, splits: Splits, control: Control, step: int
+) -> Generator[Event, None, dict[str, float] | None]:
     began = time.perf_counter()
-    loss = evaluate(engine, splits, plan.batch_size, plan.evaluate_batches, control)
+    loss = yield from evaluate(engine, splits, plan.batch_size, plan.evaluate_batches, control, step)
+    if loss is None:
+        return None
     return {"valid_loss": loss, "perplexity": math.exp(min(loss, 700)), "seconds": time.perf_counter() - began}
 
 
-def _open_model(engine: Engine, model: Model, plan: TrainingPlan) -> None:
-    """A run starts from the files, never from what an earlier run left on the loaded model."""
+def open_model(engine: Engine, model: Model, plan: TrainingPlan) -> None:
+    """Load what a plan trains: a run starts from the files, never from what an earlier run left on the loaded model."""
     dtype = plan.dtype
     if model.adapter is not None and plan.method in ("lora", "dora"):
         raise UsageError(f"{model.name} is an adapter, and one is kept: start from its base, or take --method full")
@@ -247,15 +272,6 @@ def _read_data(plan: TrainingPlan, model: Model) -> Splits:
         return splits
     train, valid = (pack(windows, plan.sequence_length, plan.seed) for windows in (splits.train, splits.valid))
     return replace(splits, train=train, valid=valid)
-
-
-def _wait_while_paused(control: Control, step: int) -> Iterator[Event]:
-    if not control.pause.is_set():
-        return
-    yield Event("pause", step)
-    while control.pause.is_set() and not control.stop.wait(0.1):
-        yield Event("waiting", step)
-    yield Event("resume", step)
 
 
 @dataclass

@@ -60,6 +60,12 @@ def render(row: Row, tokenizer: Tokenizer, prompts: str = "turns") -> Window:
     )
 
 
+def asked(text: str, tokenizer: Tokenizer) -> list[int]:
+    """``<bos>``, a text as the user's turn, and the model's turn begun: Gemma's template with a generation prompt."""
+    parts = [*_turns((Message(USER, text),), tokenizer), (_model_begins(tokenizer), False)]
+    return _joined(parts).ids.tolist()
+
+
 def in_turns(row: Row, prompts: str) -> bool:
     """Whether a row is written in Gemma's turns."""
     return isinstance(row, ChatRow) or (isinstance(row, PromptRow) and prompts == "turns")
@@ -82,11 +88,15 @@ def _turns(messages: tuple[Message, ...], tokenizer: Tokenizer) -> list[tuple[li
         if message.role == USER:
             found += [([START_OF_TURN, *tokenizer.encode_foreign(f"user\n{system}{content}"), END_OF_TURN], False)]
         else:
-            found += [([START_OF_TURN, *tokenizer.encode_foreign("model\n")], False)]
+            found += [(_model_begins(tokenizer), False)]
             found += [([*tokenizer.encode_foreign(content), END_OF_TURN], True)]
         found += [(newline, False)]
         system = ""
     return found
+
+
+def _model_begins(tokenizer: Tokenizer) -> list[int]:
+    return [START_OF_TURN, *tokenizer.encode_foreign("model\n")]
 
 
 def _joined(parts: list[tuple[list[int], bool]]) -> Window:

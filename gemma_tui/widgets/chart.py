@@ -7,7 +7,7 @@ import time
 from rich.text import Text
 from textual.widget import Widget
 
-from gemma_tui.plots import Series, draw
+from gemma_tui.plots import Series, draw, legend
 
 
 class Chart(Widget):
@@ -50,6 +50,14 @@ class Chart(Widget):
         self.log_axis = not self.log_axis
         self.refresh()
 
+    def _names(self, title: str, width: int, height: int, colour: bool) -> list[str]:
+        """Lines with the names of the series, where they do not fit beside the title and there is room for lines."""
+        beside = len(title) + sum(len(line.label) + 4 for line in self.series)
+        if not self.named or len(self.series) < 2 or beside <= width:
+            return []
+        names = legend(self.series, width, colour)
+        return names if height - len(names) >= 6 else []
+
     def render(self) -> Text:
         """The chart in characters."""
         width, height = self.size
@@ -59,5 +67,8 @@ class Chart(Widget):
         if not any(len(line.x) for line in self.series):
             return Text(f"{title}\n\n  nothing yet", no_wrap=True)
         colour = not self.app.no_color
-        drawn = draw(self.series, width, height, title, self.log_axis, colour, self.x_label, self.named)
+        names = self._names(title, width, height, colour)
+        named = self.named and not names
+        drawn = draw(self.series, width, height - len(names), title, self.log_axis, colour, self.x_label, named)
+        drawn = drawn.replace("\n", "\n" + "".join(f"{row}\n" for row in names), 1)
         return Text.from_ansi(drawn, no_wrap=True)

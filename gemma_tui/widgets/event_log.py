@@ -8,10 +8,11 @@ from textual.containers import VerticalScroll
 from textual.widget import Widget
 from textual.widgets import Static
 
+from gemma_tui.output import duration
 from gemma_tui.runs.store import Row
 from gemma_tui.runs.view import RunView
 from gemma_tui.text import one_line
-from gemma_tui.widgets.status import bar, duration
+from gemma_tui.widgets.status import bar
 
 LOG_LINES = 300
 
@@ -39,15 +40,21 @@ class EventLog(VerticalScroll):
         self.scroll_end(animate=False)
 
 
-def headline(view: RunView) -> str:
-    """Where a run stands, on one line."""
+def headline(view: RunView, passing: str = "") -> str:
+    """Where a run stands, on one line.
+
+    Args:
+        passing: what it is at between two steps, if that is known.
+    """
     run, last = view.run, view.last
     parts = [run.run_id, run.state, f"{bar(run.step / max(1, run.steps), 8)} {run.step:,}/{run.steps:,}"]
     if last.get("loss") is not None:
         parts.append(f"loss {last['loss']:.3f}")
     if last.get("valid_loss") is not None:
         parts.append(f"valid {last['valid_loss']:.3f}")
-    if run.state == "running" and run.step and last.get("seconds"):
+    if run.state == "running" and passing:
+        parts.append(passing)
+    elif run.state == "running" and run.step and last.get("seconds"):
         parts.append(f"{duration((run.steps - run.step) * last['seconds'] / run.step)} left")
     if run.error:
         parts.append(run.error)

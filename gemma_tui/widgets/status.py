@@ -8,7 +8,7 @@ from textual.content import Content
 from textual.reactive import reactive
 from textual.widget import Widget
 
-from gemma_tui.output import bytes_text, count_text
+from gemma_tui.output import bytes_text, count_text, duration
 from gemma_tui.session import Session
 from gemma_tui.text import one_line
 
@@ -74,6 +74,8 @@ def _running(session: Session, engine: str) -> str:
     job = next(job for job in session.jobs if job.engine == engine)
     where = "" if engine == session.engine else f" on {engine}"
     state = " paused" if job.control.pause.is_set() else ""
+    if job.passing and not state:
+        return f"{job.label}{where} {bar(job.share, BAR)} {job.passing}"
     left = job.seconds_left
     eta = f" {duration(left)} left" if left is not None and not state else ""
     return f"{job.label}{where}{state} {bar(job.share, BAR)} {job.detail}{eta}"
@@ -83,13 +85,3 @@ def bar(share: float, width: int) -> str:
     """A bar of block characters."""
     full = round(max(0.0, min(1.0, share)) * width)
     return "█" * full + "░" * (width - full)
-
-
-def duration(seconds: float) -> str:
-    """A time span in one or two units."""
-    seconds = round(seconds)
-    if seconds < 60:
-        return f"{seconds} s"
-    if seconds < 3600:
-        return f"{seconds // 60}:{seconds % 60:02d} min"
-    return f"{seconds // 3600}:{seconds % 3600 // 60:02d} h"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -72,6 +73,12 @@ def weights(engine: Engine) -> dict[str, np.ndarray]:
     from mlx.utils import tree_flatten
 
     return {name: np.array(p.astype(mx.float32)) for name, p in tree_flatten(model(engine).parameters())}
+
+
+def set_clip(engine: Engine, clip: float) -> None:
+    """Bound the gradient's norm otherwise from the next step on."""
+    training = engine._training
+    training.settings = replace(training.settings, clip=clip)
 
 
 def zeros(engine: Engine, shape: tuple[int, ...]) -> Any:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib
+from dataclasses import replace
+from functools import partial
 
 import pytest
 
-from engines.base import Engine, LoRASettings, TrainingSettings
+from engines.base import Engine, LoRASettings, Rank1Settings, TrainingSettings
 from engines.errors import EngineError
-from engines.memory import ensure_memory, is_out_of_memory
+from engines.gemma3 import Gemma3Config
+from engines.memory import ensure_memory, is_out_of_memory, training_bytes
 
 
 def with_free_memory(monkeypatch: pytest.MonkeyPatch, engine: Engine, count: int) -> None:
@@ -32,6 +35,20 @@ def test_training_that_does_not_fit_is_refused(engine, four_to_one, monkeypatch)
     for lora in (None, LoRASettings(4, 8.0)):
         with pytest.raises(EngineError, match="training needs"):
             engine.start_training(TrainingSettings(lora))
+
+
+def test_what_training_holds_is_counted(two_to_one: Gemma3Config) -> None:
+    """q_proj of 3 layers, 64 x 64: masters of a bfloat16 model, the buffer with its gradient, factors of rank 4."""
+    matrices, lora = 3 * 64 * 64, LoRASettings(4, 8.0, targets=("q_proj",))
+    rank1 = Rank1Settings(targets=("q_proj",))
+    held = partial(training_bytes, two_to_one)
+    assert held(TrainingSettings(), 4) == 16 * two_to_one.parameter_count()
+    assert held(TrainingSettings(lora), 2) == 16 * 3 * 4 * 128
+    assert held(TrainingSettings(lora, merging=True), 2) == 16 * 3 * 4 * 128 + 2 * matrices
+    assert held(TrainingSettings(rank1=rank1), 4) == 0
+    assert held(TrainingSettings(rank1=replace(rank1, error_feedback=True)), 2) == 10 * matrices
+    rest = 16 * (two_to_one.parameter_count() - matrices)
+    assert held(TrainingSettings(rank1=rank1, rest=True), 4) == rest
 
 
 def test_what_fits_exactly_is_taken():

@@ -189,6 +189,12 @@ def test_dora_is_not_merged(engine: Engine, folder: Path) -> None:
     engine.load(folder, "float32")
     with pytest.raises(UnsupportedError, match="dora"):
         engine.start_training(replace(MERGING, lora=replace(LORA, dora=True)))
+    engine.start_training(TrainingSettings(replace(LORA, dora=True)))
+    train(engine, [batch()], 1)
+    before = inside.weights(engine)
+    with pytest.raises(UnsupportedError, match="dora"):
+        engine.merge("fresh", seed=0)
+    assert all(np.array_equal(value, before[name]) for name, value in inside.weights(engine).items())
 
 
 @pytest.mark.parametrize("reset", ["direction", "zero"])

@@ -95,3 +95,13 @@ def test_only_the_first_micro_batch_is_observed(engine: Engine, folder: Path) ->
     # Its gradient is that of the loss of the step, of which half the tokens are its own.
     two = facts(engine.train_step([batch(), batch(seed=1)], 0.0, observe=True))
     assert all(two[name].norm == pytest.approx(fact.norm / 2, rel=1e-4) for name, fact in one.items())
+
+
+def test_a_gradient_that_is_not_finite_leaves_the_directions_alone(engine: Engine, folder: Path) -> None:
+    engine.load(folder, "float32")
+    engine.start_training(TrainingSettings())
+    engine.train_step([batch()], 0.0, observe=True)
+    nothing = batch(skip=10)  # its mean loss is 0 / 0
+    assert not engine.train_step([nothing], 0.0, observe=True).applied
+    again = facts(engine.train_step([batch()], 0.0, observe=True))
+    assert all(fact.drift_v is not None and fact.drift_v > 0.9 for fact in again.values())

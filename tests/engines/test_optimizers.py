@@ -69,6 +69,20 @@ def test_sgd_takes_its_steps_as_published(engine: Engine, folder: Path, momentum
         np.testing.assert_allclose(value, expected[name], rtol=0, atol=2e-6, err_msg=name)
 
 
+def test_adafactor_does_not_know_the_unit_of_the_gradient(engine: Engine, folder: Path) -> None:
+    """Gradients of a large model are far smaller than those here."""
+    found = []
+    for unit in (1.0, 1e-3):
+        start(engine, folder, OptimizerSettings("adafactor"))
+        # The second is much smaller than the first, so that no step of it is as long as Adafactor allows.
+        for share in (1.0, 0.1):
+            inside.set_clip(engine, 0.5 * unit * share)
+            engine.train_step([batch()], 1e-2)
+        found.append(inside.weights(engine))
+    for name, value in found[0].items():
+        np.testing.assert_allclose(found[1][name], value, rtol=0, atol=1e-5, err_msg=name)
+
+
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_decay_is_decoupled_and_of_matrices_only(engine: Engine, folder: Path, optimizer: str) -> None:
     found = []

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from oracles import batch, changes, close, rows_of, train, true_gradients
 
-from engines.base import Engine, LoRASettings, Rank1Settings, TrainingSettings
+from engines.base import Engine, LoRASettings, OptimizerSettings, Rank1Settings, TrainingSettings
+from engines.errors import UnsupportedError
 from engines.gemma3 import Gemma3Config
 from engines.initialisation import unit_vector
 
@@ -56,6 +57,28 @@ def best(matrix: np.ndarray) -> np.ndarray:
 
 def rank(matrix: np.ndarray) -> int:
     return int(np.linalg.matrix_rank(matrix.astype(np.float64), tol=1e-4 * np.linalg.norm(matrix)))
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        (TrainingSettings(rank1=Rank1Settings("alternate")), "alternate.*power or sketch"),
+        (TrainingSettings(LoRASettings(2, 2.0), Rank1Settings()), "not both"),
+        (TrainingSettings(LoRASettings(2, 2.0, dora=True), merging=True), "dora"),
+    ],
+    ids=["mode", "both", "dora"],
+)
+def test_settings_that_do_not_go_together_stop_no_training(
+    engine: Engine, folder: Path, settings: TrainingSettings, reason: str
+) -> None:
+    start(engine, folder, POWER)
+    before = inside.weights(engine)
+    with pytest.raises(UnsupportedError, match=reason):
+        engine.start_training(settings)
+    after = inside.weights(engine)
+    assert after.keys() == before.keys()
+    assert all(np.array_equal(after[name], value) for name, value in before.items())
+    assert engine.train_step([batch()], RATE).applied
 
 
 # ------------------------------------------------------------------------------------------------ one step
@@ -149,6 +172,26 @@ def test_a_normalised_step_has_its_length_from_the_shape(
             close(change, -RATE * np.sqrt(out / inner) * top / np.linalg.norm(top), 5e-3, name)
 
 
+def test_decay_takes_a_share_of_the_weights(engine: Engine, folder: Path) -> None:
+    """A step of W is -d W - step, with d = rate · weight_decay; at a rate of zero nothing decays."""
+    start(engine, folder, SKETCH)
+    train(engine, [batch()], 1, RATE)
+    first = moved(engine)
+    engine.load(folder, "float32")
+    engine.start_training(
+        TrainingSettings(rank1=SKETCH, seed=3, clip=0.0, optimizer=OptimizerSettings(weight_decay=0.1))
+    )
+    before = inside.weights(engine)
+    train(engine, [batch()], 1, RATE)
+    for name, change in moved(engine).items():
+        weight = before[f"{name}.weight"]
+        close(change, first[name] - RATE * 0.1 * weight, 1e-4, name)
+    pending = {name: inside.weights(engine)[f"{name}.lora_B"] for name in first}
+    engine.train_step([batch()], 0.0)
+    for name, b in pending.items():
+        assert np.array_equal(inside.weights(engine)[f"{name}.lora_B"], b)
+
+
 def test_clipping_bounds_the_step(engine: Engine, folder: Path) -> None:
     start(engine, folder, POWER, clip=0.0)
     norm = engine.train_step([batch()], RATE).grad_norm
@@ -157,6 +200,72 @@ def test_clipping_bounds_the_step(engine: Engine, folder: Path) -> None:
     assert engine.train_step([batch()], RATE).grad_norm == pytest.approx(norm, rel=1e-5)
     for name, change in moved(engine).items():
         close(change, free[name] / 4, 1e-3, name)
+
+
+def buffers(engine: Engine) -> dict[str, np.ndarray]:
+    """What the buffer of every matrix holds."""
+    layers = inside.module(engine, "rank1").rank1_layers(inside.model(engine))
+    return {name: np.array(layer.buffer.tolist(), np.float32) for name, layer in layers.items()}
+
+
+def whole_norm(gradients: dict[str, np.ndarray]) -> float:
+    return float(np.sqrt(sum(np.linalg.norm(g) ** 2 for g in gradients.values())))
+
+
+@pytest.mark.parametrize("share", [0.5, 0.05, 1.0])
+@pytest.mark.parametrize("normalised", [False, True])
+def test_nothing_that_comes_into_the_buffer_is_lost_by_clipping(
+    engine: Engine,
+    folder: Path,
+    config: Gemma3Config,
+    reference_model: Callable[[Path], Any],
+    tmp_path: Path,
+    share: float,
+    normalised: bool,
+) -> None:
+    """Buffer + applied = buffer before + the gradient, clipped as an optimizer's state gets it."""
+    start(engine, folder, replace(POWER, iterations=3, error_feedback=True, normalised=normalised), clip=1.0)
+    before, held, path = moved(engine), {name: np.zeros_like(b) for name, b in buffers(engine).items()}, folder
+    for step in range(3):
+        truth = true_gradients(reference_model(path), batch(seed=step))
+        truth = {name: g for name, g in truth.items() if name in held}
+        inside.set_clip(engine, share * whole_norm(truth) if share < 1 else 0.0)
+        assert engine.train_step([batch(seed=step)], RATE).grad_norm == pytest.approx(whole_norm(truth), rel=1e-3)
+        engine.merge("fresh", seed=step)
+        now, kept = moved(engine), buffers(engine)
+        for name, buffer in kept.items():
+            came_in = held[name] + share * truth[name]
+            applied = (before[name] - now[name]) / RATE
+            if normalised:
+                out, inner = applied.shape
+                assert np.linalg.norm(applied) == pytest.approx(np.sqrt(out / inner), rel=1e-3)
+                v = directions(engine)[name]
+                applied = np.outer(came_in @ v, v)
+            close(buffer + applied, came_in, 1e-3, name)
+        before, held, path = now, kept, tmp_path / str(step)
+        engine.save_model(path, config.to_dict())
+
+
+def test_a_buffer_stays_bounded_where_every_step_is_clipped(engine: Engine, folder: Path) -> None:
+    """An update takes 1 / r of ‖M‖² at least, r the rank, so that ‖e‖ ≤ clip · q / (1 - q) with q = √(1 - 1 / r)."""
+    start(engine, folder, replace(POWER, iterations=20, error_feedback=True), clip=1e-3)
+    for step in range(30):
+        engine.train_step([batch(seed=step % 3)], 0.0)
+        engine.merge("fresh", seed=step)
+    for name, buffer in buffers(engine).items():
+        q = np.sqrt(1 - 1 / min(buffer.shape))
+        assert 0 < np.linalg.norm(buffer) <= 1e-3 * q / (1 - q), name
+
+
+def test_the_predicted_decrease_leaves_out_what_the_buffer_held(engine: Engine, folder: Path) -> None:
+    settings = Rank1Settings(error_feedback=True, momentum=0.9)
+    for clip in (0.0, 0.5):
+        start(engine, folder, settings, clip)
+        train(engine, [batch(seed=1)], 2, 0.0)
+        before = engine.loss(batch())
+        predicted = engine.train_step([batch()], 1e-3 if clip else 2e-4, observe=True).predicted
+        measured = (before - engine.loss(batch())) / batch().supervised
+        assert predicted == pytest.approx(measured, rel=0.05, abs=1e-6)
 
 
 # ------------------------------------------------------------------------------------------------ several steps

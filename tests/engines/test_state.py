@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from oracles import batch, changes
+from oracles import batch, changes, facts
 
 from engines.base import Engine, LoRASettings, OptimizerSettings, Rank1Settings, TrainingSettings
-from engines.checkpoints import write_arrays
+from engines.checkpoints import read_arrays, write_arrays
 from engines.errors import CheckpointError
 from engines.gemma3 import Gemma3Config
-from engines.states import OPTIMIZER, PARAMETERS, PLACE
+from engines.states import OPTIMIZER, PARAMETERS, PLACE, SEEN
 
 TinyFolder = Callable[..., Path]
 
@@ -73,14 +73,67 @@ def test_training_goes_on_bit_for_bit(engine: Engine, folder: Path, tmp_path: Pa
         np.testing.assert_array_equal(change, learnt[name], err_msg=name)
 
 
-@pytest.mark.parametrize("name", [PARAMETERS, OPTIMIZER, PLACE])
-@pytest.mark.parametrize("damage", ["missing", "cut", "empty", "noise"])
+@pytest.mark.parametrize("method", ["lora", "power"])
+def test_the_directions_that_were_seen_are_gone_on_from(
+    engine: Engine, folder: Path, tmp_path: Path, method: str
+) -> None:
+    """So that the drift of a resumed run is the one it would have had."""
+    engine.load(folder, "float32")
+    engine.start_training(METHODS[method])
+    engine.train_step([batch(seed=0)], 1e-2, observe=True)
+    assert {path.name for path in engine.save_state(tmp_path)} == {PARAMETERS, OPTIMIZER, PLACE, SEEN}
+    expected = facts(engine.train_step([batch(seed=1)], 1e-2, observe=True))
+    engine.load(folder, "float32")
+    engine.start_training(METHODS[method])
+    engine.train_step([batch(seed=9)], 1e-2, observe=True)
+    engine.load_state(tmp_path)
+    assert facts(engine.train_step([batch(seed=1)], 1e-2, observe=True)) == expected
+
+
+def test_a_state_from_before_any_observation_forgets_later_ones(engine: Engine, folder: Path, tmp_path: Path) -> None:
+    engine.load(folder, "float32")
+    engine.start_training(METHODS["lora"])
+    engine.save_state(tmp_path)
+    engine.train_step([batch()], 1e-2, observe=True)
+    engine.load_state(tmp_path)
+    assert {f.drift_v for f in facts(engine.train_step([batch()], 1e-2, observe=True)).values()} == {None}
+
+
+@pytest.mark.parametrize("damage", ["half a pair", "another shape", "another matrix"])
+def test_directions_of_another_training_are_refused(engine: Engine, folder: Path, tmp_path: Path, damage: str) -> None:
+    engine.load(folder, "float32")
+    engine.start_training(METHODS["lora"])
+    engine.train_step([batch()], 1e-2, observe=True)
+    engine.save_state(tmp_path)
+    arrays = read_arrays(tmp_path / SEEN)
+    name = next(iter(arrays))
+    match damage:
+        case "half a pair":
+            del arrays[name]
+        case "another shape":
+            arrays[name] = arrays[name][1:].copy()
+        case "another matrix":
+            arrays[f"gone.{name}"] = arrays.pop(name)
+    write_arrays(tmp_path / SEEN, arrays)
+    with pytest.raises(CheckpointError, match="another training"):
+        engine.load_state(tmp_path)
+
+
+FILES = (PARAMETERS, OPTIMIZER, PLACE, SEEN)
+NEEDED = (PARAMETERS, OPTIMIZER, PLACE)
+"""The directions are not: a state from before any observation has none."""
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [*((name, damage) for name in FILES for damage in ("cut", "empty", "noise")), *((n, "missing") for n in NEEDED)],
+)
 def test_broken_files_are_refused_in_one_line(
     engine: Engine, folder: Path, tmp_path: Path, name: str, damage: str
 ) -> None:
     engine.load(folder, "float32")
     engine.start_training(METHODS["lora"])
-    engine.train_step([batch()], 1e-2)
+    engine.train_step([batch()], 1e-2, observe=True)
     engine.save_state(tmp_path)
     path = tmp_path / name
     content = path.read_bytes()

@@ -17,6 +17,7 @@ from samples import write_rows
 from engines import ENGINES, available_engines
 from gemma_tui import VERSION, paths
 from gemma_tui.cli import main
+from gemma_tui.output import Output
 from gemma_tui.runs.queue import Queue
 from gemma_tui.runs.store import RunStore
 from gemma_tui.studies.events import Event
@@ -535,3 +536,20 @@ def test_what_a_model_writes_never_reaches_a_terminal_raw(
         assert json.loads(text.splitlines()[-1])["text"] == f"fox{ESCAPE} dog"
     else:
         assert text == "fox␛[2J\ufffd31m␇ dog\n"
+
+
+def test_a_passing_line_gives_way_to_the_next(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = Output(as_json=False)
+    output.passing("not on a terminal")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    output.passing("evaluating 1/32\x1b[31m")
+    output.passing("evaluating 2/32")
+    output.say("done")
+    Output(as_json=True).passing("not in JSON")
+    parts = capsys.readouterr().out.split("\r")
+    assert parts[0].startswith("evaluating 1/32")
+    assert "\x1b" not in parts[0]
+    assert [part.strip() for part in parts[1:]] == ["", "evaluating 2/32", "", "done"]
+    assert len(parts[1]) == len(parts[0])

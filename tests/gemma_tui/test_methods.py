@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 
 from engines.base import Engine
+from engines.gemma3 import read_config
 from gemma_tui import paths
 from gemma_tui.errors import GemmaTuiError, UsageError
 from gemma_tui.runs import checkpoints
 from gemma_tui.runs.store import RunStore
+from gemma_tui.studies import diagnosis
 from gemma_tui.studies.diagnosis import effective_rank, singular_values, stable_rank
 from gemma_tui.studies.events import Control, Event
 from gemma_tui.studies.recording import record_training, resume_training
@@ -221,6 +223,21 @@ def test_diagnoses_tell_of_every_matrix(engine: Engine, plan: Plan, store: RunSt
     assert set(matrices[0].values["gradients"]) == names
     assert set(matrices[-1].values["updates"]) == names
     assert [row.kind for row in store.metrics(store.runs(1)[0].run_id)].count("diagnosis") == 3
+
+
+def test_the_matrices_turns_go_on_with_a_run(
+    engine: Engine, plan: Plan, store: RunStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(diagnosis, "SHARE", 0.0)  # one at each diagnosis
+    control = Control()
+    chosen = plan(steps=5, diagnose_every=1, evaluate_every=0)
+    run = record_training(engine, chosen, control, store)
+    for event in run.events:
+        if (event.kind, event.step) == ("matrices", 3):
+            control.stop.set()
+    events = resume_training(engine, store.run(run.run.run_id), Control(), store).events
+    looked = [next(iter(e.values["updates"])) for e in events if e.kind == "matrices" and e.values["gradients"]]
+    assert looked == diagnosis.matrices_of(read_config(paths.models() / "tiny"))[3:5]
 
 
 def test_ranks_have_their_closed_forms() -> None:

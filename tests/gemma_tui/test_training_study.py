@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import islice
@@ -18,9 +19,10 @@ from gemma_tui import paths
 from gemma_tui.errors import GemmaTuiError, UsageError
 from gemma_tui.hub.models import resolve
 from gemma_tui.runs.store import RunStore
+from gemma_tui.studies import events as events_module
 from gemma_tui.studies import recording
-from gemma_tui.studies.data import read_splits, training_batches
-from gemma_tui.studies.events import Control, Event
+from gemma_tui.studies.data import Splits, read_splits, training_batches
+from gemma_tui.studies.events import Control, Event, passing
 from gemma_tui.studies.recording import Recorded, record_training
 from gemma_tui.studies.training import evaluate
 from gemma_tui.studies.training_plan import METHODS, TrainingPlan
@@ -34,6 +36,16 @@ def finished(engine: Engine, plan: TrainingPlan, store: RunStore) -> tuple[str, 
     """The run's name and all its events."""
     recorded = record_training(engine, plan, Control(), store)
     return recorded.run.run_id, list(recorded.events)
+
+
+def evaluated(engine: Engine, splits: Splits, size: int) -> float:
+    """The loss on all validation windows."""
+    events = evaluate(engine, splits, size, 0, Control())
+    while True:
+        try:
+            next(events)
+        except StopIteration as end:
+            return end.value
 
 
 def losses(events: list[Event]) -> list[float]:
@@ -59,11 +71,11 @@ def test_a_run_tells_what_happens_in_order_and_the_store_keeps_it(
     engine: Engine, plan: Plan, store: RunStore, method: str
 ) -> None:
     run_id, events = finished(engine, plan(method=method), store)
-    training = ["step", "step", "evaluation", "step", "evaluation"]
+    training = ["step", "step", "evaluating", "evaluation", "step", "evaluating", "evaluation"]
     assert [e.kind for e in events] == ["run", "load", "start", *training, "checkpoint", "end"]
-    assert [e.step for e in events] == [0, 0, 0, 1, 2, 2, 3, 3, 3, 3]
+    assert [e.step for e in events] == [0, 0, 0, 1, 2, 2, 2, 3, 3, 3, 3, 3]
     assert [(row.kind, row.step, row.values) for row in store.metrics(run_id)] == [
-        (e.kind, e.step, e.values) for e in events if e.kind in training
+        (e.kind, e.step, e.values) for e in events if e.kind in ("step", "evaluation")
     ]
     assert [row.kind for row in store.events(run_id)] == ["load", "start", "checkpoint"]
     run = store.run(run_id)
@@ -139,7 +151,7 @@ def test_the_evaluation_loss_is_the_mean_of_the_log_probabilities(
     splits = read_splits(str(corpus), tokenizer, 32)
     log_probs = np.concatenate([engine.log_probs(window.ids[None])[0] for window in splits.valid])
     for size in (1, 3):
-        assert evaluate(engine, splits, size, 0, Control()) == pytest.approx(-log_probs.mean(), rel=1e-5)
+        assert evaluated(engine, splits, size) == pytest.approx(-log_probs.mean(), rel=1e-5)
 
 
 def test_an_evaluation_is_of_the_model_as_it_is_then(
@@ -149,7 +161,7 @@ def test_an_evaluation_is_of_the_model_as_it_is_then(
     run_id, events = finished(engine, chosen, store)
     engine.load(resolve(run_id).folder, "float32")
     last = [e.values for e in events if e.kind == "evaluation"][-1]
-    loss = evaluate(engine, read_splits(str(corpus), tokenizer, 32), 2, 0, Control())
+    loss = evaluated(engine, read_splits(str(corpus), tokenizer, 32), 2)
     assert last["valid_loss"] == pytest.approx(loss, rel=1e-5)
     assert last["perplexity"] == pytest.approx(np.exp(loss), rel=1e-5)
 
@@ -216,6 +228,55 @@ def test_a_paused_run_can_be_stopped(engine: Engine, plan: Plan, store: RunStore
     events = driven(recorded, lambda e: control.stop.set() if e.kind == "waiting" else None)
     assert [e.kind for e in events[-2:]] == ["checkpoint", "end"]
     assert store.run(recorded.run.run_id).state == "stopped"
+
+
+def test_a_long_evaluation_tells_how_far_it_is(
+    engine: Engine, plan: Plan, store: RunStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(events_module, "PACE_SECONDS", 0.0)
+    told = [
+        e for e in finished(engine, plan(steps=2, batch_size=1), store)[1] if e.kind in ("evaluating", "diagnosing")
+    ]
+    assert [e.values["done"] for e in told] == [0, 1, 2]
+    assert {e.values["total"] for e in told} == {2}
+    assert told[0].values["seconds_left"] is None
+    assert told[1].values["seconds_left"] > told[2].values["seconds_left"] == pytest.approx(0, abs=1e-9)
+    assert passing(told[0]) == "evaluating 0/2"
+    assert re.fullmatch(r"evaluating 1/2, \d+ s left", passing(told[1]))
+    kept = {row.kind for row in (*store.events("lora-1"), *store.metrics("lora-1"))}
+    assert "evaluating" not in kept
+
+
+def test_the_last_look_at_all_matrices_tells_how_far_it_is_and_stops(
+    engine: Engine, plan: Plan, store: RunStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(events_module, "PACE_SECONDS", 0.0)
+    control = Control()
+    recorded = record_training(engine, plan(steps=2, diagnose_every=2), control, store)
+    events = driven(recorded, lambda e: control.stop.set() if e.values.get("done") == 3 else None)
+    told = [e for e in events if e.kind == "diagnosing"]
+    assert [passing(e).split(",")[0] for e in told] == [f"diagnosing {n}/14" for n in range(4)]
+    assert [e.kind for e in events[-4:]] == ["diagnosis", "matrices", "checkpoint", "end"]
+    assert len(events[-3].values["updates"]) == 3
+
+
+def test_an_evaluation_can_be_stopped_and_leaves_no_loss_of_a_part(
+    engine: Engine, plan: Plan, store: RunStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(events_module, "PACE_SECONDS", 0.0)
+    monkeypatch.setattr(recording, "REQUEST_SECONDS", 0.0)
+    control, other = Control(), RunStore()
+
+    def act(event: Event) -> None:
+        if event.kind == "evaluating" and event.values["done"] == 1:
+            other.request("lora-1", "stop")
+
+    chosen = plan(batch_size=1, evaluate_batches=4, keep_best=True, diagnose_every=2)
+    events = driven(record_training(engine, chosen, control, store), act)
+    other.close()
+    assert [e.kind for e in events if e.step == 2][-4:] == ["evaluating", "evaluating", "checkpoint", "end"]
+    assert store.run("lora-1").state == "stopped"
+    assert not (paths.runs() / "lora-1" / "best").exists()
 
 
 @pytest.mark.parametrize("paused", [False, True])

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from samples import GEMMA3_TEMPLATE, TEXTS
 
 from gemma_tui.rows import ChatRow, Message, PromptRow, Row, TextRow
-from gemma_tui.studies.turns import Window, render
+from gemma_tui.studies.turns import Window, asked, render
 from gemma_tui.tokenizer import BOS, END_OF_TURN, EOS, START_OF_TURN, Tokenizer, train_tokenizer
 
 GEMMA = train_tokenizer([*TEXTS, "user\nmodel\n"] * 2, 450)
@@ -27,15 +27,20 @@ def conversations(draw: st.DrawFn, words: st.SearchStrategy[str] = WORDS) -> Cha
 
 
 @pytest.fixture(scope="module")
-def oracle() -> Callable[[ChatRow], list[int]]:
-    """Token ids of a conversation as transformers makes them."""
+def oracle() -> Callable[..., list[int]]:
+    """Token ids of a conversation as transformers makes them; ``begun``, with the model's next turn begun."""
     from transformers import PreTrainedTokenizerFast
 
     theirs = PreTrainedTokenizerFast(tokenizer_object=GEMMA.backend, bos_token="<bos>", eos_token="<eos>")
 
-    def ids(row: ChatRow) -> list[int]:
+    def ids(row: ChatRow, begun: bool = False) -> list[int]:
         messages = [{"role": m.role, "content": m.content} for m in row.messages]
-        found: Any = theirs.apply_chat_template(messages, chat_template=GEMMA3_TEMPLATE, return_dict=False)
+        found: Any = theirs.apply_chat_template(
+            messages,
+            chat_template=GEMMA3_TEMPLATE,
+            return_dict=False,
+            add_generation_prompt=begun,
+        )
         return list(found)
 
     return ids
@@ -49,10 +54,18 @@ def plain(text: str) -> list[int]:
     return GEMMA.encode(text, bos=False)
 
 
-def test_turns_are_those_of_gemmas_template_to_the_token(oracle: Callable[[ChatRow], list[int]]) -> None:
+def test_turns_are_those_of_gemmas_template_to_the_token(oracle: Callable[..., list[int]]) -> None:
     @given(conversations())
     def same(row: ChatRow) -> None:
         assert render(row, GEMMA).ids.tolist() == oracle(row)
+
+    same()
+
+
+def test_what_is_asked_is_gemmas_template_with_a_generation_prompt(oracle: Callable[..., list[int]]) -> None:
+    @given(WORDS)
+    def same(text: str) -> None:
+        assert asked(text, GEMMA) == oracle(ChatRow((Message("user", text),)), begun=True)
 
     same()
 
@@ -120,6 +133,13 @@ def test_text_that_spells_control_tokens_makes_none(row: ChatRow) -> None:
     ids = render(row, GEMMA).ids.tolist()
     turns = sum(m.role != "system" for m in row.messages)
     assert [i for i in ids if i <= END_OF_TURN] == [BOS, *[START_OF_TURN, END_OF_TURN] * turns]
+
+
+@given(SPELT)
+def test_what_is_asked_may_spell_control_tokens(text: str) -> None:
+    ids = asked(text, GEMMA)
+    assert [i for i in ids if i <= END_OF_TURN] == [BOS, START_OF_TURN, END_OF_TURN, START_OF_TURN]
+    assert GEMMA.decode(ids) == f"user\n{text.strip()}\nmodel\n"
 
 
 @given(st.one_of(SPELT, WORDS))

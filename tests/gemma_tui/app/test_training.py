@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
 from textual.widgets import DataTable
 
 from engines import ENGINES, available_engines
+from engines.base import Batch
 from gemma_tui import paths
 from gemma_tui.runs.store import RunStore
 from gemma_tui.widgets.chart import Chart
@@ -124,6 +126,66 @@ async def test_i_shows_the_matrices_of_a_run(opened: Open, tiny: str, corpus: Pa
         await it.until(lambda: it.sees(f"gemma-tui runs matrices {run} --measure effective_rank"), "the command")
         await it.press("escape", "escape")
         await it.until(lambda: headline(it), "the run again")
+
+
+async def test_t_turns_the_small_charts_to_the_diagnoses(opened: Open, tiny: str, corpus: Path, size: Size) -> None:
+    async with opened(size) as it:
+        run = await it.started(tiny, corpus, steps=6, diagnose_every=2)
+        await it.until(lambda: f"{run}  done" in headline(it), "the end")
+        await it.until(lambda: it.sees("learning rate", "gradient norm", "tokens/s"), "the pace")
+        await it.press("t")
+        await it.until(lambda: it.sees("rank-1 energy, ∇W", "effective rank, ΔW", "drift of ∇W, |cos|"), "ranks")
+        assert not it.sees("tokens/s")
+        assert [points(it, chart) for chart in ("rank1_energy", "effective_rank", "drift")] == [3, 4, 3]
+        await it.press("t")
+        await it.until(lambda: it.sees("stable rank, ∇W", "‖ΔW‖ / ‖W‖", "loss decrease"), "sizes")
+        assert [points(it, chart) for chart in ("gradient_stable_rank", "relative_update")] == [3, 4]
+        decrease = it.app.screen.query_one("#predicted", Chart).series
+        assert [(line.label, len(line.x)) for line in decrease] == [("predicted", 3), ("measured", 3)]
+        await it.press("t")
+        await it.until(lambda: it.sees("learning rate", "gradient norm", "tokens/s"), "the pace again")
+
+
+async def test_both_lines_of_the_decrease_are_named(opened: Open, tiny: str, corpus: Path) -> None:
+    async with opened((120, 40)) as it:
+        run = await it.started(tiny, corpus, steps=4, diagnose_every=2)
+        await it.until(lambda: f"{run}  done" in headline(it), "the end")
+        await it.press("t", "t")
+        await it.until(lambda: it.sees("predicted") and it.sees("measured"), "the names")
+
+
+async def test_t_without_diagnoses_says_so(opened: Open, tiny: str, corpus: Path) -> None:
+    async with opened() as it:
+        run = await it.started(tiny, corpus, steps=2)
+        await it.until(lambda: f"{run}  done" in headline(it), "the end")
+        await it.press("t")
+        await it.until(lambda: "no diagnoses here" in it.told(), "the reason")
+        assert it.sees("learning rate")
+
+
+async def test_the_headline_says_how_far_an_evaluation_is(
+    opened: Open, tiny: str, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from engines.torch.engine import TorchEngine
+
+    release, whole = threading.Event(), TorchEngine.loss
+
+    def slow(engine: TorchEngine, batch: Batch) -> float:
+        release.wait(30)
+        return whole(engine, batch)
+
+    monkeypatch.setattr(TorchEngine, "loss", slow)
+    async with opened() as it:
+        run = await it.started(tiny, corpus, steps=2)
+        try:
+            await it.until(
+                lambda: f"{run}  running" in headline(it) and "evaluating 0/1" in headline(it), "the headline"
+            )
+            await it.until(lambda: "evaluating 0/1" in it.rows()[1], "the status")
+        finally:
+            release.set()
+        await it.until(lambda: f"{run}  done" in headline(it), "the end")
+        assert "evaluating" not in headline(it)
 
 
 async def test_a_run_pauses_before_it_is_seen(opened: Open, tiny: str, corpus: Path) -> None:

@@ -1,0 +1,65 @@
+"""What is looked at in a text; every field is an option of ``gemma-tui attention``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from gemma_tui.errors import UsageError
+from gemma_tui.studies.plan import option
+
+VIEWS = (
+    "heads", "head", "local-global", "sinks", "types", "lens", "attribution", "ablation", "scan", "patching",
+    "differences",
+)  # fmt: skip
+MAX_TEXT_BYTES = 16 << 20
+SAMPLE = (
+    "The old clock on the wall of the station was always seven minutes slow. Nobody ever set it right, because "
+    "everybody in the town knew. The old clock on the wall of the station was always seven minutes slow."
+)
+
+
+@dataclass(frozen=True)
+class AttentionPlan:
+    """A text, and a view of what the model does with it."""
+
+    text: str = option("", "text to look into; a sample if there is no file either")
+    text_file: str = option("", "a file with the text, in place of it")
+    bos: bool = option(True, "begin with <bos>, as the model was trained")
+    view: str = option("heads", "what is shown", choices=VIEWS)
+    metric: str = option("entropy", "what heads are coloured and sorted by")
+    where: str = option("", "heads that are kept, as sink > 0.3 and local")
+    layer: int = option(0, "layer of the head that is looked at", low=0, high=1000)
+    head: int = option(0, "the head", low=0, high=1000)
+    position: int | None = option(None, "position that is looked at", open_means="the last", low=0)
+    token: str = option("", "token whose logit is split, or that is searched; empty for the most probable")
+    contrast: str = option("", "token whose logit is taken off; empty for none")
+    pooling: str = option("max", "how pairs share a cell of a map", choices=("max", "mean"))
+    ablate: str = option("", "what is taken away: L3.H1, L3.G0, L3, local, global, beyond, L3.H1:5>0")
+    how: str = option("zero", "what takes the place of a head's output", choices=("zero", "mean"))
+    other_text: str = option("", "a second text: of patching and differences")
+    other_model: str = option("", "a second model or run: of differences")
+    epsilon: float = option(0.3, "weight from which a column is a sink", low=0.0, high=1.0)
+    repeats: int = option(4, "texts of random tokens for the types of heads", low=2, high=1000)
+    seed: int = option(0, "seed of the random tokens", low=0, high=2**31)
+
+
+def text_of(plan: AttentionPlan) -> str:
+    """The text itself.
+
+    Raises:
+        UsageError: the file cannot be read, is too large, or there are two texts.
+    """
+    if not plan.text_file:
+        return plan.text or SAMPLE
+    if plan.text:
+        raise UsageError("text: give --text or --text-file, not both")
+    path = Path(plan.text_file).expanduser()
+    try:
+        if path.stat().st_size > MAX_TEXT_BYTES:
+            raise UsageError(f"{path} is over {MAX_TEXT_BYTES >> 20} MiB, more than any context holds: cut it")
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read ({error.strerror}): check the path") from None
+    except UnicodeDecodeError:
+        raise UsageError(f"{path} is not UTF-8: convert it") from None
