@@ -102,6 +102,10 @@ class TrainingScreen(Workbench):
         """A model may have been loaded meanwhile."""
         self.query_one(PlanPane).adopt_model()
 
+    def job_ended(self) -> None:
+        """A run has measured what it needed, or a model was imported."""
+        self.query_one(PlanPane).look_again()
+
     def on_resize(self, event: Resize) -> None:
         """Wide and narrow show different panes."""
         self.call_after_refresh(self._arrange)

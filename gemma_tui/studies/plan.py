@@ -24,7 +24,7 @@ class Option:
         kind: ``str``, ``int``, ``float`` or ``bool``.
         optional: whether it may be left open (None), in which case ``open_means`` tells what happens.
         low, high: the allowed range, ends included; None for no bound.
-        methods: the training methods it belongs to; empty for all.
+        methods, optimizers: those that honour it; empty for all.
     """
 
     name: str
@@ -39,6 +39,7 @@ class Option:
     optional: bool = False
     open_means: str = ""
     methods: tuple[str, ...] = ()
+    optimizers: tuple[str, ...] = ()
     required: bool = False
 
     @property
@@ -57,6 +58,11 @@ class Option:
         elif self.low is not None:
             bounds = f"{_plain(self.low)} or more"
         return " ".join(part for part in (bounds, self.unit) if part)
+
+    def honoured(self, values: Mapping[str, Any]) -> bool:
+        """Whether it makes a difference beside the other values of a plan."""
+        by_method = not self.methods or values.get("method") in self.methods
+        return by_method and (not self.optimizers or values.get("optimizer") in self.optimizers)
 
 
 def _plain(number: float) -> str:

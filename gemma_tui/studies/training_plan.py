@@ -63,13 +63,18 @@ class TrainingPlan:
         group="Optimizer",
     )
     optimizer: str = option("adamw", "what turns gradients into steps", choices=OPTIMIZERS, group="Optimizer")
-    momentum: float = option(0.9, "momentum of sgd and muon", low=0, high=0.9999, group="Optimizer")
+    momentum: float = option(
+        0.9, "momentum of sgd and muon", low=0, high=0.9999, group="Optimizer", optimizers=("sgd", "muon")
+    )
     warmup: int | None = option(
         None, "steps of linear warm-up", unit="steps", low=0, open_means="3 % of the steps", group="Optimizer"
     )
     final_ratio: float = option(0.1, "last learning rate, as a share of the peak", low=0, high=1, group="Optimizer")
     weight_decay: float = option(0.0, "decoupled weight decay of matrices", low=0, high=10, group="Optimizer")
-    beta2: float = option(0.999, "AdamW's memory of squared gradients", low=0, high=0.999999, group="Optimizer")
+    beta2: float = option(
+        0.999, "AdamW's memory of squared gradients, also of what muon leaves to it", low=0, high=0.999999,
+        group="Optimizer", optimizers=("adamw", "muon"),
+    )  # fmt: skip
     clip: float = option(1.0, "bound of the gradient norm; 0 for none", low=0, high=1e6, group="Optimizer")
     rank: int = option(8, "rank of the adapters", low=1, high=4096, group="LoRA", methods=ADAPTERS)
     alpha: float = option(16.0, "adapters are scaled by alpha / rank", low=0, high=1e6, group="LoRA", methods=ADAPTERS)
@@ -189,6 +194,13 @@ class TrainingPlan:
             return learning_rate(step, self.peak_rate, steps, self.warmup_steps, self.shape, self.final_ratio)
         share = jagged(step, steps, self.warmup_steps, self.reset_every, self.restart_warmup, self.final_ratio)
         return self.peak_rate * share
+
+    def rates(self, points: int) -> tuple[list[int], list[float]]:
+        """Steps from the first to the last and their rates: about ``points``, evenly spread, and where the peak is."""
+        spread = {1 + round(i * (self.steps - 1) / max(1, points - 1)) for i in range(points)}
+        peak = self.full_rank_steps + max(1, self.warmup_steps)
+        steps = sorted(spread | {peak} if peak <= self.steps else spread)
+        return steps, [self.rate(step) for step in steps]
 
 
 def plan_of(values: Mapping[str, Any]) -> TrainingPlan:

@@ -63,9 +63,8 @@ class PlanForm(DataTable[Text], Generic[P]):
 
     def set(self, name: str, value: Any) -> None:
         """Change a value, as if it had been typed."""
-        method_before = self.values.get("method")
         self.values[name] = value
-        if self.values.get("method") != method_before:
+        if self.columns and self._honoured() != [str(key.value) for key in self.rows]:
             self._fill()
         elif self.is_mounted and name in self.rows:
             self.update_cell(name, "value", self._value(self.options[name]), update_width=True)
@@ -109,10 +108,13 @@ class PlanForm(DataTable[Text], Generic[P]):
     def _fill(self) -> None:
         row = self.cursor_row
         self.clear()
-        for o in self.options.values():
-            if not o.methods or self.values.get("method") in o.methods:
-                self.add_row(Text(o.name.replace("_", " "), "bold"), self._value(o), key=o.name)
+        for name in self._honoured():
+            self.add_row(Text(name.replace("_", " "), "bold"), self._value(self.options[name]), key=name)
         self.move_cursor(row=min(row, self.row_count - 1))
+
+    def _honoured(self) -> list[str]:
+        """The options that make a difference beside the other values."""
+        return [name for name, o in self.options.items() if o.honoured(self.values)]
 
     def _value(self, o: Option) -> Text:
         value = self.values[o.name]

@@ -21,9 +21,10 @@ from gemma_tui.runs.store import RunStore
 from gemma_tui.studies import recording
 from gemma_tui.studies.data import read_splits, training_batches
 from gemma_tui.studies.events import Control, Event
+from gemma_tui.studies.plan import options
 from gemma_tui.studies.recording import Recorded, record_training
 from gemma_tui.studies.training import evaluate
-from gemma_tui.studies.training_plan import METHODS, TrainingPlan
+from gemma_tui.studies.training_plan import METHODS, OPTIMIZERS, TrainingPlan
 from gemma_tui.tokenizer import Tokenizer
 
 Plan = Callable[..., TrainingPlan]
@@ -70,6 +71,20 @@ def test_a_run_tells_what_happens_in_order_and_the_store_keeps_it(
     assert (run.state, run.step, run.steps, run.engine) == ("done", 3, 3, engine.name)
     assert events[-1].values == {"status": "done", "run": run_id}
     json.dumps([e.row() for e in events], allow_nan=False)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_an_optimizer_heeds_the_options_that_the_form_shows_for_it_and_no_others(
+    engine: Engine, plan: Plan, store: RunStore, optimizer: str
+) -> None:
+    def after_two_updates(**values: float) -> float:
+        small = plan(method="full", optimizer=optimizer, evaluate_every=0, **values)
+        return losses(finished(engine, small, store)[1])[-1]
+
+    usual = after_two_updates()
+    for o in options(TrainingPlan):
+        if o.optimizers:
+            assert (after_two_updates(**{o.name: 0.5}) != usual) is o.honoured({"optimizer": optimizer}), o.name
 
 
 def test_a_step_tells_the_rate_of_the_plan_and_how_many_tokens_it_saw(
