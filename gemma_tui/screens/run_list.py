@@ -12,7 +12,7 @@ from gemma_tui.errors import GemmaTuiError
 from gemma_tui.runs.comparison import Comparison
 from gemma_tui.runs.processes import Detached
 from gemma_tui.runs.queue import Queue
-from gemma_tui.runs.store import RunStore
+from gemma_tui.runs.store import Run, RunStore
 from gemma_tui.screens.comparison import ComparisonScreen
 from gemma_tui.studies.plan import command
 from gemma_tui.studies.queueing import enqueue, plan_of, start_runner
@@ -27,12 +27,13 @@ LISTED = 200
 
 
 class RunList(RunTable):
-    """What is queued, and the runs; enter opens one, m marks those that o compares, delete takes a plan out."""
+    """What is queued, and the runs; enter opens one, m marks, o compares what is marked or a group, delete cancels."""
 
     BINDINGS = [
         Binding("enter", "select_cursor", "Open", id="runs.open"),
         Binding("m", "mark", "Mark", id="runs.mark", tooltip="Mark the run for a comparison, or take it out"),
-        Binding("o", "overlay", "Over", id="runs.overlay", tooltip="Compare the runs that are marked"),
+        Binding("o", "overlay", "Over", id="runs.overlay",
+                tooltip="Compare the runs that are marked, or else the group under the cursor"),
         Binding("delete,backspace", "cancel", "Cancel", id="runs.cancel", show=False,
                 tooltip="Take the plan out of the queue"),
     ]  # fmt: skip
@@ -97,7 +98,7 @@ class RunList(RunTable):
             made = plans()
             shared = queue.free_group(made[0].group or group) if group else ""
             numbers = enqueue(queue, made, self.bench.session.engine, shared)
-            several = f"plans {numbers[0]} to {numbers[-1]}, group {shared}"
+            several = f"plans {numbers[0]} to {numbers[-1]}, group {shared}; o on one of its runs compares them"
             text = f"queued as {several if group else f'plan {numbers[0]}'}"
             if self._runner is None and queue.leader() is None:
                 self._runner = start_runner()
@@ -124,11 +125,28 @@ class RunList(RunTable):
         self.bench.attempt(mark)
 
     def action_overlay(self) -> None:
-        """Compare the runs that are marked."""
-        if len(self._marked.runs) < 2:
-            self.bench.tell("mark two runs or more with m", "warning")
-        elif self._store is not None:
-            self.app.push_screen(ComparisonScreen(self._marked, self._store))
+        """Compare the runs that are marked; where none is, those of the group that the run under the cursor is of."""
+        store = self._store
+        if store is None:
+            return
+
+        def overlay() -> None:
+            compared = self._marked if self._marked.runs else Comparison(self._group_under_cursor(store))
+            if len(compared.runs) < 2:
+                self.bench.tell("mark two runs or more with m, or choose one whose group has several", "warning")
+            else:
+                self.app.push_screen(ComparisonScreen(compared, store))
+
+        self.bench.attempt(overlay)
+
+    def _group_under_cursor(self, store: RunStore) -> Sequence[Run]:
+        """The runs that share the group of the run or plan under the cursor."""
+        key, queue = self.chosen, self._queue
+        if not key or queue is None:
+            return ()
+        waits = key.startswith(QUEUED)
+        group = queue.item(int(key.removeprefix(QUEUED))).group if waits else store.run(key).group
+        return store.group(group) if group else ()
 
     def action_cancel(self) -> None:
         """Take the plan under the cursor out of the queue."""

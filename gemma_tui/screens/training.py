@@ -23,7 +23,7 @@ from gemma_tui.runs.view import RunView
 from gemma_tui.screens.matrices import MatricesScreen
 from gemma_tui.screens.run_list import RunList, first_row
 from gemma_tui.screens.workbench import Workbench
-from gemma_tui.studies.queueing import detached
+from gemma_tui.studies.queueing import detached, merge_variations, method_variations
 from gemma_tui.text import one_line
 from gemma_tui.widgets.chart import Chart
 from gemma_tui.widgets.event_log import EventLog, event_line, headline
@@ -53,6 +53,10 @@ class TrainingScreen(Workbench):
         Binding("d", "detach", "Detach", id="training.detach", show=False,
                 tooltip="Start as a process that outlives the app"),
         Binding("a", "enqueue", "Queue", id="training.queue", show=False, tooltip="Add to the queue, one by one"),
+        Binding("f", "methods", "Four", id="training.methods", show=False,
+                tooltip="Queue full, LoRA, ReLoRA and rank 1 on this data, with one rate if one is given"),
+        Binding("g", "intervals", "Gaps", id="training.intervals", show=False,
+                tooltip="Queue this plan merging every 1, 2, 4… steps, up to half of them"),
         Binding("space", "pause", "Pause", id="training.pause", key_display="␣", tooltip="Pause, and go on"),
         Binding("x", "stop", "Stop", id="training.stop", tooltip="End after the step in hand, and save"),
         Binding("u", "resume", "Resume", id="training.resume", show=False, tooltip="Go on with a run that has ended"),
@@ -176,6 +180,16 @@ class TrainingScreen(Workbench):
     def action_enqueue(self) -> None:
         """Put the form's plan into the queue, and see to it that something works through that."""
         self.query_one(RunList).enqueue(lambda: [self.query_one(PlanPane).plan()])
+
+    def action_methods(self) -> None:
+        """Queue the form's plan with each of the methods that are compared, as one group."""
+        pane = self.query_one(PlanPane)
+        self.query_one(RunList).enqueue(lambda: method_variations(pane.plan()), "methods")
+
+    def action_intervals(self) -> None:
+        """Queue the form's plan with more and fewer steps between merges, as one group."""
+        pane = self.query_one(PlanPane)
+        self.query_one(RunList).enqueue(lambda: merge_variations(pane.plan()), "merges")
 
     def action_pause(self) -> None:
         """Pause the run that is shown, of whatever process, or let it go on."""
