@@ -94,7 +94,8 @@ def _curves(comparison: Comparison, args: argparse.Namespace, output: Output) ->
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     width = min(shutil.get_terminal_size((80, 24)).columns, WIDEST)
     heading = title(args.measure, evaluated, args.smooth) + (" (log)" if args.log else "")
-    print(draw(series, width, HEIGHT, heading, args.log, colour, comparison.axes()[args.x], named=False))
+    x_title, log_x = comparison.axes()[args.x], comparison.log_x(args.x)
+    print(draw(series, width, HEIGHT, heading, args.log, colour, x_title, named=False, log_x=log_x))
     if args.x in AXES:
         print("\n".join(legend(series, width, colour)))
 

@@ -30,6 +30,9 @@ TITLES = {
 LABELS = ("name", "group")
 """Options that change nothing but what a run is called."""
 
+WIDE_SPAN = 8
+"""The largest over the smallest value of an option from which on it is drawn logarithmically."""
+
 MISSING = "—"
 SMOOTHED = 20
 """Points that the mean goes over, unless asked otherwise."""
@@ -277,6 +280,11 @@ class Comparison:
         """What a measure can be drawn against, with its title: also the option that differs, if it is one number."""
         option = self.option()
         return AXES | ({option: one_line(option.replace("_", " "), 40)} if option else {})
+
+    def log_x(self, axis: str) -> bool:
+        """Whether an option spans so much that a logarithmic axis shows it better."""
+        values = [_number(compared.run.plan.get(axis)) for compared in self.runs] if axis not in AXES else []
+        return bool(values) and 0 < min(values) * WIDE_SPAN <= max(values) < math.inf
 
     def lines(self, measure: str, axis: str, window: int) -> list[tuple[str, np.ndarray, np.ndarray, int]]:
         """Name, x, y and look of each line of a chart: a run's, or against an option the last value of all runs."""

@@ -154,6 +154,7 @@ class ComparisonScreen(Workbench):
         chart = self.query_one(Chart)
         chart.title = title(self.measure, any(curve.evaluated for _, curve in shown), self.window)
         chart.x_label = self.comparison.axes()[self.axis]
+        chart.log_x = self.comparison.log_x(self.axis)
         lines = self.comparison.lines(self.measure, self.axis, self.window)
         chart.show([Series(one_line(name, NAME), x, y, number) for name, x, y, number in lines])
         chart.redraw()

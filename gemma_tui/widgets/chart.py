@@ -26,6 +26,8 @@ class Chart(Widget):
         self.title = title
         self.log_axis = log
         self.named = named
+        self.log_x = False
+        """Whether the x axis is logarithmic; it has positive numbers only then."""
         self.x_label = ""
         """What the x axis counts, where that is not the step."""
         self.series: list[Series] = []
@@ -59,5 +61,5 @@ class Chart(Widget):
         if not any(len(line.x) for line in self.series):
             return Text(f"{title}\n\n  nothing yet", no_wrap=True)
         colour = not self.app.no_color
-        drawn = draw(self.series, width, height, title, self.log_axis, colour, self.x_label, self.named)
+        drawn = draw(self.series, width, height, title, self.log_axis, colour, self.x_label, self.named, self.log_x)
         return Text.from_ansi(drawn, no_wrap=True)

@@ -233,6 +233,10 @@ class TestAgainstAnOption:
         for measure, last in (("loss", [2.0, 3.0, 1.0]), ("valid_loss", [2.5, 3.5, 1.5])):
             ((name, x, y, _),) = comparison.lines(measure, "rank", 1)
             assert (name, x.tolist(), y.tolist()) == ("rank", [2.0, 4.0, 16.0], last)
+        assert comparison.log_x("rank")
+        assert not comparison.log_x("step")
+        assert not Comparison(runs[1:]).log_x("rank"), "2 to 8 is no wide span"
+        assert not Comparison([made(store, "e", rank=0), *runs]).log_x("rank")
         comparison.runs[0].hidden = True
         assert comparison.lines("loss", "rank", 1)[0][1].tolist() == [2.0, 4.0]
         assert comparison.lines("nothing", "rank", 1) == []
