@@ -116,16 +116,16 @@ def _loss(value: float) -> str:
 COLUMNS: Mapping[str, tuple[str, Callable[[Any], str]]] = {
     "state": ("state", str),
     "valid_loss": ("valid", _loss),
-    "best_valid_loss": ("best valid", _loss),
     "loss": ("train", _loss),
-    "tokens": ("tokens", count_text),
     "tokens_per_second": ("tokens/s", _whole),
     "memory": ("peak memory", bytes_text),
     "optimizer_bytes": ("optimizer", bytes_text),
-    "trainable": ("trainable", count_text),
     "effective_rank": ("rank", lambda value: f"{value:.4g}"),
+    "best_valid_loss": ("best valid", _loss),
+    "tokens": ("tokens", count_text),
+    "trainable": ("trainable", count_text),
 }
-"""The columns of a table of results: heading, and how a value is written."""
+"""The columns of a table of results, those that fit into 80 characters first: heading, and how a value is written."""
 
 
 def cells(result: Result) -> list[str]:

@@ -87,6 +87,7 @@ async def test_runs_are_marked_and_laid_over_each_other(opened: Open, made: Made
         assert labels(it) == [a, b]
         assert cell(it, a, "valid_loss") == "2.5000"
         assert cell(it, a, "effective_rank") == "—"
+        assert it.sees("valid train tokens/s peak memory optimizer rank")
         body = "\n".join(it.rows()[3 : chart(it).region.bottom])
         assert any("\u2801" <= sign <= "\u28ff" for sign in body)
         assert MARKERS[1] in body
