@@ -20,6 +20,7 @@ from gemma_tui.runs.processes import Detached, start
 from gemma_tui.runs.queue import Queue
 from gemma_tui.runs.store import Run, RunStore
 from gemma_tui.runs.view import RunView
+from gemma_tui.screens import steering
 from gemma_tui.screens.matrices import MatricesScreen
 from gemma_tui.screens.run_list import RunList, first_row
 from gemma_tui.screens.workbench import Workbench
@@ -152,10 +153,8 @@ class TrainingScreen(Workbench):
 
     def action_resume(self) -> None:
         """Go on with the run that is looked at, where its newest checkpoint is."""
-        chosen = self.query_one(RunList).chosen if self._pane == RUNS else ""
-        name = chosen or (self._view.run.run_id if self._view else "")
-        if not name or name.startswith(QUEUED):
-            self.bench.tell("choose a run first", "warning")
+        name = self._looked_at()
+        if not name:
             return
 
         def go_on() -> None:
@@ -193,26 +192,11 @@ class TrainingScreen(Workbench):
 
     def action_pause(self) -> None:
         """Pause the run that is shown, of whatever process, or let it go on."""
-        view, store, job = self._view, self._store, self._shown_job()
-        if job is not None and not job.future.done():
-            pause = job.control.pause
-            pause.clear() if pause.is_set() else pause.set()
-        elif view is not None and view.run.active and store is not None:
-            paused = view.run.request == "pause" or (view.run.state == "paused" and view.run.request != "resume")
-            self._ask(store, view.run, "resume" if paused else "pause")
-        else:
-            self.bench.tell("no run that goes on is shown", "warning")
+        steering.pause(self.bench, self._shown_job(), self._view.run if self._view else None, self._store)
 
     def action_stop(self) -> None:
         """End the run that is shown, or what is starting, after its step; it saves."""
-        view, store, job = self._view, self._store, self._shown_job()
-        if job is not None and not job.future.done():
-            job.control.stop.set()
-            self.bench.tell(f"{job.label} ends after this step and saves")
-        elif view is not None and view.run.active and store is not None:
-            self._ask(store, view.run, "stop")
-        else:
-            self.bench.tell("no run that goes on is shown", "warning")
+        steering.stop(self.bench, self._shown_job(), self._view.run if self._view else None, self._store)
 
     def _await_run(self) -> None:
         """Show what is starting until its run is there."""
@@ -220,22 +204,21 @@ class TrainingScreen(Workbench):
         self.query_one("#headline", Static).update("starting…", layout=False)
         self.action_pane(WATCH)
 
-    def _ask(self, store: RunStore, run: Run, what: str) -> None:
-        def ask() -> None:
-            store.request(run.run_id, what)
-            self.bench.tell(f"{run.run_id} was asked to {what}")
-
-        self.bench.attempt(ask)
-
     def action_inside(self) -> None:
         """Show what the diagnoses of the run that is looked at tell of its matrices."""
-        chosen = self.query_one(RunList).chosen if self._pane == RUNS else ""
-        name = chosen or (self._view.run.run_id if self._view else "")
-        store = self._store
-        if not name or name.startswith(QUEUED) or store is None:
-            self.bench.tell("choose a run first", "warning")
+        name, store = self._looked_at(), self._store
+        if not name or store is None:
             return
         self.bench.attempt(lambda: self.app.push_screen(MatricesScreen(Matrices(store.run(name)), store)))
+
+    def _looked_at(self) -> str:
+        """The run under the cursor, or the one that is shown; where there is none, that is told."""
+        chosen = self.query_one(RunList).chosen if self._pane == RUNS else ""
+        name = chosen or (self._view.run.run_id if self._view else "")
+        if not name or name.startswith(QUEUED):
+            self.bench.tell("choose a run first", "warning")
+            return ""
+        return name
 
     def _shown_job(self) -> Job | None:
         """The job of the run that is shown, or what is starting."""
