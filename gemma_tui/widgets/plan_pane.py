@@ -92,14 +92,14 @@ class PlanPane(Vertical):
         self.query_one("#explained", Static).update(event.text, layout=False)
 
     def _show(self) -> None:
+        """Draw the plan; its memory is asked for at the next look, and an answer for another plan is none."""
+        self._plan, self._asked, problem = None, None, ""
         try:
             self._plan = self.plan()
         except UsageError as error:
-            self._plan = None
-            self.query_one(RatePlot).show(None, str(error))
-            self.query_one("#need", Static).update("", layout=False)
-        else:
-            self.query_one(RatePlot).show(self._plan)
+            problem = str(error)
+        self.query_one(RatePlot).show(self._plan, problem)
+        self.query_one("#need", Static).update("memory: …" if self._plan else "", layout=False)
 
     def _look(self) -> None:
         """Ask for the memory of another plan, or of this one once the engine's device is known."""

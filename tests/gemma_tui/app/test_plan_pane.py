@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,6 +13,7 @@ from gemma_tui.runs.store import RunStore
 from gemma_tui.studies import forecast
 from gemma_tui.studies.schedules import SCHEDULES
 from gemma_tui.studies.training_plan import TrainingPlan
+from gemma_tui.widgets.plan_pane import PlanPane
 from gemma_tui.widgets.rate_plot import BLOCKS, RatePlot
 
 from .conftest import Open, Opened, Size
@@ -35,6 +37,18 @@ def blocks(it: Opened) -> list[int]:
 
 def need(it: Opened) -> str:
     return it.static("#need")
+
+
+async def estimated(it: Opened, **values: Any) -> str:
+    """The memory of the form's plan, once the plan has these values."""
+    pane = it.app.screen.query_one(PlanPane)
+
+    def answered() -> bool:
+        asked = pane._asked is not None and all(getattr(pane._asked[0], k) == v for k, v in values.items())
+        return asked and "memory: fits: about" in need(it)
+
+    await it.until(answered, f"the estimate of {values}")
+    return need(it)
 
 
 async def test_every_schedule_is_drawn_before_the_run_and_again_when_a_value_changes(opened: Open, size: Size) -> None:
@@ -96,12 +110,11 @@ async def test_the_memory_of_a_plan_is_what_its_run_tells_and_earlier_runs_refin
     async with opened(size, model=tiny) as it:
         await it.loaded(tiny)
         form = await it.plan(tiny, corpus, steps=2)
-        await it.until(lambda: "memory: fits: about" in need(it), "the estimate")
-        before = need(it)
+        before = await estimated(it, model=tiny, steps=2)
         form.set("batch_size", 7)
-        await it.until(lambda: need(it) != before, "another estimate")
+        assert await estimated(it, batch_size=7) != before
         form.set("batch_size", 2)
-        await it.until(lambda: need(it) == before, "the first again")
+        assert await estimated(it, batch_size=2) == before
         await it.press("s")
         await it.until(lambda: "lora-1 has ended" in it.told(), "the end")
         told = next(event for event in RunStore().events("lora-1") if event.kind == "start")
@@ -121,8 +134,7 @@ async def test_what_is_known_without_a_device_is_told_and_the_rest_when_it_is_th
 async def test_a_look_at_a_plan_imports_no_model_and_an_unknown_one_is_named(opened: Open) -> None:
     async with opened() as it:
         form = await it.plan("gemma-3-270m", "x")
-        await it.until(lambda: "memory: " in need(it), "what is missing")
-        assert "imported" in need(it) or "extra" in need(it)
+        await it.until(lambda: "imported" in need(it) or "extra" in need(it), "what is missing")
         assert not (paths.models() / "gemma-3-270m").exists()
         form.set("model", "nowhere")
         await it.until(lambda: "no model 'nowhere'" in need(it), "that it is not here")
@@ -144,7 +156,7 @@ async def test_the_keys_go_on_while_the_memory_is_asked_for(opened: Open, monkey
             await it.until(asked.is_set, "the question")
             await it.press("down", "down")
             assert form.cursor_row == 2
-            assert need(it) == ""
+            assert need(it) == "memory: …"
             go_on.set()
             await it.until(lambda: need(it) == "memory: at last", "the answer")
     finally:
