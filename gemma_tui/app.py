@@ -84,6 +84,7 @@ class GemmaTui(App[None]):
     }
     DEFAULT_MODE = "models"
     HORIZONTAL_BREAKPOINTS = [(0, "-narrow"), (110, "-wide")]
+    VERTICAL_BREAKPOINTS = [(0, "-low"), (30, "-high")]
     CSS_PATH = "app.tcss"
     BINDINGS = [
         Binding("1", "switch_mode('models')", "Models", id="app.models", show=False),
@@ -195,6 +196,7 @@ class GemmaTui(App[None]):
         def imports() -> None:
             importlib.import_module("gemma_tui.screens.training")
             importlib.import_module("gemma_tui.screens.generation")
+            importlib.import_module("gemma_tui.studies.forecast")
 
         threading.Thread(target=imports, daemon=True).start()  # no worker: leaving would wait for one
 

@@ -241,7 +241,12 @@ def _runs(groups: argparse._SubParsersAction) -> None:
     compare.add_argument(
         "--measure", default="loss", metavar="NAME", help="what is drawn: loss, valid_loss, grad_norm…"
     )
-    compare.add_argument("--x", default="step", choices=("step", "tokens", "seconds"), help="what it is drawn against")
+    compare.add_argument(
+        "--x",
+        default="step",
+        metavar="NAME",
+        help="what it is drawn against: step, tokens, seconds, or the one number in which the plans differ",
+    )
     compare.add_argument("--log", action="store_true", help="logarithmic axis of the measure")
     compare.add_argument("--smooth", type=int, default=20, metavar="N", help="points the mean goes over; 1 for none")
     export = _command(group, "export", "a run's metrics and events as a file", "compare:export")

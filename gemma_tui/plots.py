@@ -79,6 +79,7 @@ def draw(
     colour: bool = True,
     x_label: str = "",
     named: bool = True,
+    log_x: bool = False,
 ) -> str:
     """A line chart of ``width`` by ``height`` characters, its first line the title and the names of the lines.
 
@@ -87,9 +88,12 @@ def draw(
         colour: ANSI colours; without them the lines differ by their markers.
         x_label: what the x axis counts; takes a line.
         named: whether the names of the lines follow the title, where there is room.
+        log_x: logarithmic x axis, of positive numbers only.
     """
     looks = _looks(series, colour)
     lines = [reduce(line, max(8, width - 8), log) for line in series]
+    if log_x:
+        lines = [([math.log10(v) for v in x], y) for x, y in lines]
     plotext.clear_figure()
     plotext.limit_size(False, False)
     plotext.plotsize(width, height - 1)
@@ -100,7 +104,7 @@ def draw(
     drawn = [points for points in lines if points[0]]
     if drawn:
         xs, ys = ([v for points in drawn for v in points[axis]] for axis in (0, 1))
-        _set_ticks(plotext.xticks, ticks(min(xs), max(xs), max(2, width // 9)), False)
+        _set_ticks(plotext.xticks, (log_ticks if log_x else ticks)(min(xs), max(xs), max(2, width // 9)), log_x)
         _set_ticks(plotext.yticks, (log_ticks if log else ticks)(min(ys), max(ys), height // 2), log)
     else:
         # plotext fails on an axis without points.

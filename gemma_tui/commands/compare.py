@@ -42,7 +42,7 @@ def compare_runs(store: RunStore, runs: Sequence[Run], args: argparse.Namespace,
         args: ``x``, ``measure``, ``log`` and ``smooth``.
 
     Raises:
-        UsageError: none of the runs has the measure, or the window is no window.
+        UsageError: none of the runs has the measure, or the window or the axis is none.
     """
     if args.smooth < 1:
         raise UsageError(f"--smooth is {args.smooth}; a number of points from 1 on is needed")
@@ -52,6 +52,11 @@ def compare_runs(store: RunStore, runs: Sequence[Run], args: argparse.Namespace,
     if args.measure not in measures and (measures or args.measure != "loss"):
         raise UsageError(
             f"no run has {args.measure[:40]!r}; choose from {', '.join(measures) or 'nothing: no metrics'}"
+        )
+    if args.x not in comparison.axes():
+        raise UsageError(
+            f"--x is {args.x[:40]!r}; choose from {', '.join(comparison.axes())}"
+            " (an option of the plans where it is a number and all they differ in)"
         )
     _curves(comparison, args, output)
     names = [compared.run.run_id for compared in comparison.runs]
@@ -74,13 +79,13 @@ def compare_runs(store: RunStore, runs: Sequence[Run], args: argparse.Namespace,
 
 
 def _curves(comparison: Comparison, args: argparse.Namespace, output: Output) -> None:
-    series, evaluated = [], False
-    for compared, curve in comparison.shown(args.measure):
-        x, y = curve.points(args.x, args.smooth)
-        evaluated = curve.evaluated
-        series.append(Series(one_line(compared.run.run_id, 60), x, y, compared.look))
+    evaluated = any(curve.evaluated for _, curve in comparison.shown(args.measure))
+    series = []
+    for name, x, y, number in comparison.lines(args.measure, args.x, args.smooth):
+        series.append(Series(one_line(name, 60), x, y, number))
         points = {"x": x.tolist(), "y": y.tolist()} if output.as_json else {}
-        output.row("curve", run=compared.run.run_id, measure=args.measure, axis=args.x, **points)
+        of = {"run": name} if args.x in AXES else {}
+        output.row("curve", **of, measure=args.measure, axis=args.x, **points)
     without = [c.run.run_id for c in comparison.runs if args.measure not in c.curves]
     if without:
         output.say(f"no {args.measure} in {', '.join(without)}")
@@ -89,8 +94,10 @@ def _curves(comparison: Comparison, args: argparse.Namespace, output: Output) ->
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     width = min(shutil.get_terminal_size((80, 24)).columns, WIDEST)
     heading = title(args.measure, evaluated, args.smooth) + (" (log)" if args.log else "")
-    print(draw(series, width, HEIGHT, heading, args.log, colour, AXES[args.x], named=False))
-    print("\n".join(legend(series, width, colour)))
+    x_title, log_x = comparison.axes()[args.x], comparison.log_x(args.x)
+    print(draw(series, width, HEIGHT, heading, args.log, colour, x_title, named=False, log_x=log_x))
+    if args.x in AXES:
+        print("\n".join(legend(series, width, colour)))
 
 
 def _table(output: Output, rows: Sequence[Sequence[str]]) -> None:

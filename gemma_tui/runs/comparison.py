@@ -27,6 +27,12 @@ TITLES = {
 }
 """What the known measures are called; a run may have others, which go by their own names."""
 
+LABELS = ("name", "group")
+"""Options that change nothing but what a run is called."""
+
+WIDE_SPAN = 8
+"""The largest over the smallest value of an option from which on it is drawn logarithmically."""
+
 MISSING = "—"
 SMOOTHED = 20
 """Points that the mean goes over, unless asked otherwise."""
@@ -110,16 +116,16 @@ def _loss(value: float) -> str:
 COLUMNS: Mapping[str, tuple[str, Callable[[Any], str]]] = {
     "state": ("state", str),
     "valid_loss": ("valid", _loss),
-    "best_valid_loss": ("best valid", _loss),
     "loss": ("train", _loss),
-    "tokens": ("tokens", count_text),
     "tokens_per_second": ("tokens/s", _whole),
     "memory": ("peak memory", bytes_text),
     "optimizer_bytes": ("optimizer", bytes_text),
-    "trainable": ("trainable", count_text),
     "effective_rank": ("rank", lambda value: f"{value:.4g}"),
+    "best_valid_loss": ("best valid", _loss),
+    "tokens": ("tokens", count_text),
+    "trainable": ("trainable", count_text),
 }
-"""The columns of a table of results: heading, and how a value is written."""
+"""The columns of a table of results, those that fit into 80 characters first: heading, and how a value is written."""
 
 
 def cells(result: Result) -> list[str]:
@@ -260,6 +266,35 @@ class Comparison:
         for compared in self.runs:
             if not compared.hidden and measure in compared.curves:
                 yield compared, compared.curves[measure]
+
+    def option(self) -> str:
+        """The one option in which the runs differ, if it is a number in all of them; else nothing."""
+        found = {key: values for key, values in differences([c.run for c in self.runs]).items() if key not in LABELS}
+        if len(found) != 1:
+            return ""
+        ((option, values),) = found.items()
+        numbers = len(values) == len(self.runs) and all(_is_number(value) for value in values.values())
+        return option if numbers and option not in AXES else ""
+
+    def axes(self) -> dict[str, str]:
+        """What a measure can be drawn against, with its title: also the option that differs, if it is one number."""
+        option = self.option()
+        return AXES | ({option: one_line(option.replace("_", " "), 40)} if option else {})
+
+    def log_x(self, axis: str) -> bool:
+        """Whether an option spans so much that a logarithmic axis shows it better."""
+        values = [_number(compared.run.plan.get(axis)) for compared in self.runs] if axis not in AXES else []
+        return bool(values) and 0 < min(values) * WIDE_SPAN <= max(values) < math.inf
+
+    def lines(self, measure: str, axis: str, window: int) -> list[tuple[str, np.ndarray, np.ndarray, int]]:
+        """Name, x, y and look of each line of a chart: a run's, or against an option the last value of all runs."""
+        shown = [(compared, *curve.points(axis if axis in AXES else "step", window))
+                 for compared, curve in self.shown(measure)]  # fmt: skip
+        if axis in AXES:
+            return [(compared.run.run_id, x, y, compared.look) for compared, x, y in shown]
+        ends = sorted((_number(compared.run.plan[axis]), float(y[-1])) for compared, _, y in shown if y.size)
+        x, y = np.array(ends, np.float64).reshape(-1, 2).T
+        return [(axis, x, y, 0)] if ends else []
 
 
 def title(measure: str, evaluated: bool, window: int) -> str:

@@ -15,7 +15,6 @@ from textual.widgets import DataTable, Static
 from gemma_tui.errors import GemmaTuiError
 from gemma_tui.plots import Series, look
 from gemma_tui.runs.comparison import (
-    AXES,
     COLUMNS,
     SMOOTHED,
     Compared,
@@ -57,7 +56,8 @@ class ComparisonScreen(Workbench):
     BINDINGS = [
         Binding("escape", "close", "Back", id="comparison.back"),
         Binding("m", "measure", "Metric", id="comparison.measure", tooltip="Draw the next measure"),
-        Binding("x", "axis", "Axis", id="comparison.axis", tooltip="Against step, tokens or seconds of computing"),
+        Binding("x", "axis", "Axis", id="comparison.axis",
+                tooltip="Against step, tokens, seconds of computing, or the one number that differs"),
         Binding("y", "log_axis", "Log", id="comparison.log", tooltip="Logarithmic or linear measure"),
         Binding("plus,equals_sign", "smooth(1)", "Mean", id="comparison.smooth", key_display="+/-",
                 tooltip="Mean over more points, or over fewer"),
@@ -108,8 +108,8 @@ class ComparisonScreen(Workbench):
         self._draw()
 
     def action_axis(self) -> None:
-        """Draw against the next of step, tokens and seconds."""
-        self.axis = _after(self.axis, list(AXES))
+        """Draw against the next of step, tokens, seconds and, where one number differs in the plans, that."""
+        self.axis = _after(self.axis, list(self.comparison.axes()))
         self._draw()
 
     def action_log_axis(self) -> None:
@@ -153,11 +153,10 @@ class ComparisonScreen(Workbench):
         shown = list(self.comparison.shown(self.measure))
         chart = self.query_one(Chart)
         chart.title = title(self.measure, any(curve.evaluated for _, curve in shown), self.window)
-        chart.x_label = AXES[self.axis]
-        chart.show([
-            Series(one_line(compared.run.run_id, NAME), *curve.points(self.axis, self.window), compared.look)
-            for compared, curve in shown
-        ])  # fmt: skip
+        chart.x_label = self.comparison.axes()[self.axis]
+        chart.log_x = self.comparison.log_x(self.axis)
+        lines = self.comparison.lines(self.measure, self.axis, self.window)
+        chart.show([Series(one_line(name, NAME), x, y, number) for name, x, y, number in lines])
         chart.redraw()
 
     def _fill_results(self) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from textual.binding import Binding
 from textual.containers import Horizontal, Vertical
@@ -12,35 +12,31 @@ from textual.events import Resize
 from textual.widget import Widget
 from textual.widgets import DataTable, Static
 
-from engines.errors import EngineError
 from gemma_tui import paths
 from gemma_tui.errors import GemmaTuiError
 from gemma_tui.plots import Series
-from gemma_tui.runs.comparison import Comparison
 from gemma_tui.runs.matrices import Matrices
 from gemma_tui.runs.processes import Detached, start
 from gemma_tui.runs.queue import Queue
 from gemma_tui.runs.store import Run, RunStore
 from gemma_tui.runs.view import RunView
-from gemma_tui.screens.comparison import ComparisonScreen
+from gemma_tui.screens import steering
 from gemma_tui.screens.matrices import MatricesScreen
+from gemma_tui.screens.run_list import RunList, first_row
 from gemma_tui.screens.workbench import Workbench
-from gemma_tui.studies.plan import command
-from gemma_tui.studies.queueing import check, detached, enqueue, plan_of, start_runner
-from gemma_tui.studies.training_plan import TrainingPlan
+from gemma_tui.studies.queueing import detached, merge_variations, method_variations
 from gemma_tui.text import one_line
 from gemma_tui.widgets.chart import Chart
 from gemma_tui.widgets.event_log import EventLog, event_line, headline
 from gemma_tui.widgets.plan_form import PlanForm
-from gemma_tui.widgets.run_table import QUEUED, RunTable
+from gemma_tui.widgets.plan_pane import PlanPane
+from gemma_tui.widgets.run_table import QUEUED
 from gemma_tui.widgets.small_charts import SmallCharts
 
 if TYPE_CHECKING:
     from gemma_tui.session import Job
 
 WATCH_SECONDS = 0.4
-LIST_SECONDS = 2.0
-LISTED = 200
 PLAN, WATCH, RUNS = "plan", "watch", "runs"
 CHARTS = 4
 """Seen at a time."""
@@ -56,6 +52,10 @@ class TrainingScreen(Workbench):
         Binding("d", "detach", "Detach", id="training.detach", show=False,
                 tooltip="Start as a process that outlives the app"),
         Binding("a", "enqueue", "Queue", id="training.queue", show=False, tooltip="Add to the queue, one by one"),
+        Binding("f", "methods", "Four", id="training.methods", show=False,
+                tooltip="Queue full, LoRA, ReLoRA and rank 1 on this data, with one rate if one is given"),
+        Binding("g", "intervals", "Gaps", id="training.intervals", show=False,
+                tooltip="Queue this plan merging every 1, 2, 4… steps, up to half of them"),
         Binding("space", "pause", "Pause", id="training.pause", key_display="␣", tooltip="Pause, and go on"),
         Binding("x", "stop", "Stop", id="training.stop", tooltip="End after the step in hand, and save"),
         Binding("u", "resume", "Resume", id="training.resume", show=False, tooltip="Go on with a run that has ended"),
@@ -75,19 +75,11 @@ class TrainingScreen(Workbench):
         self._left = PLAN
         self._view: RunView | None = None
         self._started: Job | None = None
-        self._adopted = "nano"
         self._store: RunStore | None = None
-        self._queue: Queue | None = None
         self._detached: Detached | None = None
-        self._runner: Detached | None = None
-        self._marked = Comparison()
 
     def body(self) -> Iterable[Widget]:
         """The three panes."""
-        form = PlanForm(TrainingPlan)
-        self._adopted = form.values["model"] = self.bench.session.place.model or "nano"
-        form.values["data"] = _sample_data()
-        runs = RunTable(id=RUNS)
         watch = Vertical(
             Static("no run yet: press s to start one", id="headline", markup=False),
             Chart("loss, nats per token", id="loss"),
@@ -96,32 +88,27 @@ class TrainingScreen(Workbench):
             id=WATCH,
             classes="pane",
         )
-        plan = Vertical(form, Static("", id="explained", markup=False), id=PLAN, classes="pane")
-        yield Horizontal(plan, runs, watch, classes="pane")
+        yield Horizontal(PlanPane(self.bench.session, PLAN), RunList(RUNS), watch, classes="pane")
 
     def on_mount(self) -> None:
         """Open the store, and look at it from now on."""
         self._arrange()
         self.query_one(PlanForm).focus()
         try:
-            self._store, self._queue = RunStore(), Queue()
+            self._store, queue = RunStore(), Queue()
         except GemmaTuiError as error:
             self.bench.tell(str(error), "error")
             return
         self.set_interval(WATCH_SECONDS, self._watch)
-        self.set_interval(LIST_SECONDS, self._list)
-        self._list()
+        self.query_one(RunList).open(self._store, queue)
 
     def on_screen_resume(self) -> None:
-        """The model that was loaded meanwhile becomes the form's, unless one was typed.
+        """A model may have been loaded meanwhile."""
+        self.query_one(PlanPane).adopt_model()
 
-        A run's adapter does not: another one cannot be trained on it, so its base stays.
-        """
-        form = self.query_one(PlanForm)
-        loaded = self.bench.session.place.model
-        if loaded and form.is_mounted and form.values["model"] == self._adopted and not _is_adapter(loaded):
-            self._adopted = loaded
-            form.set("model", loaded)
+    def job_ended(self) -> None:
+        """A run has measured what it needed, or a model was imported."""
+        self.query_one(PlanPane).look_again()
 
     def on_resize(self, event: Resize) -> None:
         """Wide and narrow show different panes."""
@@ -131,11 +118,8 @@ class TrainingScreen(Workbench):
         """The command that runs the plan, or that made the run which is looked at."""
         if self._pane == WATCH and self._view is not None:
             return self._view.run.command
-        if self._pane == RUNS and (chosen := self._chosen_command()):
-            return chosen
-        form = self.query_one(PlanForm)
-        plan = TrainingPlan(**form.values)
-        return command(("train", "--engine", self.bench.session.engine), plan)
+        chosen = self.query_one(RunList).command() if self._pane == RUNS else ""
+        return chosen or self.query_one(PlanPane).command()
 
     def watch_run(self, run_id: str) -> None:
         """Show a run from its beginning."""
@@ -162,17 +146,15 @@ class TrainingScreen(Workbench):
         """Train as the form says."""
 
         def start_here() -> None:
-            self._started = self.bench.session.train(self._plan())
+            self._started = self.bench.session.train(self.query_one(PlanPane).plan())
             self._await_run()
 
         self.bench.attempt(start_here)
 
     def action_resume(self) -> None:
         """Go on with the run that is looked at, where its newest checkpoint is."""
-        chosen = self.query_one(RunTable).chosen if self._pane == RUNS else ""
-        name = chosen or (self._view.run.run_id if self._view else "")
-        if not name or name.startswith(QUEUED):
-            self.bench.tell("choose a run first", "warning")
+        name = self._looked_at()
+        if not name:
             return
 
         def go_on() -> None:
@@ -188,7 +170,7 @@ class TrainingScreen(Workbench):
             return
 
         def start_elsewhere() -> None:
-            self._detached = start(detached(self.bench.session.engine, self._plan()), "run")
+            self._detached = start(detached(self.bench.session.engine, self.query_one(PlanPane).plan()), "run")
             self._started = None
             self._await_run()
 
@@ -196,64 +178,25 @@ class TrainingScreen(Workbench):
 
     def action_enqueue(self) -> None:
         """Put the form's plan into the queue, and see to it that something works through that."""
-        queue = self._queue
-        if queue is None:
-            return
+        self.query_one(RunList).enqueue(lambda: [self.query_one(PlanPane).plan()])
 
-        def add() -> None:
-            number = enqueue(queue, [self._plan()], self.bench.session.engine)[0]
-            text = f"queued as plan {number}"
-            if self._runner is None and queue.leader() is None:
-                self._runner = start_runner()
-                text += "; a process that works through the queue was started, and goes on when the app ends"
-            self.bench.tell(text)
-            self._list()
+    def action_methods(self) -> None:
+        """Queue the form's plan with each of the methods that are compared, as one group."""
+        pane = self.query_one(PlanPane)
+        self.query_one(RunList).enqueue(lambda: method_variations(pane.plan()), "methods")
 
-        self.bench.attempt(add)
-
-    def action_cancel_queued(self) -> None:
-        """Take the plan under the cursor out of the queue."""
-        key, queue = self.query_one(RunTable).chosen, self._queue
-        if queue is None or not key.startswith(QUEUED):
-            self.bench.tell("only a queued plan can be cancelled; x stops the run that is shown", "warning")
-            return
-
-        def take_out() -> None:
-            item = queue.cancel(int(key.removeprefix(QUEUED)))
-            begins = "is beginning: x stops its run" if item.state == "running" else f"is {item.state}"
-            self.bench.tell(f"plan {item.id} {begins}")
-            self._list()
-
-        self.bench.attempt(take_out)
+    def action_intervals(self) -> None:
+        """Queue the form's plan with more and fewer steps between merges, as one group."""
+        pane = self.query_one(PlanPane)
+        self.query_one(RunList).enqueue(lambda: merge_variations(pane.plan()), "merges")
 
     def action_pause(self) -> None:
         """Pause the run that is shown, of whatever process, or let it go on."""
-        view, store, job = self._view, self._store, self._shown_job()
-        if job is not None and not job.future.done():
-            pause = job.control.pause
-            pause.clear() if pause.is_set() else pause.set()
-        elif view is not None and view.run.active and store is not None:
-            paused = view.run.request == "pause" or (view.run.state == "paused" and view.run.request != "resume")
-            self._ask(store, view.run, "resume" if paused else "pause")
-        else:
-            self.bench.tell("no run that goes on is shown", "warning")
+        steering.pause(self.bench, self._shown_job(), self._view.run if self._view else None, self._store)
 
     def action_stop(self) -> None:
         """End the run that is shown, or what is starting, after its step; it saves."""
-        view, store, job = self._view, self._store, self._shown_job()
-        if job is not None and not job.future.done():
-            job.control.stop.set()
-            self.bench.tell(f"{job.label} ends after this step and saves")
-        elif view is not None and view.run.active and store is not None:
-            self._ask(store, view.run, "stop")
-        else:
-            self.bench.tell("no run that goes on is shown", "warning")
-
-    def _plan(self) -> TrainingPlan:
-        """The form's plan, checked."""
-        plan: TrainingPlan = self.query_one(PlanForm).build()
-        check(plan)
-        return plan
+        steering.stop(self.bench, self._shown_job(), self._view.run if self._view else None, self._store)
 
     def _await_run(self) -> None:
         """Show what is starting until its run is there."""
@@ -261,58 +204,21 @@ class TrainingScreen(Workbench):
         self.query_one("#headline", Static).update("starting…", layout=False)
         self.action_pane(WATCH)
 
-    def _ask(self, store: RunStore, run: Run, what: str) -> None:
-        def ask() -> None:
-            store.request(run.run_id, what)
-            self.bench.tell(f"{run.run_id} was asked to {what}")
-
-        self.bench.attempt(ask)
-
-    def _chosen_command(self) -> str:
-        """The command of the run or plan under the cursor."""
-        key, store, queue = self.query_one(RunTable).chosen, self._store, self._queue
-        if not key or store is None or queue is None:
-            return ""
-        try:
-            if not key.startswith(QUEUED):
-                return store.run(key).command
-            item = queue.item(int(key.removeprefix(QUEUED)))
-            return command(("train", "--engine", item.engine), plan_of(item))
-        except GemmaTuiError:
-            return ""
-
-    def action_mark(self) -> None:
-        """Mark the run under the cursor for a comparison, or take it out."""
-        key, store = self.query_one(RunTable).chosen, self._store
-        if not key or key.startswith(QUEUED) or store is None:
-            self.bench.tell("choose a run to mark", "warning")
-            return
-
-        def mark() -> None:
-            if key in self._marked:
-                self._marked.remove(key)
-            else:
-                self._marked.add(store.run(key))
-            self._list()
-
-        self.bench.attempt(mark)
-
     def action_inside(self) -> None:
         """Show what the diagnoses of the run that is looked at tell of its matrices."""
-        chosen = self.query_one(RunTable).chosen if self._pane == RUNS else ""
-        name = chosen or (self._view.run.run_id if self._view else "")
-        store = self._store
-        if not name or name.startswith(QUEUED) or store is None:
-            self.bench.tell("choose a run first", "warning")
+        name, store = self._looked_at(), self._store
+        if not name or store is None:
             return
         self.bench.attempt(lambda: self.app.push_screen(MatricesScreen(Matrices(store.run(name)), store)))
 
-    def action_overlay(self) -> None:
-        """Compare the runs that are marked."""
-        if len(self._marked.runs) < 2:
-            self.bench.tell("mark two runs or more with m", "warning")
-        elif self._store is not None:
-            self.app.push_screen(ComparisonScreen(self._marked, self._store))
+    def _looked_at(self) -> str:
+        """The run under the cursor, or the one that is shown; where there is none, that is told."""
+        chosen = self.query_one(RunList).chosen if self._pane == RUNS else ""
+        name = chosen or (self._view.run.run_id if self._view else "")
+        if not name or name.startswith(QUEUED):
+            self.bench.tell("choose a run first", "warning")
+            return ""
+        return name
 
     def _shown_job(self) -> Job | None:
         """The job of the run that is shown, or what is starting."""
@@ -324,7 +230,7 @@ class TrainingScreen(Workbench):
         if pane != WATCH:
             self._left = pane
         self._arrange()
-        self.query_one({PLAN: "PlanForm", RUNS: "RunTable", WATCH: "EventLog"}[pane]).focus()
+        self.query_one({PLAN: "PlanForm", RUNS: "RunList", WATCH: "EventLog"}[pane]).focus()
 
     def action_next_pane(self) -> None:
         """Show the pane that follows."""
@@ -338,10 +244,6 @@ class TrainingScreen(Workbench):
         """Show other measures in the small charts."""
         if not self.query_one(SmallCharts).turn():
             self.bench.tell("there are no diagnoses here: start a run with diagnose_every", "warning")
-
-    def on_plan_form_explained(self, event: PlanForm.Explained) -> None:
-        """What the option under the cursor does."""
-        self.query_one("#explained", Static).update(event.text, layout=False)
 
     def on_data_table_row_selected(self, event: DataTable.RowSelected) -> None:
         """Open the run under the cursor."""
@@ -377,9 +279,7 @@ class TrainingScreen(Workbench):
 
     def _processes(self, store: RunStore) -> None:
         """Tell of what was started as a process of its own that it has begun, or why it has not."""
-        if self._runner is not None and self._first_row(self._runner) is not None:
-            self._runner = None
-        if self._detached is None or (row := self._first_row(self._detached)) is None:
+        if self._detached is None or (row := first_row(self._detached, self.bench)) is None:
             return
         process, self._detached = self._detached, None
         looks = self._view is None and self._started is None
@@ -391,14 +291,6 @@ class TrainingScreen(Workbench):
                 self.bench.attempt(lambda: self._look_at(store.run(run)))
         elif looks:
             self.query_one("#headline", Static).update("did not start", layout=False)
-
-    def _first_row(self, process: Detached) -> Mapping[str, Any] | None:
-        """What a process began with; nothing in it if it did not, which is told; None while that is open."""
-        try:
-            return process.look()
-        except EngineError as error:
-            self.bench.tell(str(error), "error")
-            return {}
 
     def _follow(self, store: RunStore) -> None:
         if self._view is None and self._started is None and self._detached is not None:
@@ -429,26 +321,5 @@ class TrainingScreen(Workbench):
         self.query_one("#loss", Chart).show(loss)
         self.query_one(SmallCharts).show(view)
 
-    def _list(self) -> None:
-        store, queue = self._store, self._queue
-        if store is None or queue is None or not self.is_current:
-            return
-
-        def show() -> None:
-            runs = store.runs(LISTED)
-            marked = {run.run_id for run in runs if run.run_id in self._marked}
-            self.query_one(RunTable).show(queue.queued(), runs, marked)
-
-        self.bench.attempt(show)
-
 
 _LOSSES = {"loss": "training", "valid_loss": "validation"}
-
-
-def _sample_data() -> str:
-    corpus = paths.assets() / "corpus"
-    return str(corpus) if corpus.is_dir() else ""
-
-
-def _is_adapter(name: str) -> bool:
-    return (paths.runs() / name / "adapter").is_dir()

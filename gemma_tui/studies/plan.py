@@ -24,7 +24,7 @@ class Option:
         kind: ``str``, ``int``, ``float`` or ``bool``.
         optional: whether it may be left open (None), in which case ``open_means`` tells what happens.
         low, high: the allowed range, ends included; None for no bound.
-        methods: the training methods it belongs to; empty for all.
+        methods, optimizers, modes: those that honour it; empty for all.
     """
 
     name: str
@@ -39,6 +39,8 @@ class Option:
     optional: bool = False
     open_means: str = ""
     methods: tuple[str, ...] = ()
+    optimizers: tuple[str, ...] = ()
+    modes: tuple[str, ...] = ()
     required: bool = False
 
     @property
@@ -57,6 +59,11 @@ class Option:
         elif self.low is not None:
             bounds = f"{_plain(self.low)} or more"
         return " ".join(part for part in (bounds, self.unit) if part)
+
+    def honoured(self, values: Mapping[str, Any]) -> bool:
+        """Whether it makes a difference beside the other values of a plan."""
+        bound = {"method": self.methods, "optimizer": self.optimizers, "mode": self.modes}
+        return all(not allowed or values.get(name) in allowed for name, allowed in bound.items())
 
 
 def _plain(number: float) -> str:
@@ -159,6 +166,27 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise UsageError(f"{path} cannot be read ({error.strerror}): check the path") from None
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{path} is no TOML ({str(error)[:80]}): mend the file") from None
+
+
+def honoured(plan: P) -> P:
+    """The plan with the defaults where it makes no difference what it says."""
+    values = {o.name: getattr(plan, o.name) for o in options(type(plan))}
+    return type(plan)(**{o.name: values[o.name] if o.honoured(values) else o.default for o in options(type(plan))})
+
+
+def check_honoured(plan: Any) -> None:
+    """Refuse an option that would be ignored.
+
+    Raises:
+        UsageError: one is set that makes no difference beside the others.
+    """
+    kept = honoured(plan)
+    for o in options(type(plan)):
+        if getattr(plan, o.name) == getattr(kept, o.name):
+            continue
+        bound = (("method", o.methods), ("optimizer", o.optimizers), ("mode", o.modes))
+        beside = [f"--{n} {getattr(plan, n)}" for n, allowed in bound if allowed and getattr(plan, n) not in allowed]
+        raise UsageError(f"{o.name}: {o.flag} makes no difference with {' '.join(beside)}: leave it out")
 
 
 def changed(plan: Any) -> dict[str, Any]:

@@ -14,11 +14,16 @@ from gemma_tui.errors import UsageError
 from gemma_tui.runs.processes import Detached, start
 from gemma_tui.runs.queue import Item, Queue
 from gemma_tui.runs.store import check_name
-from gemma_tui.studies.plan import build, changed, command
-from gemma_tui.studies.training_plan import TrainingPlan, settings
+from gemma_tui.studies.plan import build, changed, check_honoured, command, honoured
+from gemma_tui.studies.training_plan import FOUND, MERGING, TrainingPlan, settings
 
 MAX_VARIATIONS = 1000
 RUNNER = ("queue", "run")
+DECIDING = {"method", "optimizer", "mode"}
+"""Where these are varied, what others honour is left out of the plans that do not."""
+
+COMPARED = ("full", "lora", "relora", "rank1")
+MOST_INTERVALS = 6
 
 
 def check(plan: TrainingPlan) -> None:
@@ -28,6 +33,9 @@ def check(plan: TrainingPlan) -> None:
         UsageError: what is wrong with it.
     """
     settings(plan)
+    check_honoured(plan)
+    if plan.method == "rank1" and plan.mode in FOUND and not plan.rest and plan.optimizer != TrainingPlan().optimizer:
+        raise UsageError("optimizer: rank-1 updates have none; give --rest to train what is no target with it")
     check_name(plan.name or plan.method)
 
 
@@ -65,9 +73,41 @@ def variations(values: Mapping[str, Any], choices: Mapping[str, str], where: str
     plans = []
     for combination in itertools.product(*lists.values()):
         plan = build(TrainingPlan, {**values, **dict(zip(lists, combination, strict=True))}, where)
+        plan = honoured(plan) if DECIDING & set(lists) else plan
         check(plan)
         plans.append(plan)
     return plans
+
+
+def method_variations(plan: TrainingPlan) -> list[TrainingPlan]:
+    """The plan with each of ``COMPARED`` in place of its method: the same data, seed, tokens and, if given, rate.
+
+    What a method does not honour has its default. ReLoRA restarts four times, unless the plan says how often; the rank
+    of the accumulated update is measured at the end at least.
+
+    Raises:
+        UsageError: one of them could not begin.
+    """
+    if plan.diagnose_every == 0:
+        plan = dataclasses.replace(plan, diagnose_every=plan.steps + 1)
+    plans = [honoured(plan if method == plan.method else _with_method(plan, method)) for method in COMPARED]
+    for made in plans:
+        check(made)
+    return plans
+
+
+def merge_variations(plan: TrainingPlan) -> list[TrainingPlan]:
+    """The plan merging every 1, 2, 4… steps, up to half of them and at most ``MOST_INTERVALS`` plans.
+
+    Raises:
+        UsageError: its method does not merge, or its steps are too few.
+    """
+    if plan.method not in MERGING:
+        raise UsageError(f"method: {plan.method} does not merge; choose {' or '.join(MERGING)}")
+    intervals = [2**n for n in range(MOST_INTERVALS) if 2**n <= (plan.steps - plan.full_rank_steps) // 2]
+    if len(intervals) < 2:
+        raise UsageError(f"steps: {plan.steps} are too few to merge more and less often: give more")
+    return variations(changed(plan), {"merge_every": ",".join(map(str, intervals))}, "plan")
 
 
 def enqueue(queue: Queue, plans: Sequence[TrainingPlan], engine: str, group: str = "") -> list[int]:
@@ -94,6 +134,18 @@ def detached(engine: str, plan: TrainingPlan) -> list[str]:
 def start_runner() -> Detached:
     """Start a process that works through the queue."""
     return start(RUNNER, "runner")
+
+
+def _with_method(plan: TrainingPlan, method: str) -> TrainingPlan:
+    """The plan with another method, its name as well if it has one."""
+    name = f"{plan.name}-{method}" if plan.name else ""
+    schedule = None if plan.schedule == "jagged" else plan.schedule
+    other = dataclasses.replace(plan, method=method, name=name, schedule=schedule)
+    unsaid = TrainingPlan()
+    if method != "relora" or (plan.reset_every, plan.restart_warmup) != (unsaid.reset_every, unsaid.restart_warmup):
+        return other
+    every = max(2, plan.warmup_steps, plan.steps // 4)
+    return dataclasses.replace(other, reset_every=every, restart_warmup=max(1, min(unsaid.restart_warmup, every // 10)))
 
 
 def _split(name: str, text: str) -> list[str]:

@@ -62,7 +62,7 @@ def resume_training(engine: Engine, run: Run, control: Control, store: RunStore)
 
 
 def _training(engine: Engine, plan: TrainingPlan, run: Run, control: Control, store: RunStore) -> Recorded:
-    ratio = remembered(_experience(store, run, plan))
+    ratio = remembered(experience(store, plan, run.engine, run.run_id))
 
     def study(folder: Path) -> Iterator[Event]:
         return train(engine, plan, folder, control, ratio)
@@ -70,11 +70,11 @@ def _training(engine: Engine, plan: TrainingPlan, run: Run, control: Control, st
     return Recorded(run, recorded(store, run, study, control))
 
 
-def _experience(store: RunStore, run: Run, plan: TrainingPlan) -> Iterator[tuple[float, float]]:
-    """Estimated and measured bytes of earlier runs that asked for as much memory."""
+def experience(store: RunStore, plan: TrainingPlan, engine: str, but: str = "") -> Iterator[tuple[float, float]]:
+    """Estimated and measured bytes of runs of an engine that asked for as much memory, leaving out the run ``but``."""
     for other in store.runs(LOOKED_BACK):
         alike = all(other.plan.get(key) == getattr(plan, key) for key in MEMORY_KEYS)
-        if other.run_id == run.run_id or other.engine != run.engine or not alike:
+        if other.run_id == but or other.engine != engine or not alike:
             continue
         told = [e.values.get("estimate") for e in store.events(other.run_id, limit=5) if e.kind == "start"]
         if told and isinstance(told[0], int | float):

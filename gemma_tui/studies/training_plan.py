@@ -15,6 +15,8 @@ from gemma_tui.studies.turns import PROMPT_FORMS
 
 METHODS = ("lora", "dora", "full", "relora", "rank1")
 MODES = ("power", "sketch", "alternate")
+FOUND = ("power", "sketch")
+"""Modes that find each update from the gradient; the other trains one factor at a time."""
 OPTIMIZERS = ("adamw", "sgd", "adafactor", "muon")
 DEFAULT_RATES = {"lora": 2e-4, "dora": 2e-4, "full": 2e-5, "relora": 4e-4, "rank1": 0.1}
 NORMALISED_RATE, ALTERNATE_RATE = 2e-3, 2e-3
@@ -63,13 +65,18 @@ class TrainingPlan:
         group="Optimizer",
     )
     optimizer: str = option("adamw", "what turns gradients into steps", choices=OPTIMIZERS, group="Optimizer")
-    momentum: float = option(0.9, "momentum of sgd and muon", low=0, high=0.9999, group="Optimizer")
+    momentum: float = option(
+        0.9, "momentum of sgd and muon", low=0, high=0.9999, group="Optimizer", optimizers=("sgd", "muon")
+    )
     warmup: int | None = option(
         None, "steps of linear warm-up", unit="steps", low=0, open_means="3 % of the steps", group="Optimizer"
     )
     final_ratio: float = option(0.1, "last learning rate, as a share of the peak", low=0, high=1, group="Optimizer")
     weight_decay: float = option(0.0, "decoupled weight decay of matrices", low=0, high=10, group="Optimizer")
-    beta2: float = option(0.999, "AdamW's memory of squared gradients", low=0, high=0.999999, group="Optimizer")
+    beta2: float = option(
+        0.999, "AdamW's memory of squared gradients, also of what muon leaves to it", low=0, high=0.999999,
+        group="Optimizer", optimizers=("adamw", "muon"),
+    )  # fmt: skip
     clip: float = option(1.0, "bound of the gradient norm; 0 for none", low=0, high=1e6, group="Optimizer")
     rank: int = option(8, "rank of the adapters", low=1, high=4096, group="LoRA", methods=ADAPTERS)
     alpha: float = option(16.0, "adapters are scaled by alpha / rank", low=0, high=1e6, group="LoRA", methods=ADAPTERS)
@@ -106,18 +113,32 @@ class TrainingPlan:
         0, "full-rank steps before, at half the rate", unit="steps", low=0, group="Merging", methods=("relora",)
     )
     mode: str = option("power", "how a rank-1 update is found", choices=MODES, group="Rank 1", methods=("rank1",))
-    iterations: int = option(1, "power iterations per update", low=1, high=100, group="Rank 1", methods=("rank1",))
+    iterations: int = option(
+        1, "power iterations per update", low=1, high=100, group="Rank 1", methods=("rank1",), modes=("power",)
+    )
     error_feedback: bool = option(
-        False, "add to the next gradient what an update left of it", group="Rank 1", methods=("rank1",)
+        False, "add to the next gradient what an update left of it", group="Rank 1", methods=("rank1",), modes=FOUND
     )
     update_momentum: float = option(
-        0.0, "share of the gradient's buffer that is kept", low=0, high=0.9999, group="Rank 1", methods=("rank1",)
+        0.0,
+        "share of the gradient's buffer that is kept",
+        low=0,
+        high=0.9999,
+        group="Rank 1",
+        methods=("rank1",),
+        modes=FOUND,
     )
     update_rate: float = option(
-        1.0, "rate of rank-1 updates, times the learning rate", low=0, high=1e6, group="Rank 1", methods=("rank1",)
+        1.0,
+        "rate of rank-1 updates, times the learning rate",
+        low=0,
+        high=1e6,
+        group="Rank 1",
+        methods=("rank1",),
+        modes=FOUND,
     )
     normalised: bool = option(
-        False, "steps of one length instead of the gradient's", group="Rank 1", methods=("rank1",)
+        False, "steps of one length instead of the gradient's", group="Rank 1", methods=("rank1",), modes=FOUND
     )
     evaluate_every: int = option(20, "steps between evaluations; 0 for none", low=0, group="Watching")
     evaluate_batches: int = option(8, "micro-batches per evaluation; 0 for all", low=0, group="Watching")
@@ -189,6 +210,13 @@ class TrainingPlan:
             return learning_rate(step, self.peak_rate, steps, self.warmup_steps, self.shape, self.final_ratio)
         share = jagged(step, steps, self.warmup_steps, self.reset_every, self.restart_warmup, self.final_ratio)
         return self.peak_rate * share
+
+    def rates(self, points: int) -> tuple[list[int], list[float]]:
+        """Steps from the first to the last and their rates: about ``points``, evenly spread, and where the peak is."""
+        spread = {1 + round(i * (self.steps - 1) / max(1, points - 1)) for i in range(points)}
+        peak = self.full_rank_steps + max(1, self.warmup_steps)
+        steps = sorted(spread | {peak} if peak <= self.steps else spread)
+        return steps, [self.rate(step) for step in steps]
 
 
 def plan_of(values: Mapping[str, Any]) -> TrainingPlan:

@@ -26,6 +26,8 @@ class Chart(Widget):
         self.title = title
         self.log_axis = log
         self.named = named
+        self.log_x = False
+        """Whether the x axis is logarithmic; it has positive numbers only then."""
         self.x_label = ""
         """What the x axis counts, where that is not the step."""
         self.series: list[Series] = []
@@ -69,6 +71,8 @@ class Chart(Widget):
         colour = not self.app.no_color
         names = self._names(title, width, height, colour)
         named = self.named and not names
-        drawn = draw(self.series, width, height - len(names), title, self.log_axis, colour, self.x_label, named)
+        drawn = draw(
+            self.series, width, height - len(names), title, self.log_axis, colour, self.x_label, named, self.log_x
+        )
         drawn = drawn.replace("\n", "\n" + "".join(f"{row}\n" for row in names), 1)
         return Text.from_ansi(drawn, no_wrap=True)

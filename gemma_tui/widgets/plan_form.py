@@ -13,7 +13,7 @@ from textual.screen import ModalScreen
 from textual.widgets import DataTable, Input, Label
 
 from gemma_tui.errors import UsageError
-from gemma_tui.studies.plan import Option, build, options, parse
+from gemma_tui.studies.plan import Option, build, honoured, options, parse
 from gemma_tui.text import clean, one_line
 
 P = TypeVar("P")
@@ -54,18 +54,17 @@ class PlanForm(DataTable[Text], Generic[P]):
         self._fill()
 
     def build(self) -> P:
-        """The plan that the form describes.
+        """The plan that the form describes; rows that are hidden have their defaults.
 
         Raises:
             UsageError: a required value is missing.
         """
-        return build(self.plan, {k: v for k, v in self.values.items() if v is not None}, "form")
+        return honoured(build(self.plan, {k: v for k, v in self.values.items() if v is not None}, "form"))
 
     def set(self, name: str, value: Any) -> None:
         """Change a value, as if it had been typed."""
-        method_before = self.values.get("method")
         self.values[name] = value
-        if self.values.get("method") != method_before:
+        if self.columns and self._honoured() != [str(key.value) for key in self.rows]:
             self._fill()
         elif self.is_mounted and name in self.rows:
             self.update_cell(name, "value", self._value(self.options[name]), update_width=True)
@@ -109,10 +108,13 @@ class PlanForm(DataTable[Text], Generic[P]):
     def _fill(self) -> None:
         row = self.cursor_row
         self.clear()
-        for o in self.options.values():
-            if not o.methods or self.values.get("method") in o.methods:
-                self.add_row(Text(o.name.replace("_", " "), "bold"), self._value(o), key=o.name)
+        for name in self._honoured():
+            self.add_row(Text(name.replace("_", " "), "bold"), self._value(self.options[name]), key=name)
         self.move_cursor(row=min(row, self.row_count - 1))
+
+    def _honoured(self) -> list[str]:
+        """The options that make a difference beside the other values."""
+        return [name for name, o in self.options.items() if o.honoured(self.values)]
 
     def _value(self, o: Option) -> Text:
         value = self.values[o.name]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 from rich.text import Text
-from textual.binding import Binding
 from textual.widgets import DataTable
 
 from gemma_tui.output import age
@@ -21,21 +20,7 @@ QUEUED = "queue:"
 
 
 class RunTable(DataTable[Text]):
-    """What is queued, and the runs; enter opens one, m marks those that o compares, delete takes a plan out."""
-
-    BINDINGS = [
-        Binding("enter", "select_cursor", "Open", id="runs.open"),
-        Binding("m", "screen.mark", "Mark", id="runs.mark", tooltip="Mark the run for a comparison, or take it out"),
-        Binding("o", "screen.overlay", "Over", id="runs.overlay", tooltip="Compare the runs that are marked"),
-        Binding(
-            "delete,backspace",
-            "screen.cancel_queued",
-            "Cancel",
-            id="runs.cancel",
-            show=False,
-            tooltip="Take the plan out of the queue",
-        ),
-    ]
+    """A row for each queued plan and each run."""
 
     def __init__(self, id: str) -> None:
         super().__init__(id=id, cursor_type="row", classes="pane")

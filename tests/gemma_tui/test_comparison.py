@@ -150,8 +150,8 @@ class TestResult:
         assert result.loss == pytest.approx(reference(np.array([4.0, 2.0, 3.0, 1.0, 2.0]), 3)[-1])
         assert (result.tokens, result.tokens_per_second, result.memory) == (50, 22.0, 1003)
         assert (result.optimizer_bytes, result.trainable, result.effective_rank) == (12_000_000, 1_500_000, 7.5)
-        assert cells(result)[:5] == ["done", "2.5000", "2.0000", f"{result.loss:.4f}", "50"]
-        assert cells(result)[5:] == ["22", "1 KB", "12.0 MB", "1.5M", "7.5"]
+        numbers = ["2.5000", f"{result.loss:.4f}", "22", "1 KB", "12.0 MB", "7.5", "2.0000", "50", "1.5M"]
+        assert cells(result) == ["done", *numbers]
 
     def test_the_end_of_a_long_run_is_that_of_the_whole_mean(self, store: RunStore) -> None:
         compared = Compared(made(store, "a"), 0)
@@ -209,6 +209,39 @@ class TestDifferences:
         assert option_text({"r": 1e-4}, "r") == "0.0001"
 
 
+class TestAgainstAnOption:
+    def test_it_is_the_only_option_that_differs_and_a_number_in_all(self, store: RunStore) -> None:
+        a, b, c = (
+            made(store, "a", group="one"),
+            made(store, "b", rank=8, group="two"),
+            made(store, "c", rank=None),
+        )
+        assert Comparison([a, b]).option() == "rank"
+        assert list(Comparison([a, b]).axes()) == ["step", "tokens", "seconds", "rank"]
+        for others in ([a], [a, c], [a, made(store, "d", rank=8, seed=1)], [a, made(store, "e", method="full")]):
+            assert Comparison(others).option() == ""
+        assert Comparison([made(store, "f", fresh=True), made(store, "g", fresh=False)]).option() == ""
+        assert Comparison([made(store, "h", new=1), made(store, "i")]).option() == ""
+
+    def test_the_last_value_of_each_run_stands_over_its_option(self, store: RunStore) -> None:
+        runs = [made(store, name, rank=rank) for name, rank in (("a", 16), ("b", 2), ("c", 4), ("d", 8))]
+        for run, losses in zip(runs, ([5.0, 1.0], [3.0, 2.0], [9.0, 3.0], []), strict=True):
+            stepped(store, run, losses)
+            if losses:
+                store.record(run.run_id, "evaluation", 2, {"valid_loss": losses[-1] + 0.5})
+        comparison = read(store, *runs)
+        for measure, last in (("loss", [2.0, 3.0, 1.0]), ("valid_loss", [2.5, 3.5, 1.5])):
+            ((name, x, y, _),) = comparison.lines(measure, "rank", 1)
+            assert (name, x.tolist(), y.tolist()) == ("rank", [2.0, 4.0, 16.0], last)
+        assert comparison.log_x("rank")
+        assert not comparison.log_x("step")
+        assert not Comparison(runs[1:]).log_x("rank"), "2 to 8 is no wide span"
+        assert not Comparison([made(store, "e", rank=0), *runs]).log_x("rank")
+        comparison.runs[0].hidden = True
+        assert comparison.lines("loss", "rank", 1)[0][1].tolist() == [2.0, 4.0]
+        assert comparison.lines("nothing", "rank", 1) == []
+
+
 class TestCommand:
     @pytest.fixture
     def pair(self, store: RunStore) -> None:
@@ -235,6 +268,20 @@ class TestCommand:
         for part in ("seconds of computing", "⠒ a-1  x b-1", "what differs", "rank", "results", "best valid"):
             assert part in text
         assert "\x1b" not in text
+
+    @pytest.mark.usefixtures("pair")
+    def test_the_option_that_differs_can_be_the_axis(
+        self, command: Commands, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        code, rows, _ = command("runs", "compare", "a", "b", "--x", "rank", "--smooth", "1")
+        curves = [row for row in rows if row["kind"] == "curve"]
+        assert (code, curves) == (0, [{"kind": "curve", "measure": "loss", "axis": "rank", "x": [4, 8], "y": [2, 1]}])
+        assert main(["runs", "compare", "a", "b", "--x", "rank"]) == 0
+        chart = capsys.readouterr().out.partition("what differs")[0]
+        assert chart.rstrip().endswith("rank")
+        code, _, errors = command("runs", "compare", "a", "b", "--x", "alpha")
+        assert (code, errors.count("\n")) == (2, 1)
+        assert "choose from step, tokens, seconds, rank" in errors
 
     @pytest.mark.usefixtures("pair")
     def test_a_measure_that_no_run_has_and_a_window_that_is_none_are_refused(self, command: Commands) -> None:

@@ -14,7 +14,8 @@ from gemma_tui.cli import _parser
 from gemma_tui.commands.plans import plan_from
 from gemma_tui.errors import UsageError
 from gemma_tui.studies.generation import GenerationPlan
-from gemma_tui.studies.plan import Option, build, command, options, read_toml
+from gemma_tui.studies.plan import Option, build, command, honoured, options, read_toml
+from gemma_tui.studies.queueing import check, variations
 from gemma_tui.studies.training_plan import LINEARS, TrainingPlan, settings
 
 NEEDED = {"model": "nano", "data": "data.txt"}
@@ -192,3 +193,30 @@ def test_adapters_on_weights_that_no_file_keeps_are_refused() -> None:
     with pytest.raises(UsageError, match="fresh"):
         settings(build(TrainingPlan, NEEDED | {"fresh": True, "method": "lora"}))
     assert settings(build(TrainingPlan, NEEDED | {"fresh": True, "method": "full"})).lora is None
+
+
+@pytest.mark.parametrize(
+    ("chosen", "words"),
+    [
+        ({"method": "full", "rank": 16}, "rank: --rank makes no difference with --method full"),
+        ({"method": "lora", "reset_every": 5}, "--reset-every makes no difference with --method lora"),
+        ({"method": "lora", "momentum": 0.5}, "--momentum makes no difference with --optimizer adamw"),
+        ({"method": "rank1", "mode": "sketch", "iterations": 3}, "--iterations makes no difference with --mode sketch"),
+        ({"method": "rank1", "mode": "alternate", "error_feedback": True}, "with --mode alternate"),
+        ({"method": "rank1", "optimizer": "sgd"}, "rank-1 updates have none"),
+    ],
+)
+def test_an_option_that_would_be_ignored_is_refused(chosen: dict, words: str) -> None:
+    plan = TrainingPlan(**{"data": "d", **chosen})
+    with pytest.raises(UsageError) as caught:
+        check(plan)
+    assert words in str(caught.value)
+    if "optimizer" not in chosen:
+        check(honoured(plan))
+
+
+def test_a_sweep_over_methods_leaves_out_what_a_method_ignores() -> None:
+    plans = variations({**NEEDED, "rank": 16}, {"method": "full,lora"}, "sweep")
+    assert [plan.rank for plan in plans] == [8, 16]
+    with pytest.raises(UsageError, match="makes no difference"):
+        variations({**NEEDED, "rank": 16, "method": "full"}, {"seed": "1,2"}, "sweep")

@@ -92,6 +92,15 @@ def test_a_chart_has_exactly_the_size_asked_for_and_no_escape_without_colour(kin
     assert not any("\x1b" in row for row in rows)
 
 
+def test_equal_ratios_stand_at_equal_distances_on_a_logarithmic_x_axis() -> None:
+    lines = [Series(str(x), [x, x], [0.0, 1.0]) for x in (1.0, 4.0, 16.0, 64.0)]
+    rows = draw(lines, 60, 12, "t", colour=False, log_x=True).splitlines()
+    middle = next(row for row in rows if all(sign in row for sign in MARKERS[1:4]))
+    places = [middle.index(sign) for sign in MARKERS[1:4]]
+    assert places[1] - places[0] == pytest.approx(places[2] - places[1], abs=1)
+    assert {"1", "2", "5", "10"} <= set(rows[-1].split())
+
+
 def test_colour_changes_no_character() -> None:
     assert "\x1b[" in draw([line([3.0, 2.0, 1.0])], 40, 10, "t", colour=True)
 

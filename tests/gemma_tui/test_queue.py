@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pty
@@ -23,8 +24,16 @@ from gemma_tui.errors import GemmaTuiError, UsageError
 from gemma_tui.runs.queue import Queue
 from gemma_tui.runs.store import Run, RunStore
 from gemma_tui.studies.events import Control, Event
-from gemma_tui.studies.queueing import assignments, enqueue, plan_of, variations
+from gemma_tui.studies.queueing import (
+    assignments,
+    enqueue,
+    merge_variations,
+    method_variations,
+    plan_of,
+    variations,
+)
 from gemma_tui.studies.recording import recorded
+from gemma_tui.studies.training_plan import MERGING, TrainingPlan
 
 Commands = Callable[..., tuple[int, list[dict[str, Any]], str]]
 SECONDS = 60.0
@@ -266,6 +275,53 @@ class TestSweep:
         assert items[1].folder == str(tmp_path)
         plan = plan_of(items[1])
         assert (plan.steps, plan.rank, plan.group) == (7, 4, "rates")
+
+
+class TestVariationsOfAPlan:
+    def test_the_four_methods_share_data_seed_and_tokens(self) -> None:
+        plan = TrainingPlan("m", "d", method="lora", steps=60, seed=7, rank=3, batch_size=2, learning_rate=1e-3)
+        plans = method_variations(plan)
+        assert [p.method for p in plans] == ["full", "lora", "relora", "rank1"]
+        for key in ("model", "data", "seed", "steps", "batch_size", "accumulate", "sequence_length", "learning_rate"):
+            assert {getattr(p, key) for p in plans} == {getattr(plan, key)}
+        assert [p.rank for p in plans] == [8, 3, 3, 8], "what a method does not honour has its default"
+        assert {p.diagnose_every for p in plans} == {61}, "a look at the end, and none before"
+        assert (plans[2].reset_every, plans[2].restart_warmup) == (15, 1)
+        assert sum(plans[2].rate(step) == 0 for step in range(1, 61)) >= 3
+
+    def test_what_the_plan_says_of_a_method_stays_and_an_open_rate_is_each_methods_own(self) -> None:
+        given = {"reset_every": 20, "restart_warmup": 5, "schedule": "jagged", "name": "mine", "diagnose_every": 3}
+        plans = method_variations(TrainingPlan("m", "d", method="relora", steps=60, **given))
+        assert [p.name for p in plans] == ["mine-full", "mine-lora", "mine", "mine-rank1"]
+        assert [p.shape for p in plans] == ["cosine", "cosine", "jagged", "cosine"]
+        assert (plans[2].reset_every, plans[2].restart_warmup, plans[2].diagnose_every) == (20, 5, 3)
+        assert len({p.peak_rate for p in plans}) == 4
+
+    @pytest.mark.parametrize("steps", [1, 2, 3, 10, 100, 5000])
+    def test_they_can_begin_however_short_they_are(self, steps: int) -> None:
+        assert len(method_variations(TrainingPlan("m", "d", steps=steps, warmup=min(steps, 40)))) == 4
+
+    def test_new_weights_have_no_adapters_to_compare(self) -> None:
+        with pytest.raises(UsageError, match="fresh"):
+            method_variations(TrainingPlan("m", "d", method="full", fresh=True))
+
+    @pytest.mark.parametrize(
+        ("steps", "intervals"),
+        [(4, [1, 2]), (10, [1, 2, 4]), (64, [1, 2, 4, 8, 16, 32]), (3000, [1, 2, 4, 8, 16, 32])],
+    )
+    @pytest.mark.parametrize("method", MERGING)
+    def test_intervals_double_up_to_half_of_the_steps(self, method: str, steps: int, intervals: list[int]) -> None:
+        plan = TrainingPlan("m", "d", method=method, steps=steps, seed=3)
+        plans = merge_variations(plan)
+        assert [p.merge_every for p in plans] == intervals
+        assert {dataclasses.replace(p, merge_every=None) for p in plans} == {plan}
+
+    def test_intervals_are_refused_where_nothing_merges_or_there_is_no_choice(self) -> None:
+        for method in ("lora", "dora", "full"):
+            with pytest.raises(UsageError, match=f"{method} does not merge; choose relora or rank1"):
+                merge_variations(TrainingPlan("m", "d", method=method))
+        with pytest.raises(UsageError, match="3 are too few"):
+            merge_variations(TrainingPlan("m", "d", method="rank1", steps=3))
 
 
 def test_what_is_queued_is_the_plan_that_was_built(queue: Queue) -> None:

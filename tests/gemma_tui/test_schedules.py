@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gemma_tui.studies.schedules import SCHEDULES, learning_rate
+from gemma_tui.studies.training_plan import TrainingPlan
 
 
 def rates(schedule: str, steps: int = 100, warmup: int = 10, final: float = 0.1) -> list[float]:
@@ -45,3 +46,17 @@ def test_a_rate_is_within_zero_and_the_peak_and_only_falls_after_the_warm_up(
     assert all(0 <= rate <= 2.0 + 1e-12 for rate in found)
     after = found[max(0, warmup - 1) :]
     assert all(b <= a + 1e-12 for a, b in pairwise(after))
+
+
+@given(st.integers(1, 3000), st.integers(0, 100), st.integers(1, 200), st.sampled_from(SCHEDULES))
+def test_the_rates_of_a_plan_are_those_of_its_steps_with_both_ends_and_the_peak(
+    steps: int, warmup: int, points: int, schedule: str
+) -> None:
+    plan = TrainingPlan(method="relora", steps=steps, warmup=warmup, schedule=schedule, learning_rate=2.0)
+    found, rates = plan.rates(points)
+    assert rates == [plan.rate(step) for step in found]
+    assert len(found) <= points + 1
+    assert found[0] == 1
+    assert points == 1 or found[-1] == steps
+    assert found == sorted(set(found))
+    assert max(rates) == max(map(plan.rate, range(1, steps + 1)))

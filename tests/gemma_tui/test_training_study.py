@@ -3,7 +3,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,17 @@ from engines.gemma3 import read_config
 from gemma_tui import paths
 from gemma_tui.errors import GemmaTuiError, UsageError
 from gemma_tui.hub.models import resolve
+from gemma_tui.runs.comparison import Comparison
 from gemma_tui.runs.store import RunStore
 from gemma_tui.studies import events as events_module
 from gemma_tui.studies import recording
 from gemma_tui.studies.data import Splits, read_splits, training_batches
 from gemma_tui.studies.events import Control, Event, passing
+from gemma_tui.studies.plan import options
+from gemma_tui.studies.queueing import method_variations
 from gemma_tui.studies.recording import Recorded, record_training
 from gemma_tui.studies.training import evaluate
-from gemma_tui.studies.training_plan import METHODS, TrainingPlan
+from gemma_tui.studies.training_plan import METHODS, OPTIMIZERS, TrainingPlan
 from gemma_tui.tokenizer import Tokenizer
 
 Plan = Callable[..., TrainingPlan]
@@ -82,6 +85,31 @@ def test_a_run_tells_what_happens_in_order_and_the_store_keeps_it(
     assert (run.state, run.step, run.steps, run.engine) == ("done", 3, 3, engine.name)
     assert events[-1].values == {"status": "done", "run": run_id}
     json.dumps([e.row() for e in events], allow_nan=False)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_an_optimizer_heeds_the_options_that_the_form_shows_for_it_and_no_others(
+    engine: Engine, plan: Plan, store: RunStore, optimizer: str
+) -> None:
+    def after_two_updates(**values: float) -> float:
+        small = plan(method="full", optimizer=optimizer, evaluate_every=0, **values)
+        return losses(finished(engine, small, store)[1])[-1]
+
+    usual = after_two_updates()
+    for o in options(TrainingPlan):
+        if o.optimizers:
+            assert (after_two_updates(**{o.name: 0.5}) != usual) is o.honoured({"optimizer": optimizer}), o.name
+
+
+def test_the_four_methods_fill_a_table_of_results(engine: Engine, plan: Plan, store: RunStore) -> None:
+    runs = [finished(engine, varied, store)[0] for varied in method_variations(plan(steps=4))]
+    comparison = Comparison([store.run(run) for run in runs])
+    comparison.read_all(store)
+    for compared in comparison.runs:
+        missing = [name for name, value in asdict(compared.result(1)).items() if value is None]
+        assert not missing, compared.run.run_id
+    ranks = [compared.result(1).effective_rank for compared in comparison.runs]
+    assert all(rank is not None and rank > 0 for rank in ranks)
 
 
 def test_a_step_tells_the_rate_of_the_plan_and_how_many_tokens_it_saw(

@@ -19,6 +19,7 @@ from gemma_tui.widgets.dialogs import Reading
 from .conftest import Open, Opened, Size
 from .test_hostile import TEXTS, WORD, nothing_foreign, storable
 from .test_screens import _footer_faults, _layout_faults
+from .watching import listed
 
 Made = Callable[..., str]
 
@@ -86,6 +87,7 @@ async def test_runs_are_marked_and_laid_over_each_other(opened: Open, made: Made
         assert labels(it) == [a, b]
         assert cell(it, a, "valid_loss") == "2.5000"
         assert cell(it, a, "effective_rank") == "—"
+        assert it.sees("valid train tokens/s peak memory optimizer rank")
         body = "\n".join(it.rows()[3 : chart(it).region.bottom])
         assert any("\u2801" <= sign <= "\u28ff" for sign in body)
         assert MARKERS[1] in body
@@ -120,9 +122,9 @@ async def test_every_key_does_what_it_says(opened: Open, made: Made) -> None:
         ):
             await it.press("m")
             await it.until(lambda title=title: it.rows()[2].strip().startswith(title), measure)
-        for axis in ("tokens seen", "seconds of computing", "step"):
+        for axis in ("tokens seen", "seconds of computing", "rank", "step"):
             await it.press("x")
-            await it.until(lambda axis=axis: it.sees(axis), axis)
+            await it.until(lambda axis=axis: chart(it).x_label == axis and it.sees(axis), axis)
         await it.press("y")
         await it.until(lambda: it.sees("(log)"), "the axis")
         before = cell(it, a, "loss")
@@ -144,6 +146,49 @@ async def test_every_key_does_what_it_says(opened: Open, made: Made) -> None:
         assert it.sees("● a-1", "● b-1")
 
 
+async def test_the_ends_of_the_runs_are_drawn_against_what_differs(opened: Open, made: Made, size: Size) -> None:
+    runs = [made(str(rank), rank=rank) for rank in (8, 2, 4)]
+    async with opened(size) as it:
+        await overlaid(it, *runs)
+        await it.press("m", "x", "x", "x")
+        await it.until(lambda: labels(it) == ["rank"], "the axis")
+        (line,) = chart(it).series
+        assert (list(line.x), list(line.y)) == ([2, 4, 8], [2.5, 2.5, 2.5])
+        await it.press("m", "m", "minus", "minus", "minus", "minus")
+        ends = [2 + rank / 20 for rank in (2, 4, 8)]
+        await it.until(lambda: list(chart(it).series[0].y) == pytest.approx(ends), "the losses")
+        assert not _layout_faults(it)
+        await it.press("c")
+        words = shlex.split(it.app.clipboard)
+        assert _parser(words[1:]).parse_args(words[1:]).x == "rank"
+
+
+async def test_o_compares_the_group_under_the_cursor_where_nothing_is_marked(
+    opened: Open, store: RunStore, made: Made
+) -> None:
+    def grouped(name: str, group: str) -> str:
+        run = store.create(name, "training", "torch", {"method": name}, "gemma-tui train", 1, group).run_id
+        store.set_state(run, "done")
+        return run
+
+    four = [grouped(name, "four") for name in ("full", "lora", "rank1")]
+    alone, other = grouped("alone", "one"), made("other")
+    async with opened() as it:
+        await it.mode("2", "training")
+        table = await listed(it, *four, alone, other)
+        for run in (alone, other):
+            table.move_cursor(row=table.get_row_index(run))
+            await it.press("o")
+        await it.until(lambda: it.told().count("mark two runs or more") == 2, "the advice")
+        table.move_cursor(row=table.get_row_index(four[1]))
+        await it.press("o")
+        await it.until(lambda: isinstance(it.app.screen, ComparisonScreen), "the comparison")
+        assert [compared.run.run_id for compared in screen(it).comparison.runs] == four
+        await it.press("escape")
+        await it.until(lambda: not isinstance(it.app.screen, ComparisonScreen), "the way back")
+        assert "●" not in it.text()
+
+
 async def test_help_and_command_know_the_screen(opened: Open, made: Made) -> None:
     a, b = made("a"), made("b")
     async with opened() as it:
@@ -153,7 +198,7 @@ async def test_help_and_command_know_the_screen(opened: Open, made: Made) -> Non
         assert isinstance(it.app.screen, Reading)
         for words in (
             "Draw the next measure",
-            "Against step, tokens or seconds",
+            "Against step, tokens, seconds",
             "Mean over fewer",
             "Leave the run out",
         ):

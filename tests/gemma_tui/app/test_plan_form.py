@@ -6,7 +6,7 @@ from textual.widgets import Input, Label
 
 from gemma_tui import paths
 from gemma_tui.studies.schedules import SCHEDULES
-from gemma_tui.studies.training_plan import ADAPTERS, METHODS, WHOLE, TrainingPlan
+from gemma_tui.studies.training_plan import ADAPTERS, METHODS, OPTIMIZERS, WHOLE, TrainingPlan
 from gemma_tui.widgets.plan_form import Field, PlanForm
 
 from .conftest import Open, Size
@@ -98,6 +98,18 @@ class TestForm:
                 assert (shown >= LORA_ROWS) is (method in ADAPTERS)
                 assert ("save_dtype" in shown) is (method in WHOLE)
                 assert form.get_row_index("method") == form.cursor_row
+
+    async def test_the_rows_of_an_optimizer_come_and_go_with_it(self, opened: Open, size: Size) -> None:
+        async with opened(size) as it:
+            form = await it.plan("nano", "x")
+            await on_row(it, form, "optimizer")
+            for optimizer in (*OPTIMIZERS[1:], OPTIMIZERS[0]):
+                await it.press("enter")
+                shown = {str(k.value) for k in form.rows}
+                assert form.values["optimizer"] == optimizer
+                assert ("momentum" in shown) is (optimizer in ("sgd", "muon"))
+                assert ("beta2" in shown) is (optimizer in ("adamw", "muon"))
+                assert form.get_row_index("optimizer") == form.cursor_row
 
     async def test_every_option_is_explained_and_what_is_needed_is_said(self, opened: Open, size: Size) -> None:
         async with opened(size) as it:

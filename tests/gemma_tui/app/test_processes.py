@@ -154,3 +154,35 @@ async def test_plans_are_queued_shown_cancelled_and_worked_through(
         await it.press("backspace")
         await it.until(lambda: "only a queued plan can be cancelled" in it.told(), "that a run stays")
     queue.close()
+
+
+async def test_f_queues_the_four_methods_and_g_the_intervals_each_as_a_group(
+    opened: Open, tiny: str, corpus: Path, size: Size
+) -> None:
+    queue = Queue()
+    assert queue.lead()
+    async with opened(size) as it:
+        form = await it.plan(tiny, corpus, steps=8, seed=5)
+        await it.press("g")
+        await it.until(lambda: "lora does not merge; choose relora or rank1" in it.told(), "the refusal")
+        assert not queue.queued()
+        await it.press("f")
+        await it.until(lambda: "queued as plans 1 to 4, group methods; o on one" in it.told(), "the four")
+        items = queue.queued()
+        assert [item.plan.get("method", "lora") for item in items] == ["full", "lora", "relora", "rank1"]
+        assert {(item.plan["seed"], item.plan["steps"], item.group) for item in items} == {(5, 8, "methods")}
+        form.set("method", "rank1")
+        await it.press("g")
+        await it.until(lambda: "queued as plans 5 to 7, group merges" in it.told(), "the intervals")
+        assert [item.plan["merge_every"] for item in queue.queued()[4:]] == [1, 2, 4]
+        form.set("group", "mine")
+        for group in ("mine", "mine-2"):
+            await it.press("g")
+            await it.until(lambda group=group: f"group {group};" in it.told(), "a group of its own")
+        await listed(it, "queue:1", "queue:7")
+        await it.until(lambda: it.sees("plan 4 rank1 queued"), "the plans in the list")
+        assert it.app.session.jobs == []
+        await it.press("question_mark")
+        for words in ("Queue full, LoRA, ReLoRA and rank 1", "merging every 1, 2, 4"):
+            await it.until(lambda words=words: it.sees(words), words)
+    queue.close()

@@ -1,0 +1,41 @@
+"""The memory that a plan will need, before an engine has the model."""
+
+from __future__ import annotations
+
+from contextlib import closing
+
+from engines.base import DeviceInfo
+from gemma_tui.errors import GemmaTuiError
+from gemma_tui.hub.models import resolve
+from gemma_tui.output import count_text
+from gemma_tui.runs.store import RunStore
+from gemma_tui.studies.estimate import estimate, remembered
+from gemma_tui.studies.recording import experience
+from gemma_tui.studies.training_plan import TrainingPlan, settings
+
+
+def forecast(plan: TrainingPlan, engine: str, device: DeviceInfo | None) -> str:
+    """What a run of the plan will need, by its model's config and by earlier runs that were alike, for a person.
+
+    Args:
+        device: of the engine; None while it is not known, and then the model's size is all that can be told.
+
+    Raises:
+        EngineError: the model is not here or still waits to be imported, the plan could not begin, or there is no run
+            store.
+    """
+    config = resolve(plan.model, _refuse).config()
+    if device is None:
+        parameters = count_text(config.parameter_count())
+        return f"{parameters} parameters; what they need here is told once {engine} has begun"
+    with closing(RunStore()) as store:
+        ratio = remembered(experience(store, plan, engine))
+    return estimate(
+        config, settings(plan), plan.batch_size, plan.sequence_length, plan.dtype or device.dtypes[0], device,
+        plan.accumulate, ratio,
+    ).text  # fmt: skip
+
+
+def _refuse(share: float, what: str) -> None:
+    """A look at a plan imports no model."""
+    raise GemmaTuiError("told once the model is imported: load it on the first screen")
