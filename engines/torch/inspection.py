@@ -114,8 +114,8 @@ class TorchInspection:
             raise UnsupportedError("attribution splits what the model itself computes: take the edits away")
         decoder, last = self._model.model, self.config.num_hidden_layers
         with torch.no_grad():
-            table = decoder.embed_tokens.weight.float()
-            row = table[token] - (table[contrast] if contrast is not None else 0)
+            table = decoder.embed_tokens.weight
+            row = table[token].float() - (table[contrast].float() if contrast is not None else 0)
             logits = self._model.logits(decoder.norm(self._stream(last)[position])).float()
             logit = logits[token] - (logits[contrast] if contrast is not None else 0)
             toward = _through(decoder.norm, self._stream(last)[position], row)

@@ -13,7 +13,8 @@ from torch import Tensor
 from engines.inspection import TILE, Knockout, LayerStatistics, Span
 from engines.torch.attention import visible
 
-TINY = 1e-38
+TINY = 1e-37
+"""Not so small that a device takes it for zero."""
 
 
 @dataclass
