@@ -105,8 +105,7 @@ class TorchInspection:
         wanted = torch.from_numpy(targets).to(self._ids.device, torch.long)
         final = self._log_probs(positions, self.config.num_hidden_layers)
         for layer in range(self.config.num_hidden_layers + 1):
-            with torch.no_grad():
-                yield _lens(self._log_probs(positions, layer), final, wanted)
+            yield _lens(self._log_probs(positions, layer), final, wanted)
 
     def attribution(self, position: int, token: int, contrast: int | None = None) -> Attribution:
         check_span((position, position + 1), len(self.tokens))
