@@ -93,7 +93,7 @@ class MLXInspection:
     def head_outputs(self, layer: int, heads: Sequence[int], positions: Span) -> np.ndarray:
         check_heads(self.config, layer, heads)
         check_span(positions, len(self.tokens))
-        z = self._outputs(layer, self._stream(layer))
+        z = self._outputs(layer)
         return np.array(z[0, mx.array(list(heads)), slice(*positions)].astype(mx.float32))
 
     def lens(self, positions: Span, targets: np.ndarray) -> Iterator[LensRows]:
@@ -143,19 +143,15 @@ class MLXInspection:
     def _next(self, index: int) -> mx.array:
         """The residual stream after a layer."""
         layer, x = self._block(index), self._stream(index)
-        y = layer.self_attn.join(self._outputs(index, x))[0]
+        y = layer.self_attn.join(self._outputs(index))[0]
         x = x + layer.post_attention_layernorm(y)
         x = x + layer.post_feedforward_layernorm(layer.mlp(layer.pre_feedforward_layernorm(x)))
         return self._patched(x, index + 1)
 
-    def _project(self, index: int, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-        layer = self._block(index)
-        return layer.self_attn.project(layer.input_layernorm(x)[None], self._rotations[self.config.rope(index)])
-
-    def _outputs(self, index: int, x: mx.array) -> mx.array:
+    def _outputs(self, index: int) -> mx.array:
         """What the heads of a layer give, ``[1, heads, T, head_dim]``, edited."""
-        q, k, v = self._project(index, x)
-        layer, parts = self._described(index, q, k, v), []
+        layer, parts = self._layer(index), []
+        q, k, v = (part[None].astype(self._model.dtype) for part in (layer.q, layer.k, layer.v))
         for start, stop in tiles.spans((0, len(self.tokens))):
             keys = slice(tiles.first_key(start, layer.window), stop)
             mask = tiles.allowed(layer, start, stop, range(q.shape[1]))
@@ -181,14 +177,15 @@ class MLXInspection:
     def _layer(self, index: int) -> tiles.Layer:
         """Queries, keys and values of a layer in float32; those asked for last are kept."""
         if self._made is None or self._made[0] != index:
-            q, k, v = (part[0].astype(mx.float32) for part in self._project(index, self._stream(index)))
+            layer, x = self._block(index), self._stream(index)
+            rotation = self._rotations[self.config.rope(index)]
+            projected = layer.self_attn.project(layer.input_layernorm(x)[None], rotation)
+            q, k, v = (part[0].astype(mx.float32) for part in projected)
             mx.eval(q, k, v)
-            self._made = index, self._described(index, q, k, v)
+            cuts = [edit for edit in self.edits if isinstance(edit, Knockout) and edit.layer == index]
+            scale, window = layer.self_attn.scale, self.config.window(index)
+            self._made = index, tiles.Layer(q, k, v, scale, window, cuts)
         return self._made[1]
-
-    def _described(self, index: int, q: mx.array, k: mx.array, v: mx.array) -> tiles.Layer:
-        cuts = [edit for edit in self.edits if isinstance(edit, Knockout) and edit.layer == index]
-        return tiles.Layer(q, k, v, self._block(index).self_attn.scale, self.config.window(index), cuts)
 
     def _logits(self, positions: Span, layer: int | None = None) -> mx.array:
         """Float32 ``[positions, vocabulary]``, through the lens before a layer."""

@@ -97,7 +97,7 @@ class TorchInspection:
         check_heads(self.config, layer, heads)
         check_span(positions, len(self.tokens))
         with torch.no_grad():
-            z = self._outputs(layer, self._stream(layer))
+            z = self._outputs(layer)
         return z[0, list(heads), slice(*positions)].float().cpu().numpy()
 
     def lens(self, positions: Span, targets: np.ndarray) -> Iterator[LensRows]:
@@ -149,19 +149,15 @@ class TorchInspection:
         """The residual stream after a layer."""
         layer, x = self._block(index), self._stream(index)
         with torch.no_grad():
-            y = layer.self_attn.join(self._outputs(index, x))[0]
+            y = layer.self_attn.join(self._outputs(index))[0]
             x = x + layer.post_attention_layernorm(y)
             x = x + layer.post_feedforward_layernorm(layer.mlp(layer.pre_feedforward_layernorm(x)))
             return self._patched(x, index + 1)
 
-    def _project(self, index: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        layer = self._block(index)
-        return layer.self_attn.project(layer.input_layernorm(x)[None], self._rotations[self.config.rope(index)])
-
-    def _outputs(self, index: int, x: Tensor) -> Tensor:
+    def _outputs(self, index: int) -> Tensor:
         """What the heads of a layer give, ``[1, heads, T, head_dim]``, edited."""
-        q, k, v = self._project(index, x)
-        layer, parts = self._described(index, q, k, v), []
+        layer, parts = self._layer(index), []
+        q, k, v = (part[None].to(self._model.dtype) for part in (layer.q, layer.k, layer.v))
         for start, stop in tiles.spans((0, len(self.tokens))):
             keys = slice(tiles.first_key(start, layer.window), stop)
             mask = tiles.allowed(layer, start, stop, range(q.shape[1]))
@@ -185,14 +181,14 @@ class TorchInspection:
     def _layer(self, index: int) -> tiles.Layer:
         """Queries, keys and values of a layer in float32; those asked for last are kept."""
         if self._made is None or self._made[0] != index:
+            layer, x = self._block(index), self._stream(index)
             with torch.no_grad():
-                q, k, v = self._project(index, self._stream(index))
-            self._made = index, self._described(index, q[0].float(), k[0].float(), v[0].float())
+                rotation = self._rotations[self.config.rope(index)]
+                q, k, v = layer.self_attn.project(layer.input_layernorm(x)[None], rotation)
+            cuts = [edit for edit in self.edits if isinstance(edit, Knockout) and edit.layer == index]
+            scale, window = layer.self_attn.scale, self.config.window(index)
+            self._made = index, tiles.Layer(q[0].float(), k[0].float(), v[0].float(), scale, window, cuts)
         return self._made[1]
-
-    def _described(self, index: int, q: Tensor, k: Tensor, v: Tensor) -> tiles.Layer:
-        cuts = [edit for edit in self.edits if isinstance(edit, Knockout) and edit.layer == index]
-        return tiles.Layer(q, k, v, self._block(index).self_attn.scale, self.config.window(index), cuts)
 
     def _logits(self, positions: Span, layer: int | None = None) -> Tensor:
         """Float32 ``[positions, vocabulary]``, through the lens before a layer."""
