@@ -99,9 +99,12 @@ class MLXInspection:
     def lens(self, positions: Span, targets: np.ndarray) -> Iterator[LensRows]:
         check_span(positions, len(self.tokens))
         wanted = mx.array(targets)
-        final = self._log_probs(positions, self.config.num_hidden_layers)
-        for layer in range(self.config.num_hidden_layers + 1):
-            yield _lens(self._log_probs(positions, layer), final, wanted)
+        last, spans = self.config.num_hidden_layers, list(tiles.spans(positions, ROWS))
+        final = [self._log_probs(span, last) for span in spans]
+        for layer in range(last + 1):
+            found = (self._log_probs(span, layer) for span in spans)
+            parts = map(_lens, found, final, _split(wanted))
+            yield LensRows(*(np.array(mx.concatenate(list(column))) for column in zip(*parts, strict=True)))
 
     def attribution(self, position: int, token: int, contrast: int | None = None) -> Attribution:
         check_span((position, position + 1), len(self.tokens))
@@ -123,10 +126,8 @@ class MLXInspection:
             raise UnsupportedError("the other text is on another engine: inspect both on one")
         check_span(positions, min(len(self.tokens), len(base.tokens)))
         parts = []
-        for start in range(*positions, ROWS):
-            span = start, min(start + ROWS, positions[1])
-            wanted = mx.array(targets[start - positions[0] :][: span[1] - start])
-            parts.append(_effect(base._logits(span), self._logits(span), wanted[:, None]))
+        for span, some in zip(tiles.spans(positions, ROWS), _split(mx.array(targets)), strict=True):
+            parts.append(_effect(base._logits(span), self._logits(span), some[:, None]))
             mx.eval(parts[-1])
         return Effect(*(np.array(mx.concatenate(list(column))) for column in zip(*parts, strict=True)))
 
@@ -231,7 +232,12 @@ def _log_softmax(logits: mx.array) -> mx.array:
     return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
 
 
-def _lens(log_probs: mx.array, final: mx.array, targets: mx.array) -> LensRows:
+def _split(targets: mx.array) -> list[mx.array]:
+    return [targets[start : start + ROWS] for start in range(0, targets.size, ROWS)]
+
+
+def _lens(log_probs: mx.array, final: mx.array, targets: mx.array) -> tuple[mx.array, ...]:
+    """The columns of ``LensRows`` from log-probabilities ``[positions, vocabulary]``."""
     wanted = mx.take_along_axis(log_probs, targets[:, None], axis=1)
     p = mx.exp(log_probs)
     columns = (
@@ -239,7 +245,7 @@ def _lens(log_probs: mx.array, final: mx.array, targets: mx.array) -> LensRows:
         (mx.exp(final) * (final - log_probs)).sum(axis=-1), wanted[:, 0], (log_probs > wanted).sum(axis=-1),
     )  # fmt: skip
     mx.eval(columns)
-    return LensRows(*(np.array(column) for column in columns))
+    return columns
 
 
 def _effect(base: mx.array, edited: mx.array, targets: mx.array) -> tuple[mx.array, ...]:

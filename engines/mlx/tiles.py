@@ -50,10 +50,10 @@ class Tile:
     stop: int
 
 
-def spans(span: Span) -> Iterator[Span]:
-    """A span of queries, a tile at a time."""
-    for start in range(span[0], span[1], TILE):
-        yield start, min(start + TILE, span[1])
+def spans(span: Span, size: int = TILE) -> Iterator[Span]:
+    """A span of positions, so many at a time."""
+    for start in range(*span, size):
+        yield start, min(start + size, span[1])
 
 
 def first_key(start: int, window: int | None) -> int:
@@ -121,8 +121,8 @@ def statistics(layer: Layer, tokens: mx.array, sliding_window: int) -> LayerStat
 def _row_sums(tile: Tile, values: mx.array, tokens: mx.array, sliding_window: int | None) -> mx.array:
     """The row statistics in their order, ``[9, heads, rows]``."""
     a = tile.weights
-    heads, n, count = a.shape
-    queries = mx.arange(tile.start, tile.stop)
+    (heads, n, count), rows = a.shape, mx.arange(a.shape[1])
+    queries = rows + tile.start
     keys = mx.arange(tile.first, tile.stop)
     # Distances from the tile's end, because from the query they would be differences of large numbers.
     back = (tile.stop - 1 - keys).astype(mx.float32)
@@ -132,7 +132,7 @@ def _row_sums(tile: Tile, values: mx.array, tokens: mx.array, sliding_window: in
     elsewhere, reach, weighted = (sums[..., i] for i in range(3))
     reach = reach - (tile.stop - 1 - queries) * elsewhere
     nothing = mx.zeros((heads, n))
-    before = a[:, mx.arange(n), mx.maximum(queries - 1 - tile.first, 0)] * (queries > 0)
+    before = a[:, rows, mx.maximum(queries - 1 - tile.first, 0)] * (queries > 0)
     same = tokens[tile.start : tile.stop, None] == tokens[tile.first : tile.stop]
     duplicate = same & (keys < queries[:, None])
     induction = mx.pad(duplicate[:, :-1], [(0, 0), (1, 0)])

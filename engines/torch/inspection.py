@@ -103,9 +103,12 @@ class TorchInspection:
     def lens(self, positions: Span, targets: np.ndarray) -> Iterator[LensRows]:
         check_span(positions, len(self.tokens))
         wanted = torch.from_numpy(targets).to(self._ids.device, torch.long)
-        final = self._log_probs(positions, self.config.num_hidden_layers)
-        for layer in range(self.config.num_hidden_layers + 1):
-            yield _lens(self._log_probs(positions, layer), final, wanted)
+        last, spans = self.config.num_hidden_layers, list(tiles.spans(positions, ROWS))
+        final = [self._log_probs(span, last) for span in spans]
+        for layer in range(last + 1):
+            found = (self._log_probs(span, layer) for span in spans)
+            parts = map(_lens, found, final, wanted.split(ROWS))
+            yield LensRows(*(torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True)))
 
     def attribution(self, position: int, token: int, contrast: int | None = None) -> Attribution:
         check_span((position, position + 1), len(self.tokens))
@@ -128,11 +131,10 @@ class TorchInspection:
             raise UnsupportedError("the other text is on another engine: inspect both on one")
         check_span(positions, min(len(self.tokens), len(base.tokens)))
         parts = []
-        for start in range(*positions, ROWS):
-            span = start, min(start + ROWS, positions[1])
-            wanted = torch.from_numpy(targets[start - positions[0] :][: span[1] - start]).to(self._ids.device)
+        wanted = torch.from_numpy(targets).to(self._ids.device, torch.long)
+        for span, some in zip(tiles.spans(positions, ROWS), wanted.split(ROWS), strict=True):
             with torch.no_grad():
-                parts.append(_effect(base._logits(span), self._logits(span), wanted.long()[:, None]))
+                parts.append(_effect(base._logits(span), self._logits(span), some[:, None]))
         return Effect(*(torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True)))
 
     def _block(self, index: int) -> Block:
@@ -228,15 +230,15 @@ def _transposed(linear: torch.nn.Module, vector: Tensor, inner: int) -> Tensor:
     return torch.autograd.functional.vjp(linear, zeros, vector[None, None])[1]
 
 
-def _lens(log_probs: Tensor, final: Tensor, targets: Tensor) -> LensRows:
+def _lens(log_probs: Tensor, final: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+    """The columns of ``LensRows`` from log-probabilities ``[positions, vocabulary]``."""
     probability, top = log_probs.max(-1)
     wanted = log_probs.gather(1, targets[:, None])
     p = log_probs.exp()
-    columns = (
+    return (
         top.int(), probability.exp(), -(p * log_probs).sum(-1), (final.exp() * (final - log_probs)).sum(-1),
         wanted[:, 0], (log_probs > wanted).sum(-1).int(),
     )  # fmt: skip
-    return LensRows(*(column.cpu().numpy() for column in columns))
 
 
 def _effect(base: Tensor, edited: Tensor, targets: Tensor) -> tuple[Tensor, ...]:

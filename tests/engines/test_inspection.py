@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from oracles import LORA, batch, random_factors
 
+from engines import open_engine
 from engines.adapters import write_adapter
 from engines.base import Engine, Rank1Settings, TrainingSettings
 from engines.errors import UnsupportedError
@@ -117,6 +119,24 @@ def values_of(network: Any, layer: int, hidden: np.ndarray, config: Gemma3Config
     return v.view(len(hidden), config.num_key_value_heads, config.head_dim).transpose(0, 1).numpy()
 
 
+def test_mlx_has_the_weights_of_one_tile_at_a_time(config: Gemma3Config, text: Any, monkeypatch: Any) -> None:
+    """It is lazy, so that the tiles of a layer could pile up until a sum is wanted."""
+    mx = pytest.importorskip("mlx.core")
+    tiles = importlib.import_module("engines.mlx.tiles")
+    monkeypatch.setattr(tiles.spans, "__defaults__", (16,))
+    engine = open_engine("mlx")
+    engine.initialise(config, 0, "float32")
+    inspection, layer, length = engine.inspect(text(512)), config.global_layers[0], 512
+    inspection.queries_keys(layer)
+    tile = config.num_attention_heads * 16 * length * 4
+    for compute in (inspection.statistics, lambda layer: inspection.divergence(layer, *inspection.queries_keys(layer))):
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        compute(layer)
+        assert mx.get_peak_memory() - before < 12 * tile
+
+
 def test_rows_sum_to_one_and_unseen_keys_are_exactly_zero(
     engine: Engine, config: Gemma3Config, folder: Path, text: Any
 ) -> None:
@@ -168,21 +188,21 @@ def test_the_lens_ends_in_the_models_own_prediction(
 ) -> None:
     import torch
 
-    ids = text(30)
+    ids = text(90)
     engine.load(folder, "float32")
     network = reference_model(folder)
     _, hidden = eager(network, ids)
     with torch.no_grad():
         final = network(torch.from_numpy(ids[None]).long()).logits[0].log_softmax(-1).numpy()
         targets = np.roll(ids, -1)
-        for layer, rows in enumerate(engine.inspect(ids).lens((3, 30), targets[3:])):
+        for layer, rows in enumerate(engine.inspect(ids).lens((3, 90), targets[3:])):
             if layer < config.num_hidden_layers:
                 logits = network.lm_head(network.model.norm(torch.from_numpy(hidden[layer])))
                 log_probs = logits.log_softmax(-1).numpy()
             else:
                 log_probs = final
             p = np.exp(log_probs[3:])
-            wanted = log_probs[np.arange(3, 30), targets[3:]]
+            wanted = log_probs[np.arange(3, 90), targets[3:]]
             assert (rows.top == p.argmax(-1)).all()
             assert np.allclose(rows.probability, p.max(-1), atol=1e-4)
             assert np.allclose(rows.entropy, -(p * log_probs[3:]).sum(-1), atol=1e-4)
@@ -287,12 +307,12 @@ def test_a_window_on_global_layers_equals_a_model_that_has_one(
     """All global attention beyond the window cut: transformers with the windowed mask on its global layer."""
     import torch
 
-    ids = text(60)
+    ids = text(100)
     heads = tuple(range(config.num_attention_heads))
     cuts = [Knockout(layer, heads, beyond=config.sliding_window) for layer in config.global_layers]
     engine.load(folder, "float32")
     network = reference_model(folder)
-    distance = torch.arange(60)[:, None] - torch.arange(60)
+    distance = torch.arange(100)[:, None] - torch.arange(100)
     seen = (distance >= 0) & (distance < config.sliding_window)
     mask = torch.where(seen, 0.0, -torch.inf)[None, None]
     with torch.no_grad():
@@ -301,7 +321,7 @@ def test_a_window_on_global_layers_equals_a_model_that_has_one(
         given = {"full_attention": mask, "sliding_attention": mask}
         after = network(whole, attention_mask=given).logits[0].numpy()
     targets = np.roll(ids, -1)
-    effect = engine.inspect(ids, cuts).effect(engine.inspect(ids), (0, 60), targets)
+    effect = engine.inspect(ids, cuts).effect(engine.inspect(ids), (0, 100), targets)
     check_effect(effect, before, after, targets)
 
 
