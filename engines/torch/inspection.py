@@ -53,6 +53,8 @@ class TorchInspection:
         self._made: tuple[int, tiles.Layer] | None = None
 
     def advance(self, layers: int) -> None:
+        if layers != self.config.num_hidden_layers:
+            check_layer(self.config, layers)
         while len(self._streams) <= layers:
             self._streams.append(self._next(len(self._streams) - 1))
 
@@ -142,8 +144,6 @@ class TorchInspection:
 
     def _stream(self, layer: int) -> Tensor:
         """The residual stream before a layer, ``[T, hidden]``."""
-        if layer != self.config.num_hidden_layers:
-            check_layer(self.config, layer)
         self.advance(layer)
         return self._streams[layer]
 
