@@ -309,6 +309,8 @@ class Engine(Protocol):
     def inspect(self, tokens: np.ndarray, edits: Sequence[Edit] = ()) -> Inspection:
         """Look into how the model reads int32 ``[T]``; nothing is computed before it is asked for.
 
+        After a training step or another load, ask for another: this one would go on with other weights.
+
         Raises:
             UnsupportedError: the text is empty or too long, or an edit names what is not there.
         """

@@ -290,7 +290,7 @@ class Inspection(Protocol):
     def lens(self, positions: Span, targets: np.ndarray) -> Iterator[LensRows]:
         """The logit lens before each layer in turn, and after the last, where it is the model's own prediction.
 
-        Holds two float32 ``[positions, vocabulary]`` at a time.
+        Holds the model's own prediction, float32 ``[positions, vocabulary]``.
 
         Args:
             targets: int32, a token per position.

@@ -28,8 +28,10 @@ from engines.checkpoints import as_bfloat16, iterate_model, write_json, write_sa
 from engines.errors import UnsupportedError
 from engines.gemma3 import Gemma3Config, read_config
 from engines.initialisation import gemma3_weights
+from engines.inspection import Edit
 from engines.memory import ensure_memory, training_bytes
 from engines.mlx import adapters, decoding, device, merging, optimizers, rank1, state, training
+from engines.mlx.inspection import MLXInspection
 from engines.mlx.model import Gemma3
 from engines.origin import first_weights
 
@@ -96,6 +98,9 @@ class MLXEngine:
             parts.append(mx.take_along_axis(scores, targets[start : start + LOG_PROBS_ROWS], axis=1))
             mx.eval(parts[-1])
         return np.array(mx.concatenate(parts)).reshape(tokens.shape[0], -1)
+
+    def inspect(self, tokens: np.ndarray, edits: Sequence[Edit] = ()) -> MLXInspection:
+        return MLXInspection(self._loaded(), tokens, edits)
 
     def generate(self, prompt: Sequence[int], sampling: Sampling) -> Iterator[int]:
         return decoding.generate(self._loaded().eval(), prompt, sampling)

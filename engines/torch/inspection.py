@@ -53,6 +53,8 @@ class TorchInspection:
         self._made: tuple[int, tiles.Layer] | None = None
 
     def advance(self, layers: int) -> None:
+        if layers != self.config.num_hidden_layers:
+            check_layer(self.config, layers)
         while len(self._streams) <= layers:
             self._streams.append(self._next(len(self._streams) - 1))
 
@@ -97,16 +99,18 @@ class TorchInspection:
         check_heads(self.config, layer, heads)
         check_span(positions, len(self.tokens))
         with torch.no_grad():
-            z = self._outputs(layer, self._stream(layer))
+            z = self._outputs(layer)
         return z[0, list(heads), slice(*positions)].float().cpu().numpy()
 
     def lens(self, positions: Span, targets: np.ndarray) -> Iterator[LensRows]:
         check_span(positions, len(self.tokens))
         wanted = torch.from_numpy(targets).to(self._ids.device, torch.long)
-        final = self._log_probs(positions, self.config.num_hidden_layers)
-        for layer in range(self.config.num_hidden_layers + 1):
-            with torch.no_grad():
-                yield _lens(self._log_probs(positions, layer), final, wanted)
+        last, spans = self.config.num_hidden_layers, list(tiles.spans(positions, ROWS))
+        final = [self._log_probs(span, last) for span in spans]
+        for layer in range(last + 1):
+            found = (self._log_probs(span, layer) for span in spans)
+            parts = map(_lens, found, final, wanted.split(ROWS))
+            yield LensRows(*(torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True)))
 
     def attribution(self, position: int, token: int, contrast: int | None = None) -> Attribution:
         check_span((position, position + 1), len(self.tokens))
@@ -114,8 +118,8 @@ class TorchInspection:
             raise UnsupportedError("attribution splits what the model itself computes: take the edits away")
         decoder, last = self._model.model, self.config.num_hidden_layers
         with torch.no_grad():
-            table = decoder.embed_tokens.weight.float()
-            row = table[token] - (table[contrast] if contrast is not None else 0)
+            table = decoder.embed_tokens.weight
+            row = table[token].float() - (table[contrast].float() if contrast is not None else 0)
             logits = self._model.logits(decoder.norm(self._stream(last)[position])).float()
             logit = logits[token] - (logits[contrast] if contrast is not None else 0)
             toward = _through(decoder.norm, self._stream(last)[position], row)
@@ -129,11 +133,10 @@ class TorchInspection:
             raise UnsupportedError("the other text is on another engine: inspect both on one")
         check_span(positions, min(len(self.tokens), len(base.tokens)))
         parts = []
-        for start in range(*positions, ROWS):
-            span = start, min(start + ROWS, positions[1])
-            wanted = torch.from_numpy(targets[start - positions[0] :][: span[1] - start]).to(self._ids.device)
+        wanted = torch.from_numpy(targets).to(self._ids.device, torch.long)
+        for span, some in zip(tiles.spans(positions, ROWS), wanted.split(ROWS), strict=True):
             with torch.no_grad():
-                parts.append(_effect(base._logits(span), self._logits(span), wanted.long()[:, None]))
+                parts.append(_effect(base._logits(span), self._logits(span), some[:, None]))
         return Effect(*(torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True)))
 
     def _block(self, index: int) -> Block:
@@ -141,8 +144,6 @@ class TorchInspection:
 
     def _stream(self, layer: int) -> Tensor:
         """The residual stream before a layer, ``[T, hidden]``."""
-        if layer != self.config.num_hidden_layers:
-            check_layer(self.config, layer)
         self.advance(layer)
         return self._streams[layer]
 
@@ -150,19 +151,15 @@ class TorchInspection:
         """The residual stream after a layer."""
         layer, x = self._block(index), self._stream(index)
         with torch.no_grad():
-            y = layer.self_attn.join(self._outputs(index, x))[0]
+            y = layer.self_attn.join(self._outputs(index))[0]
             x = x + layer.post_attention_layernorm(y)
             x = x + layer.post_feedforward_layernorm(layer.mlp(layer.pre_feedforward_layernorm(x)))
             return self._patched(x, index + 1)
 
-    def _project(self, index: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        layer = self._block(index)
-        return layer.self_attn.project(layer.input_layernorm(x)[None], self._rotations[self.config.rope(index)])
-
-    def _outputs(self, index: int, x: Tensor) -> Tensor:
+    def _outputs(self, index: int) -> Tensor:
         """What the heads of a layer give, ``[1, heads, T, head_dim]``, edited."""
-        q, k, v = self._project(index, x)
-        layer, parts = self._described(index, q, k, v), []
+        layer, parts = self._layer(index), []
+        q, k, v = (part[None].to(self._model.dtype) for part in (layer.q, layer.k, layer.v))
         for start, stop in tiles.spans((0, len(self.tokens))):
             keys = slice(tiles.first_key(start, layer.window), stop)
             mask = tiles.allowed(layer, start, stop, range(q.shape[1]))
@@ -186,14 +183,14 @@ class TorchInspection:
     def _layer(self, index: int) -> tiles.Layer:
         """Queries, keys and values of a layer in float32; those asked for last are kept."""
         if self._made is None or self._made[0] != index:
+            layer, x = self._block(index), self._stream(index)
             with torch.no_grad():
-                q, k, v = self._project(index, self._stream(index))
-            self._made = index, self._described(index, q[0].float(), k[0].float(), v[0].float())
+                rotation = self._rotations[self.config.rope(index)]
+                q, k, v = layer.self_attn.project(layer.input_layernorm(x)[None], rotation)
+            cuts = [edit for edit in self.edits if isinstance(edit, Knockout) and edit.layer == index]
+            scale, window = layer.self_attn.scale, self.config.window(index)
+            self._made = index, tiles.Layer(q[0].float(), k[0].float(), v[0].float(), scale, window, cuts)
         return self._made[1]
-
-    def _described(self, index: int, q: Tensor, k: Tensor, v: Tensor) -> tiles.Layer:
-        cuts = [edit for edit in self.edits if isinstance(edit, Knockout) and edit.layer == index]
-        return tiles.Layer(q, k, v, self._block(index).self_attn.scale, self.config.window(index), cuts)
 
     def _logits(self, positions: Span, layer: int | None = None) -> Tensor:
         """Float32 ``[positions, vocabulary]``, through the lens before a layer."""
@@ -233,15 +230,15 @@ def _transposed(linear: torch.nn.Module, vector: Tensor, inner: int) -> Tensor:
     return torch.autograd.functional.vjp(linear, zeros, vector[None, None])[1]
 
 
-def _lens(log_probs: Tensor, final: Tensor, targets: Tensor) -> LensRows:
+def _lens(log_probs: Tensor, final: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+    """The columns of ``LensRows`` from log-probabilities ``[positions, vocabulary]``."""
     probability, top = log_probs.max(-1)
     wanted = log_probs.gather(1, targets[:, None])
     p = log_probs.exp()
-    columns = (
+    return (
         top.int(), probability.exp(), -(p * log_probs).sum(-1), (final.exp() * (final - log_probs)).sum(-1),
         wanted[:, 0], (log_probs > wanted).sum(-1).int(),
     )  # fmt: skip
-    return LensRows(*(column.cpu().numpy() for column in columns))
 
 
 def _effect(base: Tensor, edited: Tensor, targets: Tensor) -> tuple[Tensor, ...]:

@@ -13,7 +13,8 @@ from torch import Tensor
 from engines.inspection import TILE, Knockout, LayerStatistics, Span
 from engines.torch.attention import visible
 
-TINY = 1e-38
+TINY = 1e-37
+"""Not so small that a device takes it for zero."""
 
 
 @dataclass
@@ -48,10 +49,10 @@ class Tile:
     stop: int
 
 
-def spans(span: Span) -> Iterator[Span]:
-    """A span of queries, a tile at a time."""
-    for start in range(span[0], span[1], TILE):
-        yield start, min(start + TILE, span[1])
+def spans(span: Span, size: int = TILE) -> Iterator[Span]:
+    """A span of positions, so many at a time."""
+    for start in range(*span, size):
+        yield start, min(start + size, span[1])
 
 
 def first_key(start: int, window: int | None) -> int:
@@ -117,8 +118,8 @@ def statistics(layer: Layer, tokens: Tensor, sliding_window: int) -> LayerStatis
 def _row_sums(tile: Tile, values: Tensor, tokens: Tensor, sliding_window: int | None) -> Tensor:
     """The row statistics in their order, ``[9, heads, rows]``."""
     a = tile.weights
-    heads, n, count = a.shape
-    queries = torch.arange(tile.start, tile.stop, device=a.device)
+    (heads, n, count), rows = a.shape, torch.arange(a.shape[1], device=a.device)
+    queries = rows + tile.start
     keys = torch.arange(tile.first, tile.stop, device=a.device)
     # Distances from the tile's end, because from the query they would be differences of large numbers.
     back = (tile.stop - 1 - keys).float()
@@ -127,7 +128,7 @@ def _row_sums(tile: Tile, values: Tensor, tokens: Tensor, sliding_window: int | 
     elsewhere, reach, weighted = (a.view(values.shape[0], -1, count) @ features).view(heads, n, 3).unbind(-1)
     reach = reach - (tile.stop - 1 - queries) * elsewhere
     nothing = a.new_zeros(heads, n)
-    before = a[:, torch.arange(n), (queries - 1 - tile.first).clamp_min(0)] * (queries > 0)
+    before = a[:, rows, (queries - 1 - tile.first).clamp_min(0)] * (queries > 0)
     same = tokens[tile.start : tile.stop, None] == tokens[tile.first : tile.stop]
     duplicate = same & (keys < queries[:, None])
     induction = F.pad(duplicate[:, :-1], (1, 0))

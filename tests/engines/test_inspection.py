@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from oracles import LORA, batch, random_factors
 
-from engines.base import Engine
+from engines import open_engine
+from engines.adapters import write_adapter
+from engines.base import Engine, Rank1Settings, TrainingSettings
 from engines.errors import UnsupportedError
 from engines.gemma3 import Gemma3Config
-from engines.inspection import Ablation, Knockout, LayerStatistics, Patch
+from engines.inspection import Ablation, Attribution, Knockout, LayerStatistics, Patch
 
 TOLERANCE = {"torch": 1e-6, "mlx": 1e-4}
+
+ROUNDING = {"float32": 1e-4, "bfloat16": 2**-7}
+"""Of the sum of an attribution's parts, as a share of their size."""
 
 
 @pytest.fixture
@@ -111,6 +119,24 @@ def values_of(network: Any, layer: int, hidden: np.ndarray, config: Gemma3Config
     return v.view(len(hidden), config.num_key_value_heads, config.head_dim).transpose(0, 1).numpy()
 
 
+def test_mlx_has_the_weights_of_one_tile_at_a_time(config: Gemma3Config, text: Any, monkeypatch: Any) -> None:
+    """It is lazy, so that the tiles of a layer could pile up until a sum is wanted."""
+    mx = pytest.importorskip("mlx.core")
+    tiles = importlib.import_module("engines.mlx.tiles")
+    monkeypatch.setattr(tiles.spans, "__defaults__", (16,))
+    engine = open_engine("mlx")
+    engine.initialise(config, 0, "float32")
+    inspection, layer, length = engine.inspect(text(512)), config.global_layers[0], 512
+    inspection.queries_keys(layer)
+    tile = config.num_attention_heads * 16 * length * 4
+    for compute in (inspection.statistics, lambda layer: inspection.divergence(layer, *inspection.queries_keys(layer))):
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        compute(layer)
+        assert mx.get_peak_memory() - before < 16 * tile
+
+
 def test_rows_sum_to_one_and_unseen_keys_are_exactly_zero(
     engine: Engine, config: Gemma3Config, folder: Path, text: Any
 ) -> None:
@@ -162,21 +188,21 @@ def test_the_lens_ends_in_the_models_own_prediction(
 ) -> None:
     import torch
 
-    ids = text(30)
+    ids = text(90)
     engine.load(folder, "float32")
     network = reference_model(folder)
     _, hidden = eager(network, ids)
     with torch.no_grad():
         final = network(torch.from_numpy(ids[None]).long()).logits[0].log_softmax(-1).numpy()
         targets = np.roll(ids, -1)
-        for layer, rows in enumerate(engine.inspect(ids).lens((3, 30), targets[3:])):
+        for layer, rows in enumerate(engine.inspect(ids).lens((3, 90), targets[3:])):
             if layer < config.num_hidden_layers:
                 logits = network.lm_head(network.model.norm(torch.from_numpy(hidden[layer])))
                 log_probs = logits.log_softmax(-1).numpy()
             else:
                 log_probs = final
             p = np.exp(log_probs[3:])
-            wanted = log_probs[np.arange(3, 30), targets[3:]]
+            wanted = log_probs[np.arange(3, 90), targets[3:]]
             assert (rows.top == p.argmax(-1)).all()
             assert np.allclose(rows.probability, p.max(-1), atol=1e-4)
             assert np.allclose(rows.entropy, -(p * log_probs[3:]).sum(-1), atol=1e-4)
@@ -281,12 +307,12 @@ def test_a_window_on_global_layers_equals_a_model_that_has_one(
     """All global attention beyond the window cut: transformers with the windowed mask on its global layer."""
     import torch
 
-    ids = text(60)
+    ids = text(100)
     heads = tuple(range(config.num_attention_heads))
     cuts = [Knockout(layer, heads, beyond=config.sliding_window) for layer in config.global_layers]
     engine.load(folder, "float32")
     network = reference_model(folder)
-    distance = torch.arange(60)[:, None] - torch.arange(60)
+    distance = torch.arange(100)[:, None] - torch.arange(100)
     seen = (distance >= 0) & (distance < config.sliding_window)
     mask = torch.where(seen, 0.0, -torch.inf)[None, None]
     with torch.no_grad():
@@ -295,7 +321,7 @@ def test_a_window_on_global_layers_equals_a_model_that_has_one(
         given = {"full_attention": mask, "sliding_attention": mask}
         after = network(whole, attention_mask=given).logits[0].numpy()
     targets = np.roll(ids, -1)
-    effect = engine.inspect(ids, cuts).effect(engine.inspect(ids), (0, 60), targets)
+    effect = engine.inspect(ids, cuts).effect(engine.inspect(ids), (0, 100), targets)
     check_effect(effect, before, after, targets)
 
 
@@ -364,14 +390,87 @@ def test_both_engines_show_the_same(
     assert np.allclose(one.mlps, other.mlps, atol=1e-4)
 
 
-def test_adapters_are_seen(engine: Engine, config: Gemma3Config, folder: Path, adapter: Path, text: Any) -> None:
+@pytest.mark.parametrize("dora", [False, True])
+def test_adapters_are_seen(
+    engine: Engine, config: Gemma3Config, folder: Path, tmp_path: Path, text: Any, dora: bool
+) -> None:
+    lora = replace(LORA, dora=dora)
+    write_adapter(tmp_path, random_factors(config, lora), lora, config, str(folder))
     engine.load(folder, "float32")
     plain = engine.inspect(text(30)).attention(1, 0, (0, 30))
-    engine.load_adapter(adapter)
+    engine.load_adapter(tmp_path)
     inspection = engine.inspect(text(30))
     assert not np.allclose(plain, inspection.attention(1, 0, (0, 30)), atol=1e-3)
-    parts = inspection.attribution(29, 4)
-    assert parts.total == pytest.approx(engine.logits(text(30)[None])[0, 29, 4], abs=1e-3)
+    for position, token in ((29, 4), (11, 8)):
+        parts = inspection.attribution(position, token)
+        wanted = engine.logits(text(30)[None])[0, position, token]
+        assert parts.total == pytest.approx(wanted, abs=1e-4 * size(parts))
+
+
+def size(parts: Attribution) -> float:
+    """The absolute values of the parts, summed: what they are rounded against."""
+    return abs(parts.embedding) + float(np.abs(parts.sources).sum() + np.abs(parts.mlps).sum())
+
+
+@pytest.mark.parametrize(
+    ("settings", "dtype"),
+    [
+        (TrainingSettings(replace(LORA, dropout=0.2)), "float32"),
+        (TrainingSettings(LORA, merging=True), "bfloat16"),
+        (TrainingSettings(rank1=Rank1Settings()), "float32"),
+        (TrainingSettings(rank1=Rank1Settings(), rest=True), "bfloat16"),
+        (TrainingSettings(), "float32"),
+    ],
+    ids=["lora", "masters", "rank1", "rank1 and the rest", "full"],
+)
+def test_training_goes_on_as_if_nobody_had_looked(
+    engine: Engine, folder: Path, text: Any, settings: TrainingSettings, dtype: str
+) -> None:
+    """And what is seen between two steps is the model of that moment."""
+    found = []
+    for looks in (False, True):
+        engine.load(folder, dtype)
+        engine.start_training(settings)
+        first = engine.train_step([batch()], 1e-2)
+        if looks:
+            inspection = engine.inspect(text(20), [Ablation(1, (0,), "mean")])
+            lens = inspection.lens((0, 20), text(20))
+            next(lens)
+            inspection.statistics(2)
+            parts = engine.inspect(text(20)).attribution(19, 5)
+            wanted = engine.logits(text(20)[None])[0, 19, 5]
+            assert parts.total == pytest.approx(wanted, abs=ROUNDING[dtype] * size(parts))
+        found.append([first.loss, *(engine.train_step([batch(seed=1)], 1e-2).loss for _ in range(2))])
+    assert found[0] == found[1]
+
+
+def test_a_model_in_bfloat16(engine: Engine, config: Gemma3Config, folder: Path, text: Any) -> None:
+    ids, other, last = text(140), text(280)[140:], config.num_hidden_layers
+    engine.load(folder, "float32")
+    exact = engine.inspect(ids).attention(0, 1, (0, 140))
+    engine.load(folder, "bfloat16")
+    inspection, donor = engine.inspect(ids), engine.inspect(other)
+    rows = inspection.attention(0, 1, (0, 140))
+    assert np.allclose(rows.sum(1), 1, atol=1e-6)
+    assert np.abs(rows - exact).max() <= 5e-2
+    logits = engine.logits(ids[None])[0]
+    for position, token in ((139, 3), (12, 20), (0, 5)):
+        parts = inspection.attribution(position, token)
+        assert abs(parts.logit - logits[position, token]) <= ROUNDING["bfloat16"] * size(parts)
+        assert abs(parts.total - parts.logit) <= ROUNDING["bfloat16"] * size(parts)
+    values = donor.head_outputs(1, (0, 2), (4, 9))
+    some = engine.inspect(ids, [Patch(1, (0, 2), (4, 9), values), Ablation(2, (1,), "mean")])
+    assert np.array_equal(some.head_outputs(1, (0, 2), (4, 9)), values)
+    assert np.ptp(some.head_outputs(2, (1,), (0, 140)), axis=1).max() == 0
+    whole = engine.inspect(ids, [Patch(1, None, (0, 140), donor.stream(1, (0, 140)))])
+    assert np.array_equal(whole.stream(last, (0, 140)), donor.stream(last, (0, 140)))
+    for statistic in vars(some.statistics(2)).values():
+        assert statistic.dtype == np.float32
+    effect = some.effect(inspection, (0, 140), np.roll(ids, -1))
+    assert np.allclose(effect.base_logit, logits[np.arange(140), np.roll(ids, -1)], atol=0.1)
+    assert effect.kl.max() > 0.1
+    *_, rows = inspection.lens((0, 140), np.roll(ids, -1))
+    assert np.abs(rows.kl).max() < 1e-6
 
 
 @pytest.mark.parametrize(
@@ -414,6 +513,8 @@ def test_texts_and_places_that_are_not_there_are_refused(
         lambda: inspection.statistics(config.num_hidden_layers),
         lambda: inspection.attribution(10, 0),
         lambda: inspection.residual(config.num_hidden_layers + 1),
+        lambda: inspection.advance(config.num_hidden_layers + 1),
+        lambda: inspection.stream(-1, (0, 1)),
         lambda: engine.inspect(text(10), [Ablation(0, (0,))]).attribution(3, 1),
         lambda: inspection.divergence(0, *engine.inspect(text(9)).queries_keys(0)),
     ):
