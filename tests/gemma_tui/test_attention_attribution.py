@@ -65,6 +65,8 @@ def test_parts_are_those_of_the_formula(engine, folder, tokenizer, contrast):
     wanted = logits[token] - (0 if contrast is None else logits[contrast])
     assert figure.facts["logit"] == pytest.approx(wanted, abs=1e-3)
     assert sum(part["logits"] for part in rows(figure, "part")) == pytest.approx(wanted, abs=1e-3)
+    sizes = [abs(part["logits"]) for part in rows(figure, "part")]
+    assert sizes == sorted(sizes, reverse=True)
     check_listed(rows(figure, "source"), sources.sum((0, 1)), reading)
     check_listed(rows(figure, "source_of_L1.H2"), sources[1, 2], reading)
 
@@ -94,8 +96,8 @@ def test_the_token_is_the_most_probable_if_none_is_named(reading):
 
 
 @pytest.mark.parametrize(("asked", "words"), [
-    ({"position": 20}, "positions 20 to 20 are not there: the text has positions 0 to 19"),
-    ({"position": -21}, "are not there"),
+    ({"position": 20}, "position 20 is not there: the text has positions 0 to 19"),
+    ({"position": -21}, "position -21 is not there"),
     ({"position": 3, "token": 4500}, "token 4500 is not there"),
     ({"position": 3, "contrast": -1}, "token -1 is not there"),
     ({"position": 3, "head": (0, 4)}, "head L0.H4 is not there: a layer has heads 0 to 3"),
@@ -130,5 +132,5 @@ def test_typed_positions(folder, tokenizer):
     assert position_of(reading, "<bos>") == position_of(reading, "0") == 0
     with pytest.raises(UsageError, match="token ▁dogs is not in the text: take one that is, or a position 0 to"):
         position_of(reading, " dogs")
-    with pytest.raises(UsageError, match="positions 99 to 99 are not there"):
+    with pytest.raises(UsageError, match="position 99 is not there"):
         position_of(reading, "99")

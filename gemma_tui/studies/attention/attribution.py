@@ -13,7 +13,7 @@ from gemma_tui.errors import UsageError
 from gemma_tui.figure import Figure, LineChart, Table
 from gemma_tui.plots import Series
 from gemma_tui.studies.attention.heads import grid, head_name
-from gemma_tui.studies.attention.lens import check_positions, check_token
+from gemma_tui.studies.attention.lens import check_token
 from gemma_tui.studies.attention.reading import Reading, View, label
 from gemma_tui.text import one_line
 from gemma_tui.tokenizer import Tokenizer
@@ -72,9 +72,9 @@ def resolved(reading: Reading, position: int) -> int:
     Raises:
         UsageError: it is not there.
     """
-    found = position + reading.length if position < 0 else position
-    check_positions(reading, (found, found + 1))
-    return found
+    if not -reading.length <= position < reading.length:
+        raise UsageError(f"position {position} is not there: the text has positions 0 to {reading.length - 1}")
+    return position % reading.length
 
 
 def top_token(reading: Reading, position: int) -> int:

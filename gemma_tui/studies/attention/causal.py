@@ -153,7 +153,7 @@ def causal_view(reading: Reading, edits: Sequence[Edit], name: str) -> View:
     places = np.arange(reading.length, dtype=float)
     change = Series("change of -ln p(next)", places, after - before)
     return Figure(
-        f"without {one_line(name, 60)}",
+        f"the predictions with {one_line(name, 60)} taken out",
         notes=_effect_notes(reading, found, edits, int(targets[-1])),
         charts=[
             LineChart("KL(whole ‖ edited) of the next token, nats", [Series("KL", places, found.kl)], "position"),
@@ -170,13 +170,15 @@ def _effect_notes(reading: Reading, found: Effect, edits: Sequence[Edit], target
     top = label(reading.tokenizer, int(found.top[-1]))
     notes = [
         f"next token {label(reading.tokenizer, target)}: logit {logits[0]:.3f} to {logits[1]:.3f} "
-        f"({logits[1] - logits[0]:+.3f}), KL {found.kl[-1]:.4g} nats, most probable now {top}"
+        f"({logits[1] - logits[0]:+.3f}), KL {max(0.0, found.kl[-1]):.4g} nats, most probable now {top}"
     ]
     if reading.length > 1:
         before, after = -found.base_log_prob[:-1].mean(dtype=np.float64), -found.log_prob[:-1].mean(dtype=np.float64)
         notes.append(f"loss of the text: {before:.4f} to {after:.4f} nats per token ({after - before:+.4f})")
     share = float((found.top != found.base_top).mean())
-    notes.append(f"mean KL {found.kl.mean(dtype=np.float64):.4g} nats; {share:.1%} of positions have another top token")
+    notes.append(
+        f"mean KL {max(0.0, found.kl.mean(dtype=np.float64)):.4g} nats; {share:.1%} of positions have another top token"
+    )
     if any(isinstance(edit, Knockout) and edit.beyond for edit in edits):
         notes += window_notes(reading)
     return notes

@@ -61,7 +61,7 @@ def patching_view(reading: Reading, other: Reading, what: str = "stream", answer
         tables=[_table(reading, what, names, restored)],
         arrays={"restored": restored},
         facts={
-            **reading.facts, "what": what, "answers": list(chosen), "logit_difference": base,
+            **reading.facts, "what": what, "answers": [int(token) for token in chosen], "logit_difference": base,
             "logit_difference_other": donor,
         },
     )  # fmt: skip
