@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Generator
 from dataclasses import replace
 from pathlib import Path
@@ -62,6 +63,7 @@ def run(view: Generator[float, None, Figure]) -> tuple[Figure, list[float]]:
             assert shares == sorted(shares)
             assert shares[0] > 0
             assert shares[-1] == 1
+            json.dumps(end.value.facts)
             return end.value, shares
 
 

@@ -79,7 +79,7 @@ def test_a_long_text_shows_its_last_64_and_says_so(folder, tokenizer):
 
 def test_one_target_is_looked_for_everywhere(folder, tokenizer):
     reading = reading_of(open_engine("torch"), folder, tokenizer, text_ids(12))
-    figure, _ = run(lens_view(reading, target=301))
+    figure, _ = run(lens_view(reading, target=np.int32(301)))
     wanted = dense(reading, folder, 1)[:, 301]
     assert np.allclose(figure.arrays["log_prob"][1], wanted, atol=1e-3)
     assert (figure.arrays["targets"] == 301).all()

@@ -110,7 +110,7 @@ def attribution_view(
     for layer in range(config.num_hidden_layers):
         reading.inspection.advance(layer + 1)
         yield (layer + 1) / (config.num_hidden_layers + 1)
-    token = top_token(reading, position) if token is None else token
+    token = top_token(reading, position) if token is None else int(token)
     parts = reading.inspection.attribution(position, token, contrast)
     yield 1.0
     heads = parts.sources.sum(-1, dtype=np.float64)
@@ -127,7 +127,7 @@ def attribution_view(
         tables=tables,
         arrays={"sources": parts.sources, "mlps": parts.mlps, "embedding": np.array(parts.embedding)},
         facts={
-            **reading.facts, "position": position, "token": token, "contrast": contrast, "logit": parts.logit,
+            **reading.facts, "position": position, "token": token, "contrast": None if contrast is None else int(contrast), "logit": parts.logit,
             "sum": parts.total, "definition": DEFINITION,
         },
     )  # fmt: skip

@@ -57,7 +57,12 @@ def lens_view(reading: Reading, positions: Span | None = None, target: int | Non
         charts=_charts(lens),
         tables=[_table(reading, span, lens)],
         arrays={**lens, "positions": np.arange(*span), "targets": targets[slice(*span)]},
-        facts={**reading.facts, "positions": list(span), "target": target, "definitions": MEANING},
+        facts={
+            **reading.facts,
+            "positions": list(span),
+            "target": None if target is None else int(target),
+            "definitions": MEANING,
+        },
     )
 
 
