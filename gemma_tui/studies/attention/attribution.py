@@ -127,8 +127,8 @@ def attribution_view(
         tables=tables,
         arrays={"sources": parts.sources, "mlps": parts.mlps, "embedding": np.array(parts.embedding)},
         facts={
-            **reading.facts, "position": position, "token": token, "contrast": None if contrast is None else int(contrast), "logit": parts.logit,
-            "sum": parts.total, "definition": DEFINITION,
+            **reading.facts, "position": position, "token": token, "definition": DEFINITION,
+            "contrast": None if contrast is None else int(contrast), "logit": parts.logit, "sum": parts.total,
         },
     )  # fmt: skip
 
