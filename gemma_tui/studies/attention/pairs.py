@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
@@ -14,10 +14,10 @@ from gemma_tui.figure import Figure, Table
 from gemma_tui.heat import Heat
 from gemma_tui.studies.attention.heads import head_name
 from gemma_tui.studies.attention.parts import part
+from gemma_tui.studies.attention.pooling import POOLINGS, Pool, cells
 from gemma_tui.studies.attention.reading import Reading, View, window_notes
 from gemma_tui.text import one_line
 
-POOLINGS = ("max", "mean")
 EDGE_COLUMNS = ("query", "query_token", "key", "key_token", "distance", "weight")
 
 
@@ -84,35 +84,6 @@ class PairMap:
         return self.weights**self.shading.gamma
 
 
-@dataclass
-class _Pool:
-    """Weights that come tile by tile, reduced to cells at once."""
-
-    queries: np.ndarray
-    keys: np.ndarray
-    pooling: str
-    sums: np.ndarray = field(init=False)
-    counts: np.ndarray = field(init=False)
-
-    def __post_init__(self) -> None:
-        shape = len(self.queries) - 1, len(self.keys) - 1
-        self.sums, self.counts = np.zeros(shape), np.zeros(shape, int)
-
-    def add(self, start: int, weights: np.ndarray) -> None:
-        """Rows from query ``start`` on, over the keys of the map; NaN is not visible. Weights are never negative."""
-        first = self.keys[:-1] - self.keys[0]
-        seen = np.isfinite(weights)
-        rows = np.searchsorted(self.queries, np.arange(start, start + len(weights)), "right") - 1
-        reduce, gather = (np.maximum, np.maximum.at) if self.pooling == "max" else (np.add, np.add.at)
-        gather(self.sums, rows, reduce.reduceat(np.where(seen, weights, 0.0), first, axis=1))
-        np.add.at(self.counts, rows, np.add.reduceat(seen, first, axis=1, dtype=int))
-
-    def result(self) -> np.ndarray:
-        """The pooled weights."""
-        divisor = np.maximum(self.counts, 1) if self.pooling == "mean" else 1
-        return np.where(self.counts > 0, self.sums / divisor, np.nan)
-
-
 def pair_map(
     reading: Reading,
     layer: int,
@@ -123,7 +94,9 @@ def pair_map(
     shading: Shading | None = None,
     top: int = 10,
 ) -> Generator[float, None, PairMap]:
-    """The weights of a head over a rectangle of queries and keys (all), in at most ``shape`` cells, from a tile of rows at a time.
+    """The weights of a head over a rectangle of queries and keys (all), in at most ``shape`` cells.
+
+    Holds the rows of ``TILE`` queries at a time.
 
     Raises:
         UsageError: a shading that is not there, or no cells.
@@ -137,7 +110,7 @@ def pair_map(
     check_heads(reading.inspection.config, layer, (head,))
     check_span(keys, reading.length)
     check_span(queries, reading.length)
-    pool = _Pool(_cells(queries, shape[0]), _cells(keys, shape[1]), shading.pooling)
+    pool = Pool(cells(queries, shape[0]), cells(keys, shape[1]), shading.pooling)
     strongest: list[Edge] = []
     for start, rows in _rows(reading, layer, head, queries, shading):
         shown = rows[:, slice(*keys)]
@@ -146,13 +119,6 @@ def pair_map(
         strongest = _stronger(strongest, shown[alone:], start + alone, keys[0], top)
         yield (start + len(rows) - queries[0]) / (queries[1] - queries[0])
     return PairMap(pool.queries, pool.keys, pool.result(), shading, strongest)
-
-
-def _cells(span: Span, most: int) -> np.ndarray:
-    """Where cells begin, and the end of the last."""
-    length = span[1] - span[0]
-    count = min(most, length)
-    return span[0] + np.arange(count + 1) * length // count
 
 
 def _rows(reading: Reading, layer: int, head: int, queries: Span, shading: Shading) -> Iterator[tuple[int, np.ndarray]]:

@@ -99,7 +99,9 @@ def measure(reading: Reading, epsilon: float = EPSILON) -> Generator[float, None
     stream.append(reading.inspection.residual(count))
     first, first_gu = np.stack(firsts, axis=1)
     drain = np.mean(drains, axis=0)
-    return Sinks(*columns, first, first_gu, drain, np.array([d[0] for d in drains]), stream)
+    share, share_gu, mean, mean_gu = columns
+    first_drain = np.array([values[0] for values in drains])
+    return Sinks(share, share_gu, mean, mean_gu, first, first_gu, drain, first_drain, stream)
 
 
 def sinks(reading: Reading, epsilon: float = EPSILON, compare: bool = False, top: int = 8) -> View:
