@@ -70,13 +70,15 @@ def test_what_a_window_hides_is_missing_and_not_zero(inside) -> None:
     np.testing.assert_array_equal(np.isfinite(found.weights), (k <= q) & (q - k < 8))
 
 
-def test_the_strongest_edges_are_those_of_the_whole_matrix(inside) -> None:
-    whole = shaded(dense(inside, GLOBAL)[HEAD], None, Shading())
-    whole[0] = np.nan
-    found = run(pair_map(inside, GLOBAL, HEAD, (0, 140), (5, 150), top=300)).strongest
-    order = np.argsort(-np.nan_to_num(whole[:140, 5:], nan=-1), axis=None, kind="stable")[:300]
-    assert [(e.query, e.key - 5) for e in found] == [divmod(int(place), 145) for place in order]
-    assert found[7].weight == whole[found[7].query, found[7].key]
+@pytest.mark.parametrize("without_sink", [False, True])
+def test_the_strongest_edges_are_those_of_the_whole_matrix(inside, without_sink: bool) -> None:
+    whole = shaded(dense(inside, GLOBAL)[HEAD], None, Shading(without_sink=without_sink))
+    whole[: 1 + without_sink] = np.nan  # they see one key, and have no choice
+    shading = Shading(without_sink=without_sink, per_row=True)
+    found = run(pair_map(inside, GLOBAL, HEAD, (0, 140), (1, 150), shading=shading, top=300)).strongest
+    order = np.argsort(-np.nan_to_num(whole[:140, 1:], nan=-1), axis=None, kind="stable")[:300]
+    assert [(e.query, e.key - 1) for e in found] == [divmod(int(place), 149) for place in order]
+    assert found[7].weight == pytest.approx(whole[found[7].query, found[7].key])
 
 
 def test_keys_and_readers_with_the_mass_of_the_rest(inside) -> None:

@@ -27,7 +27,7 @@ class Shading:
 
     Attributes:
         pooling: of the visible weights of a cell, ``max`` or ``mean``.
-        per_row: each row is divided by the largest weight it has anywhere.
+        per_row: on the map each row is divided by the largest weight it has anywhere.
         without_sink: key 0 is dropped, and each row divided by what it has elsewhere.
         gamma: the pooled values are raised to this power; below 1 it lifts what is weak.
     """
@@ -69,7 +69,8 @@ class PairMap:
     Attributes:
         query_edges, key_edges: int ``[rows + 1]`` and ``[columns + 1]``; a cell goes from one to before the next.
         weights: float64 ``[rows, columns]``, pooled, before gamma; NaN where no weight of the cell is visible.
-        strongest: edges inside the rectangle; the row of position 0, which sees itself alone, is left out.
+        strongest: edges inside the rectangle by their weights, not divided per row; a row that sees one key only has
+            no choice, and is left out.
     """
 
     query_edges: np.ndarray
@@ -113,32 +114,26 @@ def pair_map(
     pool = Pool(cells(queries, shape[0]), cells(keys, shape[1]), shading.pooling)
     strongest: list[Edge] = []
     for start, rows in _rows(reading, layer, head, queries, shading):
-        shown = rows[:, slice(*keys)]
-        pool.add(start, shown)
-        alone = int(start == 0)
-        strongest = _stronger(strongest, shown[alone:], start + alone, keys[0], top)
+        highest = np.where(np.isnan(rows), 0, rows).max(1)
+        pool.add(start, (_divided(rows, highest) if shading.per_row else rows)[:, slice(*keys)])
+        first = max(start, 2 if shading.without_sink else 1)
+        strongest = _stronger(strongest, rows[first - start :, slice(*keys)], first, keys[0], top)
         yield (start + len(rows) - queries[0]) / (queries[1] - queries[0])
     return PairMap(pool.queries, pool.keys, pool.result(), shading, strongest)
 
 
 def _rows(reading: Reading, layer: int, head: int, queries: Span, shading: Shading) -> Iterator[tuple[int, np.ndarray]]:
-    """Weights float64 ``[queries, T]`` a tile at a time, as they are to be shown but for gamma; NaN if not visible."""
+    """Weights float64 ``[queries, T]`` a tile at a time, without the sink if that is asked for; NaN is not visible."""
     window = reading.inspection.config.window(layer)
     for start in range(*queries, TILE):
         stop = min(start + TILE, queries[1])
         weights = reading.inspection.attention(layer, head, (start, stop)).astype(np.float64)
         distance = np.arange(start, stop)[:, None] - np.arange(reading.length)
         weights[(distance < 0) | (distance >= (window or reading.length))] = np.nan
-        yield start, _shaded(weights, shading)
-
-
-def _shaded(weights: np.ndarray, shading: Shading) -> np.ndarray:
-    if shading.without_sink:
-        weights[:, 0] = np.nan
-        weights = _divided(weights, np.nansum(weights, axis=1))
-    if shading.per_row:
-        weights = _divided(weights, np.where(np.isnan(weights), 0, weights).max(1))
-    return weights
+        if shading.without_sink:
+            weights[:, 0] = np.nan
+            weights = _divided(weights, np.nansum(weights, axis=1))
+        yield start, weights
 
 
 def _divided(weights: np.ndarray, divisors: np.ndarray) -> np.ndarray:
@@ -261,7 +256,7 @@ def _notes(reading: Reading, found: PairMap) -> list[str]:
     if shading.without_sink:
         notes.append("position 0 is taken out, and rows are renormalised")
     if shading.per_row:
-        notes.append("rows are divided by their largest weight")
+        notes.append("on the map rows are divided by their largest weight; in tables they are not")
     if shading.gamma != 1:
         notes.append(f"the map shows weight ** {shading.gamma:g}; tables and arrays do not")
     return notes

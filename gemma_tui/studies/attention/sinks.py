@@ -22,8 +22,8 @@ EPSILON = 0.3
 
 FP16_MAX = 65504.0
 
-FEW = 8
-"""A column that fewer rows see has a mean that says little; such columns are not ranked."""
+FEW = 32
+"""A column that fewer rows come after is read by near ones only; it is not ranked. Half of a text that is shorter."""
 
 DEFINITIONS = {
     "alpha_gu": "sum of a column's weights / (T - k) (Gu et al., arXiv:2410.10781)",
@@ -144,7 +144,7 @@ def _other(reading: Reading) -> Reading:
 def _columns(reading: Reading, found: Sinks, top: int) -> list[tuple[Any, ...]]:
     """Position 0, and the columns that are sinks of the most heads."""
     ranked = np.lexsort((-found.mean_gu, -found.share_gu))
-    last = reading.length - min(FEW, reading.length)
+    last = reading.length - min(FEW, (reading.length + 1) // 2)
     chosen = [0, *[int(k) for k in ranked if 0 < k <= last][: top - 1]]
     numbers = (found.share, found.share_gu, found.mean, found.mean_gu, found.drain)
     return [(k, reading.labels[k], *(float(values[k]) for values in numbers)) for k in chosen]
