@@ -15,7 +15,7 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
 STYLE = """
 body{font:14px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:70rem;padding:0 1rem;color:#222;background:#fff}
-h1{font-size:1.3rem} .scroll{overflow:auto;max-height:36rem;margin:1rem 0}
+h1{font-size:1.3rem} .wide,.scroll{overflow:auto;margin:1rem 0} .scroll{max-height:36rem}
 table{border-collapse:collapse;font:12px ui-monospace,monospace}
 th{position:sticky;top:0;background:#fff;text-align:left}
 th,td{padding:.15rem .6rem;border-bottom:1px solid #ddd;white-space:pre} td.n{text-align:right}
@@ -36,7 +36,7 @@ def _parts(figure: Figure) -> Iterator[str]:
     yield f"<title>{title}</title><style>{STYLE}</style></head><body><h1>{title}</h1>"
     yield from (f"<p>{escaped(note)}</p>" for note in figure.notes)
     for drawn in drawings(figure):
-        yield f'<div class="scroll">{document(*drawn, namespace=False)}</div>'
+        yield f'<div class="wide">{document(*drawn, namespace=False)}</div>'
     yield from (_table(table) for table in figure.tables)
     facts = json.dumps(plain(figure.facts), ensure_ascii=False, indent=1)
     yield f"<details><summary>where the numbers come from</summary><pre>{escaped(facts)}</pre></details>"

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import BinaryIO
 
 import numpy as np
+from rich.cells import cell_len
 
 from gemma_tui.figure import Figure, LineChart
 from gemma_tui.heat import VIRIDIS, Heat, legend
@@ -72,7 +73,7 @@ def heading(figure: Figure) -> Drawn:
     """Title and notes."""
     lines = [figure.title, *figure.notes]
     elements = [label(4, LINE * (i + 1), line, "" if i else "t") for i, line in enumerate(lines)]
-    return elements, max(WIDTH, LETTER * max(map(len, lines)) + 8), LINE * (len(lines) + 1)
+    return elements, max(WIDTH, *(extent(line) + 8 for line in lines)), LINE * (len(lines) + 1)
 
 
 def label(x: float, y: float, text: str, kind: str = "", more: str = "") -> str:
@@ -106,8 +107,9 @@ def heat_map(heat: Heat) -> Drawn:
         )
     elements.append(f'<rect x="{left}" y="{top}" width="{columns * cell}" height="{rows * tall}" fill="#e4e4e4"/>')
     elements += list(_cells(heat, left, top, cell, tall))
-    elements += _scale(heat, left, bottom + 6)
-    return elements, max(WIDTH, left + columns * cell + 8), bottom + 2.5 * LINE
+    scale, end = _scale(heat, left, bottom + 6)
+    wide = max(WIDTH, left + columns * cell, end, extent(heat.title)) + 8
+    return [*elements, *scale], wide, bottom + 2.5 * LINE
 
 
 def _some(count: int, size: float) -> range:
@@ -122,17 +124,27 @@ def _cells(heat: Heat, left: float, top: float, cell: float, tall: float) -> Ite
         yield f'<rect {place} fill="{colour(float(heat.levels[i, j]))}">{title}</rect>'
 
 
-def _scale(heat: Heat, x: float, y: float) -> list[str]:
-    """The legend: lowest value, colours, highest value, and what else there is to know."""
+def _scale(heat: Heat, x: float, y: float) -> tuple[list[str], float]:
+    """The legend and where it ends: lowest value, colours, highest value, and what else there is to know."""
     low, high, notes = legend(heat)
-    if not high:
-        return [label(x, y + 11, f"{low} {notes}")]
-    start = x + LETTER * (len(low) + 1)
+    start = x + extent(low) + LETTER if high else x
+    after = start + 134 if high else start
+    rest = "  ".join(part for part in (high or low, notes, "" if _complete(heat) else "grey: not there") if part)
     steps = [
         f'<rect x="{start + 4 * i:.1f}" y="{y:.1f}" width="4.2" height="12" fill="{colour(i / 31)}"/>'
-        for i in range(32)
+        for i in range(32 if high else 0)
     ]
-    return [label(x, y + 11, low), *steps, label(start + 134, y + 11, f"{high}  {notes}  grey: not visible or missing")]
+    ends = [label(x, y + 11, low)] if high else []
+    return [*ends, *steps, label(after, y + 11, rest)], after + extent(rest)
+
+
+def _complete(heat: Heat) -> bool:
+    return bool(np.isfinite(heat.levels).all())
+
+
+def extent(text: str) -> float:
+    """About how wide a line of text is, pixels."""
+    return LETTER * cell_len(text)
 
 
 def line_chart(chart: LineChart) -> Drawn:
@@ -147,7 +159,8 @@ def line_chart(chart: LineChart) -> Drawn:
     for number, (series, (x, y)) in enumerate(zip(chart.series, lines, strict=True)):
         points = " ".join(f"{across(a):.1f},{down(b):.1f}" for a, b in zip(x, y, strict=True))
         elements += [*_line(series, number, points), *_key(series, number, HEIGHT + LINE * number)]
-    return elements, WIDTH, HEIGHT + LINE * len(chart.series)
+    wide = max(WIDTH, extent(chart.title), *(LEFT + 40 + extent(series.label) for series in chart.series))
+    return elements, wide, HEIGHT + LINE * len(chart.series)
 
 
 def _axis(values: list[float], start: float, end: float) -> Callable[[float], float]:

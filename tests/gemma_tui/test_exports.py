@@ -109,6 +109,16 @@ def test_an_svg_is_xml_with_a_cell_per_value_and_a_line_per_series(tmp_path: Pat
     assert {"no values", "1000", "0.001"} <= set(shown)
 
 
+def test_a_picture_is_as_wide_as_its_longest_line(tmp_path: Path) -> None:
+    export(figure("x" * 300), tmp_path / "f.svg")
+    root = ElementTree.parse(tmp_path / "f.svg").getroot()
+    assert float(root.get("width", "0")) > 300 * 6
+    shown = [str(t.text) for t in root.iter(f"{SVG}text")]
+    assert any("grey: not there" in text for text in shown)
+    export(figure(heats=[Heat("whole", ["a"], ["b"], np.ones((1, 1)))]), tmp_path / "f.svg")
+    assert "grey" not in (tmp_path / "f.svg").read_text("utf-8")
+
+
 def test_colours_are_viridis() -> None:
     steps = [colour(i / (len(VIRIDIS) - 1)) for i in range(len(VIRIDIS))]
     assert steps == ["#{:02x}{:02x}{:02x}".format(*tint) for tint in VIRIDIS]
