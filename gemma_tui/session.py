@@ -19,11 +19,15 @@ from gemma_tui.studies.events import Control, passing
 if TYPE_CHECKING:
     from engines.base import DeviceInfo, Engine, ModelInfo
     from gemma_tui.runs.store import RunStore
+    from gemma_tui.studies.attention.looking import Board, Desk
+    from gemma_tui.studies.attention.plan import AttentionPlan
     from gemma_tui.studies.generation import Generation, GenerationPlan
     from gemma_tui.studies.recording import Recorded
     from gemma_tui.studies.training_plan import TrainingPlan
 
 Progress = Callable[[float, str], None]
+
+NO_MODEL = "no model is loaded: press 1, choose one and press enter"
 
 
 @dataclass
@@ -31,7 +35,7 @@ class Job:
     """Something an engine is doing.
 
     Attributes:
-        kind: ``load``, ``train`` or ``generate``.
+        kind: ``load``, ``train``, ``generate`` or ``look``.
         label: a few words for the status line.
         share: how much of it is done, 0 to 1.
         detail: what is being done now.
@@ -67,6 +71,8 @@ class Place:
     info: ModelInfo | None = None
     memory: int = 0
     job: Job | None = None
+    desk: Desk | None = None
+    """The text that was looked at last; belongs to the engine's thread."""
 
 
 class Session:
@@ -207,7 +213,7 @@ class Session:
         """
         place = self.place
         if not place.model:
-            raise UnsupportedError("no model is loaded: press 1, choose one and press enter")
+            raise UnsupportedError(NO_MODEL)
 
         def work(engine: Engine, job: Job) -> None:
             from gemma_tui.hub.models import resolve
@@ -222,6 +228,35 @@ class Session:
                     break
 
         return self._start(Job("generate", "writing", self.engine), work)
+
+    def look(self, plan: AttentionPlan, board: Board, shown: Callable[[], object]) -> Job:
+        """Look into a text with the loaded model; the view is put on the board, and then ``shown`` is called.
+
+        Args:
+            shown: called on the engine's thread.
+
+        Raises:
+            UnsupportedError: the engine is busy, or no model is loaded.
+        """
+        place = self.place
+        if not place.model:
+            raise UnsupportedError(NO_MODEL)
+
+        def work(engine: Engine, job: Job) -> None:
+            from gemma_tui.studies.attention.looking import desk_of, look
+
+            place.desk = desk_of(place.desk, engine, place.model)
+            view = look(place.desk, plan)
+            while not job.control.stop.is_set():
+                try:
+                    job.share = next(view)
+                except StopIteration as end:
+                    board.put(end.value, plan, place.desk.reading)
+                    shown()
+                    return
+            view.close()
+
+        return self._start(Job("look", plan.view, self.engine), work)
 
     def stop(self) -> None:
         """Ask everything that runs to end; training saves first."""
@@ -238,8 +273,8 @@ class Session:
         before = place.job
         if before is not None and before.future.done():
             self._ended.append(before)
-        elif before is not None and before.kind == job.kind == "load":
-            before.control.stop.set()  # another model was chosen meanwhile
+        elif before is not None and before.kind == job.kind and job.kind in ("load", "look"):
+            before.control.stop.set()  # another one was chosen meanwhile
         elif before is not None:
             raise UnsupportedError(f"{job.engine} is busy with {before.label}: stop it first, or switch the engine")
         place.job = job

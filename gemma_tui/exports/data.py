@@ -42,5 +42,5 @@ def write_json(figure: Figure, file: BinaryIO) -> None:
 def write_npz(figure: Figure, file: BinaryIO) -> None:
     """The arrays by their names, and ``facts``, which is JSON in a string. Reading it takes no pickle."""
     facts = json.dumps({"title": figure.title, **plain(figure.facts)}, allow_nan=False)
-    arrays = {name: np.asarray(array) for name, array in figure.arrays.items()}
+    arrays: dict[str, Any] = {name: np.asarray(array) for name, array in figure.arrays.items()}
     np.savez_compressed(file, **arrays, facts=np.array(facts))

@@ -113,8 +113,6 @@ def test_one_token_has_a_map(inside) -> None:
 
 
 def test_both_engines_give_the_map(engine, two_to_one, tokenizer, tiny_folder) -> None:
-    if not hasattr(engine, "inspect"):
-        pytest.skip(f"{engine.name} does not look inside yet")
     load(engine, two_to_one, tokenizer, tiny_folder)
     text = reading(engine, tokenizer, 40)
     found = run(pair_map(text, LOCAL, HEAD, shape=(7, 9)))

@@ -71,7 +71,7 @@ def test_means_are_those_of_the_texts_one_by_one(engine: Engine, plan: HeadStudy
     expected = head_metrics([reading.statistics(layer) for layer in range(config.num_hidden_layers)], config)
     for name in METRICS:
         assert np.allclose(study.values[name][1], expected[name], atol=1e-6, equal_nan=True), name
-    figure = study_figure(config, study, "previous")
+    figure = study_figure(study, "previous")
     assert np.allclose(figure.heats[0].values, study.values["previous"].mean(0))
     first = figure.tables[0].rows[0]
     layer, head = (int(part[1:]) for part in first[0].split("."))
@@ -117,9 +117,7 @@ def test_the_checkpoints_of_a_run_are_followed(torch_engine: Engine, plan: HeadS
     assert study.steps == [2, 2, 4, 4]
     assert study.texts[:2] == study.texts[2:]
     assert not np.allclose(study.values["entropy"][:2], study.values["entropy"][2:], atol=1e-4)
-    model = torch_engine.model()
-    assert model is not None
-    figure = study_figure(model.config, study, "entropy")
+    figure = study_figure(study, "entropy")
     moved = figure.tables[0]
     assert list(moved.columns[2:]) == ["at step 2", "at step 4", "change"]
     assert [abs(row[4]) for row in moved.rows] == sorted((abs(row[4]) for row in moved.rows), reverse=True)

@@ -34,8 +34,6 @@ def stripes(a: np.ndarray, half: int) -> np.ndarray:
 
 @pytest.mark.parametrize("half", [2, 7, 9, 70])
 def test_scores_are_means_of_diagonals(engine, two_to_one, tokenizer, tiny_folder, half: int) -> None:
-    if not hasattr(engine, "inspect"):
-        pytest.skip(f"{engine.name} does not look inside yet")
     load(engine, two_to_one, tokenizer, tiny_folder)
     ids = repeated(ordinary(tokenizer, tokenizer.size), half, np.random.default_rng(half))
     found = read_tokens(engine, tokenizer, ids.tolist())

@@ -63,7 +63,7 @@ def _distance_series(distances: dict[str, np.ndarray], window: int) -> list[Seri
 def _beyond_series(kinds: dict[str, list[LayerStatistics]], window: int) -> list[Series]:
     """The mean over heads of the mass that a query puts beyond the window, in pieces of the text."""
     found = kinds.get("global", [])
-    if not found:
+    if not found or found[0].beyond.shape[1] <= window:
         return []
     rows = np.mean([s.beyond.mean(0, dtype=np.float64) for s in found], axis=0)
     pieces = [piece for piece in np.array_split(np.arange(len(rows)), PIECES) if len(piece)]

@@ -10,7 +10,7 @@ from gemma_tui.studies.plan import option
 
 VIEWS = (
     "heads", "head", "local-global", "sinks", "types", "lens", "attribution", "ablation", "scan", "patching",
-    "differences",
+    "differences", "check",
 )  # fmt: skip
 MAX_TEXT_BYTES = 16 << 20
 SAMPLE = (
@@ -31,14 +31,20 @@ class AttentionPlan:
     where: str = option("", "heads that are kept, as sink > 0.3 and local")
     layer: int = option(0, "layer of the head that is looked at", low=0, high=1000)
     head: int = option(0, "the head", low=0, high=1000)
-    position: int | None = option(None, "position that is looked at", open_means="the last", low=0)
-    token: str = option("", "token whose logit is split, or that is searched; empty for the most probable")
+    position: str = option("", "position that is looked at: a number or a token of the text; empty for the last")
+    token: str = option("", "token whose logit is split or followed; empty for the most probable")
     contrast: str = option("", "token whose logit is taken off; empty for none")
     pooling: str = option("max", "how pairs share a cell of a map", choices=("max", "mean"))
+    per_row: bool = option(False, "weights of a map over the largest of their row")
+    without_sink: bool = option(False, "position 0 taken out of a map, rows made to sum to one again")
+    gamma: float = option(1.0, "weights of a map to this power; less than 1 lifts the small ones", low=0.05, high=10.0)
     ablate: str = option("", "what is taken away: L3.H1, L3.G0, L3, local, global, beyond, L3.H1:5>0")
     how: str = option("zero", "what takes the place of a head's output", choices=("zero", "mean"))
-    other_text: str = option("", "a second text: of patching and differences")
+    patch: str = option("stream", "what patching takes from the other text", choices=("stream", "heads"))
+    other_text: str = option("", "a second text, of as many tokens: of patching and differences")
     other_model: str = option("", "a second model or run: of differences")
+    other_engine: str = option("", "a second engine: of differences", choices=("", "torch", "mlx"))
+    other_dtype: str = option("", "a second dtype: of differences", choices=("", "float32", "bfloat16"))
     epsilon: float = option(0.3, "weight from which a column is a sink", low=0.0, high=1.0)
     repeats: int = option(4, "texts of random tokens for the types of heads", low=2, high=1000)
     seed: int = option(0, "seed of the random tokens", low=0, high=2**31)

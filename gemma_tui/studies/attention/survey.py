@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from engines.base import Engine
-from engines.gemma3 import Gemma3Config
+from engines.gemma3 import Gemma3Config, parse_config
 from gemma_tui.errors import GemmaTuiError, UsageError
 from gemma_tui.figure import Figure, LineChart, Table
 from gemma_tui.hub.models import resolve
@@ -96,7 +96,10 @@ def study_heads(engine: Engine, plan: HeadStudyPlan, control: Control, done: int
         tokenizer = _open(engine, plan, stage)
         texts = _texts(plan, tokenizer)
         if count == 0:
-            yield Event("start", done, {"texts": len(texts), "checkpoints": len(stages) if plan.over else 0})
+            info = engine.model()
+            assert info is not None
+            facts = {"texts": len(texts), "checkpoints": len(stages) if plan.over else 0, "dtype": info.dtype}
+            yield Event("start", done, {**facts, "config": info.config.to_dict()})
         for number, ids in enumerate(texts):
             count += 1
             if count <= done:
@@ -117,6 +120,7 @@ class HeadStudy:
         steps: the training step of each, or 0 where no run was followed.
     """
 
+    config: Gemma3Config
     values: dict[str, np.ndarray]
     texts: list[str]
     steps: list[int]
@@ -128,18 +132,22 @@ def read_study(store: RunStore, run: Run) -> HeadStudy:
     Raises:
         GemmaTuiError: nothing yet.
     """
-    events = [event for event in store.events(run.run_id, limit=1_000_000) if event.kind == STUDY]
+    every = store.events(run.run_id, limit=1_000_000)
+    events = [event for event in every if event.kind == STUDY]
     if not events:
         raise GemmaTuiError(f"{run.run_id} has looked at no text yet: `gemma-tui runs resume {run.run_id}`")
     values = {name: np.array([event.values["metrics"][name] for event in events], dtype=np.float64) for name in METRICS}
     texts = [str(event.values["text"]) for event in events]
-    return HeadStudy(values, texts, [int(event.values["checkpoint"] or 0) for event in events])
+    shape = next(event.values["config"] for event in every if event.kind == "start")
+    return HeadStudy(
+        parse_config(shape, run.run_id), values, texts, [int(event.values["checkpoint"] or 0) for event in events]
+    )
 
 
-def study_figure(config: Gemma3Config, study: HeadStudy, metric: str) -> Figure:
+def study_figure(study: HeadStudy, metric: str) -> Figure:
     """Means with confidence intervals, and the texts each head shows the metric most on."""
     check_metric(metric)
-    values = study.values[metric]
+    config, values = study.config, study.values[metric]
     mean, half = interval(values)
     rows = []
     for layer, head in np.argwhere(np.isfinite(mean))[np.argsort(-mean[np.isfinite(mean)], kind="stable")]:
@@ -148,7 +156,7 @@ def study_figure(config: Gemma3Config, study: HeadStudy, metric: str) -> Figure:
         best = " | ".join(study.texts[i] for i in order)
         rows.append((head_name(layer, head), kind, float(mean[layer, head]), float(half[layer, head]), best))
     columns = ("head", "layer", metric, "± 95 %", f"texts with the most {metric}")
-    charts, moved = history(config, study, metric) if len(set(study.steps)) > 1 else ([], [])
+    charts, moved = history(study, metric) if len(set(study.steps)) > 1 else ([], [])
     return Figure(
         f"{metric} over {len(study.texts)} texts",
         notes=[f"{metric}: {METRICS[metric].meaning}; mean over texts ± {CONFIDENCE} standard errors"],
@@ -174,9 +182,9 @@ def interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return mean, CONFIDENCE * deviation / np.sqrt(np.maximum(n, 1))
 
 
-def history(config: Gemma3Config, study: HeadStudy, metric: str) -> tuple[list[LineChart], list[Table]]:
+def history(study: HeadStudy, metric: str) -> tuple[list[LineChart], list[Table]]:
     """How a metric goes with training: means of local and global layers, and the heads that moved most."""
-    steps = np.array(study.steps)
+    config, steps = study.config, np.array(study.steps)
     known = sorted(set(study.steps))
     means = np.stack([interval(study.values[metric][steps == step])[0] for step in known])
     local = np.array([config.is_local(layer) for layer in range(means.shape[1])])
