@@ -111,18 +111,22 @@ class PairGrid:
         return 1 + int((weights > weights[column]).sum()), int((~np.isnan(weights)).sum())
 
     def row_name(self, row: int, width: int) -> str:
-        """The position and the token of a row, or its range with its tokens, in at most ``width`` cells."""
-        return _name(self.row_edges, self.row_labels, row, width, "")
+        """The position of a row, aligned with the others, and its token; or its range; in at most ``width`` cells."""
+        name = _range(self.row_edges, row)
+        if "-" in name:
+            return fit(name, width)
+        label = token(self.row_labels[int(self.row_edges[row])].lstrip(" ▁"))
+        return fit(f"{name:>{len(str(int(self.row_edges[-1]) - 1))}} {label}", width)
 
     def column_name(self, column: int, width: int) -> str:
-        """The same of a column, its token in quotes."""
-        return _name(self.column_edges, self.column_labels, column, width, '"')
+        """The position and the token of a column, or its range and its tokens, in at most ``width`` cells."""
+        return _name(self.column_edges, self.column_labels, column, width)
 
     def reading(self, row: int, column: int, width: int = 80) -> str:
         """The two tokens (or ranges), the weight and its rank; the tokens are shortened first."""
         told = self._weight(row, column)
         room = width - len(f"q  -> k   {told}")
-        query = _name(self.row_edges, self.row_labels, row, room // 2, '"')
+        query = _name(self.row_edges, self.row_labels, row, room // 2)
         key = self.column_name(column, room - cell_len(query))
         return fit(f"q {query} -> k {key}  {told}", width)
 
@@ -193,12 +197,12 @@ def _range(edges: np.ndarray, index: int) -> str:
     return f"{first}" if first == last else f"{first}-{last}"
 
 
-def _name(edges: np.ndarray, labels: Sequence[str], index: int, width: int, quote: str) -> str:
-    """A position or a range, and as much of its tokens as there is room for."""
+def _name(edges: np.ndarray, labels: Sequence[str], index: int, width: int) -> str:
+    """A position or a range, and as much of its tokens, in quotes, as there is room for."""
     name = _range(edges, index)
-    room = width - len(name) - 1 - 2 * len(quote)
+    room = width - len(name) - 3
     if room < 1:
         return fit(name, width)
     first, last = int(edges[index]), int(edges[index + 1])
     text = "".join(token(label) for label in labels[first : min(last, first + room)])
-    return f"{name} {quote}{fit(text, room)}{quote}"
+    return f'{name} "{fit(text, room)}"'

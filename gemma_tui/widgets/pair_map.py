@@ -251,11 +251,13 @@ class PairMap(ScrollView, can_focus=True):
         return max(1, self.room.height - TOP - BOTTOM)
 
     def _follow_cursor(self) -> None:
-        """Scroll so far that the cell under the cursor is seen."""
+        """Scroll if the cell under the cursor is not seen, to its middle: a walk then seldom draws the whole map."""
         x, y = self.scroll_offset
         line, room = self.row // self.rows_per_line, max(1, self.room.width - self.gutter_width)
-        y = max(min(y, line), line - self._lines_seen + 1)
-        x = max(min(x, self.column), self.column - room + 1)
+        if not y <= line < y + self._lines_seen:
+            y = line - self._lines_seen // 2
+        if not x <= self.column < x + room:
+            x = self.column - room // 2
         if (x, y) != self.scroll_offset:
             self.scroll_to(x, y, animate=False, immediate=True)
 
