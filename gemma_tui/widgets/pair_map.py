@@ -245,6 +245,7 @@ class PairMap(ScrollView, can_focus=True):
         self.virtual_size = Size(self.gutter_width + self.grid.columns, lines + TOP + BOTTOM)
         self._follow_cursor()
         self.refresh()
+        self.call_after_refresh(self._follow_cursor)  # scrollbars that come now take room
 
     @property
     def _lines_seen(self) -> int:
@@ -259,7 +260,7 @@ class PairMap(ScrollView, can_focus=True):
         if not x <= self.column < x + room:
             x = self.column - room // 2
         if (x, y) != self.scroll_offset:
-            self.scroll_to(x, y, animate=False, immediate=True)
+            self.scroll_to(x, y, animate=False, force=True, immediate=True)  # though there is no scrollbar yet
 
     def _line(self, row: int) -> int:
         return TOP + row // self.rows_per_line - self.scroll_offset.y
