@@ -196,6 +196,7 @@ class GemmaTui(App[None]):
         def imports() -> None:
             importlib.import_module("gemma_tui.screens.training")
             importlib.import_module("gemma_tui.screens.generation")
+            importlib.import_module("gemma_tui.screens.attention")
             importlib.import_module("gemma_tui.studies.forecast")
 
         threading.Thread(target=imports, daemon=True).start()  # no worker: leaving would wait for one

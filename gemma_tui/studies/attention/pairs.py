@@ -229,7 +229,12 @@ def head_view(
         notes=notes,
         heats=[_heat(reading, f"{head_name(layer, head)}: query (down) by key (across)", found)],
         tables=tables,
-        arrays={"weights": found.weights, "query_edges": found.query_edges, "key_edges": found.key_edges},
+        arrays={
+            "weights": found.weights,
+            "values": found.values,
+            "query_edges": found.query_edges,
+            "key_edges": found.key_edges,
+        },
         facts={**reading.facts, "layer": layer, "head": head, "kind": kind, **vars(shading)},
     )
 
