@@ -306,13 +306,18 @@ class Engine(Protocol):
     def log_probs(self, tokens: np.ndarray) -> np.ndarray:
         """``log p(tokens[:, t + 1] | tokens[:, :t + 1])`` in nats: float32 ``[batch, length - 1]``."""
 
-    def inspect(self, tokens: np.ndarray, edits: Sequence[Edit] = ()) -> Inspection:
+    def inspect(self, tokens: np.ndarray, edits: Sequence[Edit] = (), base: Inspection | None = None) -> Inspection:
         """Look into how the model reads int32 ``[T]``; nothing is computed before it is asked for.
+
+        Args:
+            base: an inspection of the same tokens without edits, whose residual stream below the first edited layer is
+                shared; the results are the same, bit for bit.
 
         After a training step or another load, ask for another: this one would go on with other weights.
 
         Raises:
-            UnsupportedError: the text is empty or too long, or an edit names what is not there.
+            UnsupportedError: the text is empty or too long, an edit names what is not there, or ``base`` is of another
+                text, model or engine, or edited.
         """
 
     def generate(self, prompt: Sequence[int], sampling: Sampling) -> Iterator[int]:

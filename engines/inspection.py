@@ -116,6 +116,19 @@ def check_edits(config: Gemma3Config, length: int, edits: Sequence[Edit]) -> Non
                     check_span(span, length)
 
 
+def first_edited(config: Gemma3Config, edits: Sequence[Edit]) -> int:
+    """The first layer that edits change, or whose input they do; the number of layers if there are none."""
+    return min((edit.layer for edit in edits), default=config.num_hidden_layers)
+
+
+def check_base(tokens: np.ndarray, base: Inspection) -> None:
+    """Refuse to share what was computed of another text, or with edits."""
+    if not np.array_equal(base.tokens, tokens):
+        raise UnsupportedError("the base is of another text: give the inspection of the same tokens")
+    if base.edits:
+        raise UnsupportedError("the base has edits of its own: give the inspection of the same tokens without any")
+
+
 def check_tokens(config: Gemma3Config, tokens: np.ndarray) -> None:
     """Refuse an empty text, one beyond the context, and ids outside the vocabulary."""
     if tokens.ndim != 1 or not len(tokens):
@@ -258,6 +271,7 @@ class Inspection(Protocol):
     tokens: np.ndarray
     """int32 ``[T]``."""
     config: Gemma3Config
+    edits: tuple[Edit, ...]
 
     def advance(self, layers: int) -> None:
         """Compute the residual stream after that many layers, if it is not known yet."""
@@ -300,4 +314,8 @@ class Inspection(Protocol):
         """Where the logit of ``token`` after a position comes from, less that of ``contrast``."""
 
     def effect(self, base: Inspection, positions: Span, targets: np.ndarray) -> Effect:
-        """How the predictions differ from those of ``base``, a text of the same length on the same model."""
+        """How the predictions differ from those of ``base``, a text of the same length on the same model.
+
+        Both keep their logits of the last positions asked for, float32 ``[64, vocabulary]`` at most, so that a base is
+        not computed again for the next edit, nor an edited text for another target.
+        """

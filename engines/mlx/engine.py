@@ -28,7 +28,7 @@ from engines.checkpoints import as_bfloat16, iterate_model, write_json, write_sa
 from engines.errors import UnsupportedError
 from engines.gemma3 import Gemma3Config, read_config
 from engines.initialisation import gemma3_weights
-from engines.inspection import Edit
+from engines.inspection import Edit, Inspection
 from engines.memory import ensure_memory, training_bytes
 from engines.mlx import adapters, decoding, device, merging, optimizers, rank1, state, training
 from engines.mlx.inspection import MLXInspection
@@ -99,8 +99,8 @@ class MLXEngine:
             mx.eval(parts[-1])
         return np.array(mx.concatenate(parts)).reshape(tokens.shape[0], -1)
 
-    def inspect(self, tokens: np.ndarray, edits: Sequence[Edit] = ()) -> MLXInspection:
-        return MLXInspection(self._loaded(), tokens, edits)
+    def inspect(self, tokens: np.ndarray, edits: Sequence[Edit] = (), base: Inspection | None = None) -> MLXInspection:
+        return MLXInspection(self._loaded(), tokens, edits, base)
 
     def generate(self, prompt: Sequence[int], sampling: Sampling) -> Iterator[int]:
         return decoding.generate(self._loaded().eval(), prompt, sampling)

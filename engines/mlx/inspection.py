@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import mlx.core as mx
 import numpy as np
@@ -20,11 +20,13 @@ from engines.inspection import (
     Patch,
     ResidualFacts,
     Span,
+    check_base,
     check_edits,
     check_heads,
     check_layer,
     check_span,
     check_tokens,
+    first_edited,
 )
 from engines.mlx import tiles
 from engines.mlx.attention import attention
@@ -34,21 +36,28 @@ from engines.mlx.model import Block, Gemma3, Linear, RMSNorm, rotations
 ROWS = 64
 """Positions whose logits are there at a time."""
 
+STRIP = 4
+"""Positions that pass after pass goes over, few enough to stay in a processor's cache."""
+
 
 class MLXInspection:
     """See ``engines.inspection.Inspection``, which tells what each method promises."""
 
-    def __init__(self, model: Gemma3, tokens: np.ndarray, edits: Sequence[Edit]) -> None:
+    def __init__(self, model: Gemma3, tokens: np.ndarray, edits: Sequence[Edit], base: Inspection | None) -> None:
         self.config, self.tokens, self.edits = model.config, tokens, tuple(edits)
         check_tokens(self.config, tokens)
         check_edits(self.config, len(tokens), edits)
+        self._shared = _base(base, model, tokens)
+        self._first = first_edited(self.config, edits)
         self._model = model.eval()
         self._ids = mx.array(tokens)
         places = mx.arange(len(tokens))
         ropes = {self.config.rope_local, self.config.rope_global}
         self._rotations = {rope: rotations(places, rope, self.config.head_dim) for rope in ropes}
-        self._streams = [self._patched(model.model.embed_tokens(self._ids, model.dtype), 0)]
+        x = self._shared._stream(0) if self._shared else model.model.embed_tokens(self._ids, model.dtype)
+        self._streams = [self._patched(x, 0)]
         self._made: tuple[int, tiles.Layer] | None = None
+        self._known: tuple[Span, mx.array] | None = None
 
     def advance(self, layers: int) -> None:
         if layers != self.config.num_hidden_layers:
@@ -102,9 +111,9 @@ class MLXInspection:
         check_span(positions, len(self.tokens))
         wanted = mx.array(targets)
         last, spans = self.config.num_hidden_layers, list(tiles.spans(positions, ROWS))
-        final = [self._log_probs(span, last) for span in spans]
+        final = [_log_probs(self._logits(span, last)) for span in spans]
         for layer in range(last + 1):
-            found = (self._log_probs(span, layer) for span in spans)
+            found = (self._logits(span, layer) for span in spans)
             parts = map(_lens, found, final, _split(wanted))
             yield LensRows(*(np.array(mx.concatenate(list(column))) for column in zip(*parts, strict=True)))
 
@@ -129,8 +138,7 @@ class MLXInspection:
         check_span(positions, min(len(self.tokens), len(base.tokens)))
         parts = []
         for span, some in zip(tiles.spans(positions, ROWS), _split(mx.array(targets)), strict=True):
-            parts.append(_effect(base._logits(span), self._logits(span), some[:, None]))
-            mx.eval(parts[-1])
+            parts.append(_effect(base._kept_logits(span), self._kept_logits(span), some[:, None]))
         return Effect(*(np.array(mx.concatenate(list(column))) for column in zip(*parts, strict=True)))
 
     def _block(self, index: int) -> Block:
@@ -143,6 +151,8 @@ class MLXInspection:
 
     def _next(self, index: int) -> mx.array:
         """The residual stream after a layer."""
+        if self._shared is not None and index < self._first:
+            return self._patched(self._shared._stream(index + 1), index + 1)
         layer, x = self._block(index), self._stream(index)
         y = layer.self_attn.join(self._outputs(index))[0]
         x = x + layer.post_attention_layernorm(y)
@@ -172,6 +182,7 @@ class MLXInspection:
         """A residual stream with what other runs put into it."""
         for edit in self.edits:
             if isinstance(edit, Patch) and edit.layer == layer and edit.heads is None:
+                x = mx.array(x)  # it may be another inspection's too
                 x[slice(*edit.positions)] = mx.array(edit.values).astype(x.dtype)
         return x
 
@@ -188,15 +199,19 @@ class MLXInspection:
             self._made = index, tiles.Layer(q, k, v, scale, window, cuts)
         return self._made[1]
 
-    def _logits(self, positions: Span, layer: int | None = None) -> mx.array:
+    def _logits(self, positions: Span, layer: int) -> mx.array:
         """Float32 ``[positions, vocabulary]``, through the lens before a layer."""
-        h = self._stream(self.config.num_hidden_layers if layer is None else layer)[slice(*positions)]
-        return self._model.logits(self._model.model.norm(h)).astype(mx.float32)
+        h = self._stream(layer)[slice(*positions)]
+        logits = self._model.logits(self._model.model.norm(h)).astype(mx.float32)
+        mx.eval(logits)
+        return logits
 
-    def _log_probs(self, positions: Span, layer: int) -> mx.array:
-        log_probs = _log_softmax(self._logits(positions, layer))
-        mx.eval(log_probs)
-        return log_probs
+    def _kept_logits(self, positions: Span) -> mx.array:
+        """The model's own, at no more than ``ROWS`` positions; those asked for last are kept."""
+        if self._known is None or self._known[0] != positions:
+            self._known = None
+            self._known = positions, self._logits(positions, self.config.num_hidden_layers)
+        return self._known[1]
 
     def _layer_parts(self, index: int, position: int, toward: mx.array) -> tuple[mx.array, float]:
         """A layer's shares of ``<toward, residual>`` at a position: heads by source ``[heads, position + 1]``; MLP."""
@@ -216,6 +231,16 @@ class MLXInspection:
         return sources, number(_through(layer.post_feedforward_layernorm, m, toward) @ m.astype(mx.float32))
 
 
+def _base(base: Inspection | None, model: Gemma3, tokens: np.ndarray) -> MLXInspection | None:
+    """The inspection whose streams are shared, once it is seen to be of the same text and model."""
+    if base is None:
+        return None
+    if not isinstance(base, MLXInspection) or base._model is not model:
+        raise UnsupportedError("the base is of another engine or model: give one of the model that is loaded")
+    check_base(tokens, base)
+    return base
+
+
 def _through(norm: RMSNorm, x: mx.array, toward: mx.array) -> mx.array:
     """The vector g with ``<g, x> = <toward, norm(x)>``, the norm's scale being that of ``x``; float32."""
     rms = mx.sqrt(mx.square(x.astype(mx.float32)).mean() + norm.eps)
@@ -228,28 +253,51 @@ def _transposed(linear: Linear, vector: mx.array, inner: int) -> mx.array:
     return found
 
 
+def _split(array: mx.array, size: int = ROWS) -> list[mx.array]:
+    return [array[start : start + size] for start in range(0, array.shape[0], size)]
+
+
+def _in_strips(columns: Callable[..., tuple[mx.array, ...]], *blocks: mx.array) -> tuple[mx.array, ...]:
+    """The columns that a function makes of blocks with a row per position, a few rows at a time."""
+    parts = []
+    for strips in zip(*(_split(block, STRIP) for block in blocks), strict=True):
+        parts.append(columns(*strips))
+        mx.eval(parts[-1])
+    return tuple(mx.concatenate(list(column)) for column in zip(*parts, strict=True))
+
+
 def _log_softmax(logits: mx.array) -> mx.array:
     return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
 
 
-def _split(targets: mx.array) -> list[mx.array]:
-    return [targets[start : start + ROWS] for start in range(0, targets.size, ROWS)]
+def _log_probs(logits: mx.array) -> mx.array:
+    """Log-probabilities of logits."""
+    log_probs = _log_softmax(logits)
+    mx.eval(log_probs)
+    return log_probs
 
 
-def _lens(log_probs: mx.array, final: mx.array, targets: mx.array) -> tuple[mx.array, ...]:
-    """The columns of ``LensRows`` from log-probabilities ``[positions, vocabulary]``."""
-    wanted = mx.take_along_axis(log_probs, targets[:, None], axis=1)
-    p = mx.exp(log_probs)
-    columns = (
-        log_probs.argmax(axis=-1).astype(mx.int32), mx.exp(log_probs.max(axis=-1)), -(p * log_probs).sum(axis=-1),
-        (mx.exp(final) * (final - log_probs)).sum(axis=-1), wanted[:, 0], (log_probs > wanted).sum(axis=-1),
+def _lens(logits: mx.array, final: mx.array, targets: mx.array) -> tuple[mx.array, ...]:
+    """The columns of ``LensRows`` from logits and the model's own log-probabilities, ``[positions, vocabulary]``."""
+    return _in_strips(_lens_strip, logits, final, targets[:, None])
+
+
+def _lens_strip(logits: mx.array, final: mx.array, targets: mx.array) -> tuple[mx.array, ...]:
+    log_probs = _log_softmax(logits)
+    wanted = mx.take_along_axis(log_probs, targets, axis=1)
+    return (
+        log_probs.argmax(axis=-1).astype(mx.int32), mx.exp(log_probs.max(axis=-1)),
+        -(mx.exp(log_probs) * log_probs).sum(axis=-1), (mx.exp(final) * (final - log_probs)).sum(axis=-1),
+        wanted[:, 0], (log_probs > wanted).sum(axis=-1),
     )  # fmt: skip
-    mx.eval(columns)
-    return columns
 
 
 def _effect(base: mx.array, edited: mx.array, targets: mx.array) -> tuple[mx.array, ...]:
-    """The columns of an ``Effect`` from logits ``[positions, vocabulary]``."""
+    """The columns of an ``Effect`` from logits ``[positions, vocabulary]`` and targets ``[positions, 1]``."""
+    return _in_strips(_effect_strip, base, edited, targets)
+
+
+def _effect_strip(base: mx.array, edited: mx.array, targets: mx.array) -> tuple[mx.array, ...]:
     p, q = _log_softmax(base), _log_softmax(edited)
     found = [mx.take_along_axis(array, targets, axis=1)[:, 0] for array in (p, q, base, edited)]
     tops = (logits.argmax(axis=-1).astype(mx.int32) for logits in (base, edited))

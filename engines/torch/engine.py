@@ -28,7 +28,7 @@ from engines.checkpoints import as_bfloat16, iterate_model, write_json, write_sa
 from engines.errors import UnsupportedError
 from engines.gemma3 import Gemma3Config, read_config
 from engines.initialisation import gemma3_weights
-from engines.inspection import Edit
+from engines.inspection import Edit, Inspection
 from engines.memory import ensure_memory, training_bytes
 from engines.origin import first_weights
 from engines.torch import adapters, decoding, device, merging, optimizers, rank1, state, training
@@ -99,8 +99,10 @@ class TorchEngine:
             ]
             return torch.cat(parts).view(tokens.shape[0], -1).cpu().numpy()
 
-    def inspect(self, tokens: np.ndarray, edits: Sequence[Edit] = ()) -> TorchInspection:
-        return TorchInspection(self._loaded(), tokens, edits, self._device)
+    def inspect(
+        self, tokens: np.ndarray, edits: Sequence[Edit] = (), base: Inspection | None = None
+    ) -> TorchInspection:
+        return TorchInspection(self._loaded(), tokens, edits, base, self._device)
 
     def generate(self, prompt: Sequence[int], sampling: Sampling) -> Iterator[int]:
         return decoding.generate(self._loaded().eval(), prompt, sampling)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import cast
 
 import numpy as np
@@ -22,11 +22,13 @@ from engines.inspection import (
     Patch,
     ResidualFacts,
     Span,
+    check_base,
     check_edits,
     check_heads,
     check_layer,
     check_span,
     check_tokens,
+    first_edited,
 )
 from engines.torch import tiles
 from engines.torch.attention import attention
@@ -35,22 +37,31 @@ from engines.torch.model import Block, Gemma3, RMSNorm, rotations
 ROWS = 64
 """Positions whose logits are there at a time."""
 
+STRIP = 4
+"""Positions that pass after pass goes over, few enough to stay in a processor's cache."""
+
 
 class TorchInspection:
     """See ``engines.inspection.Inspection``, which tells what each method promises."""
 
-    def __init__(self, model: Gemma3, tokens: np.ndarray, edits: Sequence[Edit], device: torch.device) -> None:
+    def __init__(
+        self, model: Gemma3, tokens: np.ndarray, edits: Sequence[Edit], base: Inspection | None, device: torch.device
+    ) -> None:
         self.config, self.tokens, self.edits = model.config, tokens, tuple(edits)
         check_tokens(self.config, tokens)
         check_edits(self.config, len(tokens), edits)
+        self._shared = _base(base, model, tokens)
+        self._first = first_edited(self.config, edits)
         self._model = model.eval()
         self._ids = torch.from_numpy(tokens).to(device, torch.long)
         places = torch.arange(len(tokens), device=device)
         ropes = {self.config.rope_local, self.config.rope_global}
         self._rotations = {rope: rotations(places, rope, self.config.head_dim) for rope in ropes}
         with torch.no_grad():
-            self._streams = [self._patched(model.model.embed_tokens(self._ids, model.dtype), 0)]
+            x = self._shared._stream(0) if self._shared else model.model.embed_tokens(self._ids, model.dtype)
+        self._streams = [self._patched(x, 0)]
         self._made: tuple[int, tiles.Layer] | None = None
+        self._known: tuple[Span, Tensor] | None = None
 
     def advance(self, layers: int) -> None:
         if layers != self.config.num_hidden_layers:
@@ -106,9 +117,9 @@ class TorchInspection:
         check_span(positions, len(self.tokens))
         wanted = torch.from_numpy(targets).to(self._ids.device, torch.long)
         last, spans = self.config.num_hidden_layers, list(tiles.spans(positions, ROWS))
-        final = [self._log_probs(span, last) for span in spans]
+        final = [_log_probs(self._logits(span, last)) for span in spans]
         for layer in range(last + 1):
-            found = (self._log_probs(span, layer) for span in spans)
+            found = (self._logits(span, layer) for span in spans)
             parts = map(_lens, found, final, wanted.split(ROWS))
             yield LensRows(*(torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True)))
 
@@ -135,8 +146,7 @@ class TorchInspection:
         parts = []
         wanted = torch.from_numpy(targets).to(self._ids.device, torch.long)
         for span, some in zip(tiles.spans(positions, ROWS), wanted.split(ROWS), strict=True):
-            with torch.no_grad():
-                parts.append(_effect(base._logits(span), self._logits(span), some[:, None]))
+            parts.append(_effect(base._kept_logits(span), self._kept_logits(span), some[:, None]))
         return Effect(*(torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True)))
 
     def _block(self, index: int) -> Block:
@@ -149,6 +159,8 @@ class TorchInspection:
 
     def _next(self, index: int) -> Tensor:
         """The residual stream after a layer."""
+        if self._shared is not None and index < self._first:
+            return self._patched(self._shared._stream(index + 1), index + 1)
         layer, x = self._block(index), self._stream(index)
         with torch.no_grad():
             y = layer.self_attn.join(self._outputs(index))[0]
@@ -177,6 +189,7 @@ class TorchInspection:
         """A residual stream with what other runs put into it."""
         for edit in self.edits:
             if isinstance(edit, Patch) and edit.layer == layer and edit.heads is None:
+                x = x.clone()  # it may be another inspection's too
                 x[slice(*edit.positions)] = torch.from_numpy(edit.values).to(x)
         return x
 
@@ -192,14 +205,18 @@ class TorchInspection:
             self._made = index, tiles.Layer(q[0].float(), k[0].float(), v[0].float(), scale, window, cuts)
         return self._made[1]
 
-    def _logits(self, positions: Span, layer: int | None = None) -> Tensor:
+    def _logits(self, positions: Span, layer: int) -> Tensor:
         """Float32 ``[positions, vocabulary]``, through the lens before a layer."""
-        h = self._stream(self.config.num_hidden_layers if layer is None else layer)[slice(*positions)]
-        return self._model.logits(self._model.model.norm(h)).float()
-
-    def _log_probs(self, positions: Span, layer: int) -> Tensor:
+        h = self._stream(layer)[slice(*positions)]
         with torch.no_grad():
-            return self._logits(positions, layer).log_softmax(-1)
+            return self._model.logits(self._model.model.norm(h)).float()
+
+    def _kept_logits(self, positions: Span) -> Tensor:
+        """The model's own, at no more than ``ROWS`` positions; those asked for last are kept."""
+        if self._known is None or self._known[0] != positions:
+            self._known = None
+            self._known = positions, self._logits(positions, self.config.num_hidden_layers)
+        return self._known[1]
 
     def _layer_parts(self, index: int, position: int, toward: Tensor) -> tuple[Tensor, float]:
         """A layer's shares of ``<toward, residual>`` at a position: heads by source ``[heads, position + 1]``; MLP."""
@@ -218,6 +235,16 @@ class TorchInspection:
         return sources, float(_through(layer.post_feedforward_layernorm, m, toward) @ m.float())
 
 
+def _base(base: Inspection | None, model: Gemma3, tokens: np.ndarray) -> TorchInspection | None:
+    """The inspection whose streams are shared, once it is seen to be of the same text and model."""
+    if base is None:
+        return None
+    if not isinstance(base, TorchInspection) or base._model is not model:
+        raise UnsupportedError("the base is of another engine or model: give one of the model that is loaded")
+    check_base(tokens, base)
+    return base
+
+
 def _through(norm: RMSNorm, x: Tensor, toward: Tensor) -> Tensor:
     """The vector g with ``<g, x> = <toward, norm(x)>``, the norm's scale being that of ``x``; float32."""
     rms = (x.float().square().mean() + norm.eps).sqrt()
@@ -230,19 +257,40 @@ def _transposed(linear: torch.nn.Module, vector: Tensor, inner: int) -> Tensor:
     return torch.autograd.functional.vjp(linear, zeros, vector[None, None])[1]
 
 
-def _lens(log_probs: Tensor, final: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
-    """The columns of ``LensRows`` from log-probabilities ``[positions, vocabulary]``."""
+def _in_strips(columns: Callable[..., tuple[Tensor, ...]], *blocks: Tensor) -> tuple[Tensor, ...]:
+    """The columns that a function makes of blocks with a row per position, a few rows at a time."""
+    parts = [columns(*strips) for strips in zip(*(block.split(STRIP) for block in blocks), strict=True)]
+    return tuple(torch.cat(column) for column in zip(*parts, strict=True))
+
+
+def _log_probs(logits: Tensor) -> Tensor:
+    """Logits turned into log-probabilities in their place."""
+    for strip in logits.split(STRIP):
+        strip.copy_(strip.log_softmax(-1))
+    return logits
+
+
+def _lens(logits: Tensor, final: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+    """The columns of ``LensRows`` from logits and the model's own log-probabilities, ``[positions, vocabulary]``."""
+    return _in_strips(_lens_strip, logits, final, targets[:, None])
+
+
+def _lens_strip(logits: Tensor, final: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+    log_probs = logits.log_softmax(-1)
     probability, top = log_probs.max(-1)
-    wanted = log_probs.gather(1, targets[:, None])
-    p = log_probs.exp()
+    wanted = log_probs.gather(1, targets)
     return (
-        top.int(), probability.exp(), -(p * log_probs).sum(-1), (final.exp() * (final - log_probs)).sum(-1),
-        wanted[:, 0], (log_probs > wanted).sum(-1).int(),
+        top.int(), probability.exp(), -(log_probs.exp() * log_probs).sum(-1),
+        (final.exp() * (final - log_probs)).sum(-1), wanted[:, 0], (log_probs > wanted).sum(-1).int(),
     )  # fmt: skip
 
 
 def _effect(base: Tensor, edited: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
-    """The columns of an ``Effect`` from logits ``[positions, vocabulary]``."""
+    """The columns of an ``Effect`` from logits ``[positions, vocabulary]`` and targets ``[positions, 1]``."""
+    return _in_strips(_effect_strip, base, edited, targets)
+
+
+def _effect_strip(base: Tensor, edited: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
     p, q = base.log_softmax(-1), edited.log_softmax(-1)
     found = [tensor.gather(1, targets)[:, 0] for tensor in (p, q, base, edited)]
     return ((p.exp() * (p - q)).sum(-1), *found, base.argmax(-1).int(), edited.argmax(-1).int())

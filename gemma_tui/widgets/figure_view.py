@@ -87,6 +87,7 @@ class FigureView(Vertical):
     def relayout(self) -> None:
         """Another width shows more or less side by side."""
         self._arrange()
+        self._beside()
 
     def focus_part(self) -> None:
         """Give the keys to the part that is seen."""
@@ -121,9 +122,14 @@ class FigureView(Vertical):
             chart.redraw()
         elif kind == "table":
             self._table(figure.tables[at - maps - len(figure.charts)])
-        if kind != "table" and figure.tables and self._wide:
-            self._table(figure.tables[0])
         self._arrange()
+        if kind != "table":
+            self.call_after_refresh(self._beside)  # a table costs more than a map, which is drawn first
+
+    def _beside(self) -> None:
+        """The first table, where there is room for it beside another part."""
+        if self.figure.tables and self._wide and self._kind() != "table":
+            self._table(self.figure.tables[0])
 
     @property
     def _wide(self) -> bool:

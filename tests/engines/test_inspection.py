@@ -352,6 +352,75 @@ def test_a_patch_of_the_whole_stream_takes_the_other_texts_predictions(
     assert np.array_equal(some.head_outputs(1, (1, 3), (0, 24)), base.head_outputs(1, (1, 3), (0, 24)))
 
 
+def test_a_base_shares_what_edits_leave_alone_and_changes_nothing(
+    engine: Engine, config: Gemma3Config, folder: Path, text: Any
+) -> None:
+    """Bit for bit, of every kind of edit at every layer; the base is the same afterwards."""
+    engine.load(folder, "float32")
+    ids, last, span = text(150), config.num_hidden_layers, (10, 140)
+    targets, base, donor = np.roll(ids, -1)[slice(*span)], engine.inspect(ids), engine.inspect(text(300)[150:])
+    before = [base.stream(layer, (0, 150)) for layer in range(last + 1)]
+    for layer in range(last):
+        for edit in (
+            Ablation(layer, (0, 3), "mean"),
+            Knockout(layer, (1,), keys=(0, 30)),
+            Patch(layer, (2,), (4, 9), donor.head_outputs(layer, (2,), (4, 9))),
+            Patch(layer, None, (4, 9), donor.stream(layer, (4, 9))),
+        ):
+            edits = [edit, Ablation(last - 1, (0,))]
+            alone, sharing = engine.inspect(ids, edits), engine.inspect(ids, edits, base)
+            for depth in range(last + 1):
+                assert np.array_equal(sharing.stream(depth, (0, 150)), alone.stream(depth, (0, 150))), (edit, depth)
+            ours, theirs = (
+                vars(x.effect(y, span, targets)) for x, y in ((sharing, base), (alone, engine.inspect(ids)))
+            )
+            assert all(np.array_equal(ours[name], theirs[name]) for name in theirs), edit
+            assert ours["kl"].max() > 0
+    assert all(np.array_equal(base.stream(layer, (0, 150)), h) for layer, h in enumerate(before))
+    assert np.array_equal(engine.inspect(ids, (), base).stream(last, (0, 150)), before[last])
+
+
+def test_layers_below_an_edit_and_the_logits_of_a_base_are_computed_once(
+    engine: Engine, config: Gemma3Config, folder: Path, text: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine.load(folder, "float32")
+    ids, last = text(100), config.num_hidden_layers
+    base, layers, products = engine.inspect(ids), [], []
+    outputs, logits = type(base)._outputs, type(base)._logits
+    monkeypatch.setattr(type(base), "_outputs", lambda i, layer: layers.append(layer) or outputs(i, layer))
+    monkeypatch.setattr(type(base), "_logits", lambda i, *asked: products.append(asked) or logits(i, *asked))
+    base.advance(last)
+    for layer in range(last):
+        layers.clear()
+        edited = engine.inspect(ids, [Ablation(layer, (0,))], base)
+        for target in (ids[40:100], ids[41:101]):
+            edited.effect(base, (40, 100), np.resize(target, 60))
+        assert layers == list(range(layer, last))
+    assert len(products) == 1 + last
+    edited.effect(base, (0, 100), ids)
+    for inspection in (base, edited):
+        assert inspection._known[1].shape == (36, config.vocab_size)
+
+
+def test_a_base_of_something_else_is_refused(both_engines: tuple[Engine, Engine], folder: Path, text: Any) -> None:
+    for engine in both_engines:
+        engine.load(folder, "float32")
+    for engine, other in (both_engines, both_engines[::-1]):
+        edits = [Ablation(0, (0,))]
+        for base, words in (
+            (other.inspect(text(10)), "another engine or model"),
+            (engine.inspect(text(11)), "of another text"),
+            (engine.inspect(text(11)[1:]), "of another text"),
+            (engine.inspect(text(10), edits), "edits of its own"),
+        ):
+            with pytest.raises(UnsupportedError, match=words):
+                engine.inspect(text(10), edits, base)
+        base = engine.inspect(text(10))
+        engine.load(folder, "float32")
+        with pytest.raises(UnsupportedError, match="another engine or model"):
+            engine.inspect(text(10), edits, base)
+
+
 def test_divergence_is_that_of_the_dense_rows(engine: Engine, config: Gemma3Config, folder: Path, text: Any) -> None:
     engine.load(folder, "float32")
     one, other = engine.inspect(text(150)), engine.inspect(text(300)[150:])

@@ -77,12 +77,6 @@ def resolved(reading: Reading, position: int) -> int:
     return position % reading.length
 
 
-def top_token(reading: Reading, position: int) -> int:
-    """What the model finds most probable after a position."""
-    here = (position, position + 1)
-    return int(reading.inspection.effect(reading.inspection, here, reading.tokens[slice(*here)]).base_top[0])
-
-
 def attribution_view(
     reading: Reading,
     position: int,
@@ -110,7 +104,7 @@ def attribution_view(
     for layer in range(config.num_hidden_layers):
         reading.inspection.advance(layer + 1)
         yield (layer + 1) / (config.num_hidden_layers + 1)
-    token = top_token(reading, position) if token is None else int(token)
+    token = reading.top_token(position) if token is None else int(token)
     parts = reading.inspection.attribution(position, token, contrast)
     yield 1.0
     heads = parts.sources.sum(-1, dtype=np.float64)

@@ -10,7 +10,6 @@ from engines.inspection import Inspection, Patch, Span
 from gemma_tui.errors import UsageError
 from gemma_tui.figure import Figure, Table
 from gemma_tui.heat import Heat
-from gemma_tui.studies.attention.attribution import top_token
 from gemma_tui.studies.attention.heads import grid, head_name
 from gemma_tui.studies.attention.lens import check_token, columns
 from gemma_tui.studies.attention.reading import Reading, View, label
@@ -43,7 +42,7 @@ def patching_view(reading: Reading, other: Reading, what: str = "stream", answer
     """
     _check(reading, other, what, answers)
     last = reading.length - 1
-    chosen = answers or (top_token(reading, last), top_token(other, last))
+    chosen = answers or (reading.top_token(last), other.top_token(last))
     _check_answers(reading, chosen)
     base, donor = (_difference(x.inspection, x.inspection, last, chosen) for x in (reading, other))
     if abs(donor - base) < LEAST:

@@ -40,14 +40,22 @@ class Pool:
 
     def add(self, start: int, weights: np.ndarray) -> None:
         """Rows from query ``start`` on, over the keys of the map; NaN is not visible. Weights are never negative."""
-        first = self.keys[:-1] - self.keys[0]
-        seen = np.isfinite(weights)
         rows = np.searchsorted(self.queries, np.arange(start, start + len(weights)), "right") - 1
-        reduce, gather = (np.maximum, np.maximum.at) if self.pooling == "max" else (np.add, np.add.at)
-        gather(self.sums, rows, reduce.reduceat(np.where(seen, weights, 0.0), first, axis=1))
-        np.add.at(self.counts, rows, np.add.reduceat(seen, first, axis=1, dtype=int))
+        begin = np.flatnonzero(np.diff(rows, prepend=-1))
+        into, first = rows[begin], self.keys[:-1] - self.keys[0]
+        seen = np.isfinite(weights)
+        reduce = np.maximum if self.pooling == "max" else np.add
+        self.sums[into] = reduce(self.sums[into], _reduced(reduce, np.where(seen, weights, 0.0), begin, first))
+        self.counts[into] += _reduced(np.add, seen.astype(np.int32), begin, first)
 
     def result(self) -> np.ndarray:
         """The pooled weights."""
         divisor = np.maximum(self.counts, 1) if self.pooling == "mean" else 1
         return np.where(self.counts > 0, self.sums / divisor, np.nan)
+
+
+def _reduced(reduce: np.ufunc, values: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """Values reduced to the cells that begin at these rows and columns; cells of one need no work."""
+    if len(columns) < values.shape[1]:
+        values = reduce.reduceat(values, columns, axis=1)
+    return reduce.reduceat(values, rows, axis=0) if len(rows) < len(values) else values

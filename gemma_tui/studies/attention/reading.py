@@ -63,15 +63,18 @@ class Reading:
         return found
 
     def edited(self, edits: Sequence[Edit]) -> Inspection:
-        """The same text with edits."""
-        return self.engine.inspect(self.tokens, edits)
+        """The same text with edits; what they do not change is shared."""
+        return self.engine.inspect(self.tokens, edits, self.inspection)
+
+    def top_token(self, position: int) -> int:
+        """What the model finds most probable after a position."""
+        here = position, position + 1
+        return int(self.inspection.effect(self.inspection, here, self.tokens[slice(*here)]).base_top[0])
 
     def targets(self, last: int | None = None) -> np.ndarray:
         """The token that follows each position; after the last, ``last`` or what the model thinks most probable."""
         if last is None:
-            end = self.length - 1
-            *_, rows = self.inspection.lens((end, end + 1), self.tokens[-1:])
-            last = int(rows.top[0])
+            last = self.top_token(self.length - 1)
         return np.append(self.tokens[1:], np.int32(last)).astype(np.int32)
 
 
