@@ -6,7 +6,7 @@ attention weights are made again, tile by tile, from the queries and keys that t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -69,6 +69,10 @@ class Patch:
 
 
 Edit = Ablation | Knockout | Patch
+
+
+def no_tick() -> None:
+    """Nothing breaks off."""
 
 
 def check_layer(config: Gemma3Config, layer: int) -> None:
@@ -272,6 +276,9 @@ class Inspection(Protocol):
     """int32 ``[T]``."""
     config: Gemma3Config
     edits: tuple[Edit, ...]
+    tick: Callable[[], object]
+    """Called before each tile of attention; what it raises breaks off what is computed, and can be begun again. One
+    that shares another's streams begins with its tick."""
 
     def advance(self, layers: int) -> None:
         """Compute the residual stream after that many layers, if it is not known yet."""

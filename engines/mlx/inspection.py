@@ -27,6 +27,7 @@ from engines.inspection import (
     check_span,
     check_tokens,
     first_edited,
+    no_tick,
 )
 from engines.mlx import tiles
 from engines.mlx.attention import attention
@@ -48,6 +49,7 @@ class MLXInspection:
         check_tokens(self.config, tokens)
         check_edits(self.config, len(tokens), edits)
         self._shared = _base(base, model, tokens)
+        self.tick: Callable[[], object] = self._shared.tick if self._shared else no_tick
         self._first = first_edited(self.config, edits)
         self._model = model.eval()
         self._ids = mx.array(tokens)
@@ -164,6 +166,7 @@ class MLXInspection:
         layer, parts = self._layer(index), []
         q, k, v = (part[None].astype(self._model.dtype) for part in (layer.q, layer.k, layer.v))
         for start, stop in tiles.spans((0, len(self.tokens))):
+            self.tick()
             keys = slice(tiles.first_key(start, layer.window), stop)
             mask = tiles.allowed(layer, start, stop, range(q.shape[1]))
             parts.append(attention(q[:, :, start:stop], k[:, :, keys], v[:, :, keys], layer.scale, mask))
@@ -196,7 +199,7 @@ class MLXInspection:
             mx.eval(q, k, v)
             cuts = [edit for edit in self.edits if isinstance(edit, Knockout) and edit.layer == index]
             scale, window = layer.self_attn.scale, self.config.window(index)
-            self._made = index, tiles.Layer(q, k, v, scale, window, cuts)
+            self._made = index, tiles.Layer(q, k, v, scale, window, cuts, lambda: self.tick())
         return self._made[1]
 
     def _logits(self, positions: Span, layer: int) -> mx.array:

@@ -5,13 +5,13 @@ MLX is lazy, so that every tile is computed before the next one is described.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
 
-from engines.inspection import TILE, Knockout, LayerStatistics, Span
+from engines.inspection import TILE, Knockout, LayerStatistics, Span, no_tick
 from engines.mlx.attention import visible
 
 TINY = 1e-37
@@ -25,6 +25,7 @@ class Layer:
     Attributes:
         q, k, v: float32 ``[heads or kv_heads, T, head_dim]``, normalised and rotated.
         window: keys that a query sees; None for all.
+        tick: called before each tile.
     """
 
     q: mx.array
@@ -33,6 +34,7 @@ class Layer:
     scale: float
     window: int | None
     cuts: Sequence[Knockout] = ()
+    tick: Callable[[], object] = no_tick
 
     @property
     def length(self) -> int:
@@ -87,6 +89,7 @@ def tiles(layer: Layer, span: Span | None = None, heads: range | None = None) ->
     group = layer.q.shape[0] // layer.k.shape[0]
     q, k = layer.q[chosen.start : chosen.stop], layer.k[chosen.start // group : (chosen.stop - 1) // group + 1]
     for start, stop in spans(span or (0, layer.length)):
+        layer.tick()
         first = first_key(start, layer.window)
         rows = q[:, start:stop].reshape(k.shape[0], -1, q.shape[2])
         scores = rows @ k[:, first:stop].swapaxes(1, 2) * layer.scale

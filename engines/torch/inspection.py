@@ -29,6 +29,7 @@ from engines.inspection import (
     check_span,
     check_tokens,
     first_edited,
+    no_tick,
 )
 from engines.torch import tiles
 from engines.torch.attention import attention
@@ -51,6 +52,7 @@ class TorchInspection:
         check_tokens(self.config, tokens)
         check_edits(self.config, len(tokens), edits)
         self._shared = _base(base, model, tokens)
+        self.tick: Callable[[], object] = self._shared.tick if self._shared else no_tick
         self._first = first_edited(self.config, edits)
         self._model = model.eval()
         self._ids = torch.from_numpy(tokens).to(device, torch.long)
@@ -173,6 +175,7 @@ class TorchInspection:
         layer, parts = self._layer(index), []
         q, k, v = (part[None].to(self._model.dtype) for part in (layer.q, layer.k, layer.v))
         for start, stop in tiles.spans((0, len(self.tokens))):
+            self.tick()
             keys = slice(tiles.first_key(start, layer.window), stop)
             mask = tiles.allowed(layer, start, stop, range(q.shape[1]))
             parts.append(attention(q[:, :, start:stop], k[:, :, keys], v[:, :, keys], layer.scale, mask))
@@ -202,7 +205,10 @@ class TorchInspection:
                 q, k, v = layer.self_attn.project(layer.input_layernorm(x)[None], rotation)
             cuts = [edit for edit in self.edits if isinstance(edit, Knockout) and edit.layer == index]
             scale, window = layer.self_attn.scale, self.config.window(index)
-            self._made = index, tiles.Layer(q[0].float(), k[0].float(), v[0].float(), scale, window, cuts)
+            self._made = (
+                index,
+                tiles.Layer(q[0].float(), k[0].float(), v[0].float(), scale, window, cuts, lambda: self.tick()),
+            )
         return self._made[1]
 
     def _logits(self, positions: Span, layer: int) -> Tensor:

@@ -589,3 +589,24 @@ def test_texts_and_places_that_are_not_there_are_refused(
     ):
         with pytest.raises(UnsupportedError):
             call()
+
+
+def test_a_tick_breaks_off_between_tiles_and_what_it_broke_off_can_begin_again(
+    engine: Engine, folder: Path, text: Any
+) -> None:
+    engine.load(folder, "float32")
+    ids, whole = text(400), engine.inspect(text(400)).statistics(2)
+    inspection, ticks = engine.inspect(ids), [0]
+
+    def tick() -> None:
+        ticks[0] += 1
+        if ticks[0] in (3, 10, 15):
+            raise KeyboardInterrupt
+
+    inspection.tick = tick
+    for _ in range(3):
+        with pytest.raises(KeyboardInterrupt):
+            inspection.statistics(2)
+    assert ticks == [15]
+    assert np.array_equal(inspection.statistics(2).by_distance, whole.by_distance)
+    assert engine.inspect(ids, [Ablation(1, (0,))], inspection).tick is tick
