@@ -86,7 +86,7 @@ class FigureView(Vertical):
 
     def relayout(self) -> None:
         """Another width shows more or less side by side."""
-        self._arrange()
+        self._fill()
 
     def focus_part(self) -> None:
         """Give the keys to the part that is seen."""

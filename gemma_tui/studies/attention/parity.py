@@ -55,6 +55,8 @@ def parity(reading: Reading) -> View:
 
 def badge(facts: dict[str, Any]) -> str:
     """What a view says of the weights it is made of."""
+    if facts["adapter"]:
+        return "weights not checked against transformers' eager attention: an adapter is on the model"
     known = _known().get(_key(facts))
     if known is None:
         return "weights not checked against transformers' eager attention"
@@ -75,14 +77,14 @@ def remember(facts: dict[str, Any], worst: float, length: int) -> None:
 
 
 def _key(facts: dict[str, Any]) -> str:
-    weights = Path(facts["model"]) / "model.safetensors"
-    stamp = weights.stat().st_mtime_ns if weights.is_file() else 0
-    return " ".join(str(facts[name]) for name in KEYS) + f" {stamp}"
+    files = [*Path(facts["model"]).glob("*.safetensors"), Path(facts["model"]) / "config.json"]
+    stamps = [(path.stat().st_mtime_ns, path.stat().st_size) for path in sorted(files) if path.is_file()]
+    return " ".join(str(facts[name]) for name in KEYS) + f" {stamps}"
 
 
 def _known() -> dict[str, dict[str, Any]]:
     try:
         known = json.loads((paths.home() / FILE).read_text())
         return {str(k): {"worst": float(v["worst"]), "tokens": int(v["tokens"])} for k, v in known.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         return {}  # never checked, or a file that says nothing
