@@ -45,9 +45,7 @@ def attention(args: argparse.Namespace, output: Output) -> int:
         check_target(target)
     if "study" in vars(args):
         return _study(args, output, targets)
-    _refuse(args, HeadStudyPlan, ("seed",), "without --study")
-    plan = _implied(args, plan_from(AttentionPlan, args, {}, "attention"))
-    check_honoured(plan)
+    plan = plan_of(args)
     engine = open_engine(args.engine)
     with output.progress("opening") as progress:
         desk = open_desk(engine, args.model, args.dtype, progress)
@@ -63,6 +61,18 @@ def attention(args: argparse.Namespace, output: Output) -> int:
     _tell(figure, output, targets)
     output.row("end", status="done", view=plan.view)
     return 0
+
+
+def plan_of(args: argparse.Namespace) -> AttentionPlan:
+    """What is to be looked at.
+
+    Raises:
+        UsageError: an option that is not there, or makes no difference to the view.
+    """
+    _refuse(args, HeadStudyPlan, ("seed",), "without --study")
+    plan = _implied(args, plan_from(AttentionPlan, args, {}, "attention"))
+    check_honoured(plan)
+    return plan
 
 
 def _implied(args: argparse.Namespace, plan: AttentionPlan) -> AttentionPlan:

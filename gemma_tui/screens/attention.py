@@ -289,8 +289,13 @@ class AttentionScreen(Workbench):
         if place.info is not None and place.info is not self._seen and place.job is None and not self._form.display:
             self._look()
 
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        """Keys of what is not seen while the plan is open are off, which makes room for the plan's own."""
+        return not (action in ("turn", "jump") and self.is_mounted and self._form.display)
+
     def _open_plan(self, shown: bool) -> None:
         self._form.display, self._figure.display = shown, not shown
+        self.refresh_bindings()
         self.query_one("#explained").display = shown
         if not shown:
             self._figure.focus_part()
