@@ -156,10 +156,10 @@ class Session:
 
             place.model, place.info, place.desk = "", None, None
             model = resolve(name, progress)
-            info = engine.load(model.folder, None, progress)
+            engine.load(model.folder, None, progress)
             if model.adapter is not None:
                 engine.load_adapter(model.adapter)
-            place.model, place.info = model.name, info
+            place.model, place.info = model.name, engine.model()
 
         return self._start(Job("load", f"loading {name}", self.engine), work)
 

@@ -26,11 +26,13 @@ def parity(reading: Reading) -> View:
     """Compare every weight of the beginning of a text with transformers' eager attention in float32, and remember it.
 
     Raises:
-        UsageError: an adapter is on the model.
+        UsageError: an adapter is on the model, or it was trained since it was loaded.
         UnsupportedError: transformers is not installed.
     """
     if reading.facts["adapter"]:
         raise UsageError("the check reads a whole model: fuse the adapter first with `gemma-tui adapters fuse`")
+    if reading.facts["trained"]:
+        raise UsageError("the check reads a model from its folder, and this one was trained since: load it again")
     config = reading.inspection.config
     length = min(reading.length, config.sliding_window + BEYOND)
     layers, heads = config.num_hidden_layers, config.num_attention_heads
@@ -55,8 +57,9 @@ def parity(reading: Reading) -> View:
 
 def badge(facts: dict[str, Any]) -> str:
     """What a view says of the weights it is made of."""
-    if facts["adapter"]:
-        return "weights not checked against transformers' eager attention: an adapter is on the model"
+    if facts["adapter"] or facts["trained"]:
+        why = "an adapter is on the model" if facts["adapter"] else "the model was trained since it was loaded"
+        return f"weights not checked against transformers' eager attention: {why}"
     known = _known().get(_key(facts))
     if known is None:
         return "weights not checked against transformers' eager attention"
