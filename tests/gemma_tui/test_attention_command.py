@@ -269,7 +269,7 @@ def test_a_check_is_remembered_for_what_was_checked(command: Commands, tiny: str
     (found,) = [row for row in rows if row["kind"] == "check"]
     assert found["largest difference"] < (1e-6 if engine == "torch" else 1e-4)
     assert found["tokens"] > 8 + 1
-    assert f"max |difference| {found['largest difference']:.1e} on T = {found['tokens']}" in badge(rows)
+    assert f"max |Δ| {found['largest difference']:.1e} on T = {found['tokens']}" in badge(rows)
     after = command("attention", *words, "--text", TEXT, "--view", "sinks")[1]
     assert badge(after) == badge(rows)
     assert "not checked" in badge(command("attention", *words, "--text", TEXT, "--dtype", "bfloat16")[1])

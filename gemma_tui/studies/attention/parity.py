@@ -59,14 +59,11 @@ def badge(facts: dict[str, Any]) -> str:
     """What a view says of the weights it is made of."""
     if facts["adapter"] or facts["trained"]:
         why = "an adapter is on the model" if facts["adapter"] else "the model was trained since it was loaded"
-        return f"weights not checked against transformers' eager attention: {why}"
+        return f"weights not checked against transformers (eager): {why}"
     known = _known().get(_key(facts))
     if known is None:
-        return "weights not checked against transformers' eager attention"
-    return (
-        f"weights checked against transformers' eager attention: max |difference| {known['worst']:.1e} "
-        f"on T = {known['tokens']:,}"
-    )
+        return "weights not checked against transformers (eager)"
+    return f"weights checked against transformers (eager): max |Δ| {known['worst']:.1e} on T = {known['tokens']:,}"
 
 
 def remember(facts: dict[str, Any], worst: float, length: int) -> None:

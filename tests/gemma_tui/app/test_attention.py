@@ -15,10 +15,12 @@ from textual.widgets import DataTable, Static
 
 import gemma_tui.studies.attention.looking as looking
 from engines import available_engines
+from engines.errors import UnsupportedError
 from gemma_tui.cli import _parser
 from gemma_tui.commands.attention import plan_of
 from gemma_tui.figure import Figure
 from gemma_tui.screens.attention import KEYS, AttentionScreen
+from gemma_tui.studies.attention import parity
 from gemma_tui.studies.attention.looking import Board
 from gemma_tui.studies.attention.plan import AttentionPlan
 from gemma_tui.studies.plan import honoured
@@ -33,7 +35,6 @@ from .test_hostile import TEXTS, nothing_foreign
 from .test_screens import _footer_faults, _layout_faults
 
 SHORT = "The dogs sleep on."
-NOTICED = 0.3
 
 
 def screen(it: Opened) -> AttentionScreen:
@@ -396,6 +397,21 @@ async def test_the_other_engine_looks_again_and_shows_the_same_numbers(opened: O
 
 
 @pytest.mark.skipif(len(available_engines()) < 2, reason="one engine")
+async def test_the_other_engine_is_the_other_side_of_differences(opened: Open, tiny: str) -> None:
+    async with opened(model=tiny) as it:
+        await looked(it, tiny)
+        screen(it).query_one(PlanForm).set("other_engine", "mlx")
+        for _ in range(2):
+            await it.press("d")
+            await shown(it, "differences", other_engine="mlx")
+            figure = board(it).figure
+            assert figure is not None
+            assert figure.heats[0].values.max() < 2e-3
+            await it.press("g")
+            await shown(it, "heads")
+
+
+@pytest.mark.skipif(len(available_engines()) < 2, reason="one engine")
 async def test_until_then_it_says_whose_numbers_are_seen(
     opened: Open, tiny: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -505,6 +521,29 @@ async def test_without_colour_nothing_but_text_tells_the_values(
             assert any(len(set(tint)) > 1 for tint in tints) is not it.app.no_color
             ramp = any(sign in "".join(it.rows()[6:9]) for sign in "▁▂▃▄▅▆▇█")
             assert ramp is it.app.no_color
+
+
+async def test_the_check_is_a_key_and_its_result_stays(
+    opened: Open, tiny: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with opened(model=tiny) as it:
+        await looked(it, tiny)
+        expected = [np.zeros((2, 168, 168), np.float32)] * 2
+        monkeypatch.setattr(parity, "eager_attention", lambda folder, tokens: (e[:, :16, :16] for e in expected))
+        monkeypatch.setattr(parity, "BEYOND", 8)
+        await it.press("u")
+        await shown(it, "check")
+        assert it.sees("weights checked against", "max |Δ| 1.0e+00 on T = 16")
+        await it.press("k")
+        await shown(it, "sinks")
+        assert it.sees("weights checked against")
+
+        def missing(*_: Any) -> Any:
+            raise UnsupportedError("the check needs transformers")
+
+        monkeypatch.setattr(parity, "eager_attention", missing)
+        await it.press("u")
+        await told(it, "the check needs transformers")
 
 
 async def test_help_says_what_every_key_does(opened: Open, tiny: str) -> None:
