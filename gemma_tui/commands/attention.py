@@ -24,7 +24,15 @@ from gemma_tui.runs.store import RunStore
 from gemma_tui.studies.attention.heads import check_metric
 from gemma_tui.studies.attention.looking import CELLS, look, open_desk
 from gemma_tui.studies.attention.plan import AttentionPlan
-from gemma_tui.studies.attention.survey import HeadStudyPlan, read_study, record_heads, resume_heads, study_figure
+from gemma_tui.studies.attention.survey import (
+    STUDY,
+    HeadStudyPlan,
+    read_study,
+    record_heads,
+    resume_heads,
+    study_figure,
+    texts_of,
+)
 from gemma_tui.studies.events import PASSING, Control
 from gemma_tui.studies.plan import check_honoured, options
 from gemma_tui.studies.recording import Recorded
@@ -138,19 +146,20 @@ def follow(
     recorded: Recorded, control: Control, output: Output, metric: str, store: RunStore, targets: list[Path]
 ) -> int:
     """Let a study take its course and tell what it found; returns the exit code."""
-    run = recorded.run
+    run, looked_at = recorded.run, texts_of(store, recorded.run)
     with stop_on_signal(control) as came, closing(recorded.events) as events, output.progress("texts") as progress:
         for event in events:
-            if event.kind == "heads":
+            if event.kind == STUDY:
+                looked_at += 1
                 progress(event.step / run.steps, f"{event.step}/{run.steps}")
             elif event.kind not in (*PASSING, "end"):
                 row = event.row()
                 output.row(row.pop("kind"), **row)
-    study = read_study(store, run)
-    _tell(study_figure(study, metric), output, targets)
-    output.say(f"kept as {run.run_id}")
     stopped = control.stop.is_set()
-    output.row("end", status="stopped" if stopped else "done", run=run.run_id, texts=len(study.texts))
+    if looked_at or not stopped:
+        _tell(study_figure(read_study(store, run), metric), output, targets)
+    output.say(f"kept as {run.run_id}" + (f": `gemma-tui runs resume {run.run_id}` goes on" if stopped else ""))
+    output.row("end", status="stopped" if stopped else "done", run=run.run_id, texts=looked_at)
     if came:
         return 128 + came[0]
     return INTERRUPTED if stopped else 0

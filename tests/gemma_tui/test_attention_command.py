@@ -30,6 +30,7 @@ from gemma_tui.studies.attention.heads import METRICS
 from gemma_tui.studies.attention.plan import VIEWS
 from gemma_tui.studies.attention.reading import read
 from gemma_tui.studies.attention.survey import STUDY
+from gemma_tui.studies.events import Control
 from gemma_tui.tokenizer import Tokenizer
 
 Commands = Callable[..., tuple[int, list[dict[str, Any]], str]]
@@ -162,6 +163,22 @@ def test_a_study_that_was_stopped_goes_on(
     whole = {row["head"]: row["entropy"] for row in rows if row["kind"] == "head"}
     assert code == 0
     assert resumed == pytest.approx(whole)
+
+
+def test_a_study_that_was_stopped_before_its_first_text_goes_on(
+    command: Commands, tiny: str, study: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr("gemma_tui.studies.attention.survey.wait_while_paused", stop_at_once)
+        code, rows, err = command("attention", tiny, "--study", study, "--rows", "2")
+    assert (code, err, rows[-1]["status"], rows[-1]["texts"]) == (130, "", "stopped", 0)
+    code, rows, err = command("runs", "resume", rows[-1]["run"])
+    assert (code, err, rows[-1]["status"], rows[-1]["texts"]) == (0, "", "done", 2)
+
+
+def stop_at_once(control: Control, step: int) -> tuple[()]:
+    control.stop.set()
+    return ()
 
 
 def test_a_study_is_coloured_by_a_metric(command: Commands, tiny: str, study: str, tmp_path: Path) -> None:
@@ -319,6 +336,18 @@ def test_with_an_adapter_nothing_counts_as_checked(command: Commands, tiny: str,
 
 
 @WITH_TRANSFORMERS
+def test_a_check_that_cannot_be_kept_says_so(
+    command: Commands, tiny: str, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        parity, "eager_attention", lambda folder, tokens: iter([np.zeros((2, len(tokens), len(tokens)))] * 2)
+    )
+    (home / "checked.part").mkdir()
+    code, rows, err = check(command, tiny)
+    assert (code, err.count("\n")) == (1, 1)
+    assert "the check is not kept" in err
+
+
 def test_a_model_in_training_is_not_what_its_folder_holds(
     tiny: str, tokenizer: Tokenizer, torch_engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 
 from engines.torch.eager import eager_attention
 from gemma_tui import paths
-from gemma_tui.errors import UsageError
+from gemma_tui.errors import GemmaTuiError, UsageError
 from gemma_tui.figure import Figure, Table
 from gemma_tui.studies.attention.heads import grid
 from gemma_tui.studies.attention.reading import Reading, View
@@ -70,10 +70,13 @@ def remember(facts: dict[str, Any], worst: float, length: int) -> None:
     """Keep the result of a check, for this model, engine and dtype."""
     known = _known() | {_key(facts): {"worst": worst, "tokens": length}}
     path = paths.home() / FILE
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
-    part.write_text(json.dumps(known, indent=1))
-    part.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(json.dumps(known, indent=1))
+        part.replace(path)
+    except OSError as error:
+        raise GemmaTuiError(f"{path} cannot be written ({error.strerror}): the check is not kept") from None
 
 
 def _key(facts: dict[str, Any]) -> str:

@@ -262,7 +262,7 @@ async def test_a_jump_to_what_is_not_there_is_told_and_changes_nothing(opened: O
         await shown(it, "head", layer=0, head=0)
 
 
-async def test_what_is_typed_wrongly_is_told_and_can_be_mended(opened: Open, tiny: str) -> None:
+async def test_what_is_typed_wrongly_is_told_and_can_be_mended(opened: Open, tiny: str, tmp_path: Path) -> None:
     async with opened(model=tiny) as it:
         await looked(it, tiny)
         for key, text, words in (
@@ -278,6 +278,18 @@ async def test_what_is_typed_wrongly_is_told_and_can_be_mended(opened: Open, tin
             assert it.sees("heads by entropy")
         await typed(it, "i", SHORT)
         await shown(it, "heads", text=SHORT)
+        file = tmp_path / "a.txt"
+        file.write_text("Dogs.")
+        form = screen(it).query_one(PlanForm)
+        form.set("text_file", str(file))
+        await it.press("g")
+        await told(it, "not both")
+        form.set("text", form.options["text"].default)
+        await it.press("g")
+        await shown(it, "heads", text_file=str(file))
+        assert it.sees("a.txt") or "a.txt" in it.static("#looked")
+        await typed(it, "i", SHORT)
+        await shown(it, "heads", text=SHORT, text_file="")
 
 
 async def test_the_plan_opens_and_closes_with_one_key_and_wrong_values_are_told(
@@ -341,11 +353,10 @@ async def test_x_breaks_off_and_the_later_of_two_views_wins(
         began, go_on = threading.Event(), threading.Event()
 
         def slow(*_: Any) -> Generator[float, None, Figure]:
-            for step in range(1000):
-                yield step / 1000
+            while True:
+                yield 0.1
                 began.set()
                 go_on.wait(20)
-            return Figure("never")
 
         monkeypatch.setattr(looking, "ablation_scan", slow)
         await it.press("s")
