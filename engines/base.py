@@ -250,13 +250,19 @@ class StepResult:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """The model an engine holds."""
+    """The model an engine holds.
+
+    Attributes:
+        adapter: the folder of the adapter that was put on it.
+        trained: whether training was begun on it since it was loaded, so that it is no longer what the folder holds.
+    """
 
     folder: str
     config: Gemma3Config
     dtype: str
     parameters: int
     adapter: str | None = None
+    trained: bool = False
 
 
 @dataclass(frozen=True)

@@ -74,6 +74,11 @@ class Place:
     desk: Desk | None = None
     """The text that was looked at last; belongs to the engine's thread."""
 
+    def clear(self, engine: Engine) -> None:
+        """Give back what the model and the text take; runs on the engine's thread."""
+        self.desk = None
+        engine.unload()
+
 
 class Session:
     """The engines of one app, and which of them new jobs go to."""
@@ -119,7 +124,9 @@ class Session:
         if not others:
             raise UnsupportedError(f"{self.engine} is the only engine here: `gemma-tui doctor` says how to add another")
         before, self.engine = self.place, others[0]
-        if before.job is not None:
+        if before.job is not None and before.job.kind == "look":
+            before.job.control.stop.set()
+        elif before.job is not None:
             return f"engine {self.engine}; {before.job.label} goes on with {before.thread.name}"
         if self.place.job is not None:
             busy = f"engine {self.engine} is busy with {self.place.job.label}"
@@ -127,7 +134,7 @@ class Session:
         if before.model:
             if before.model != self.place.model:
                 self.load(before.model)
-            before.thread.submit(lambda engine: engine.unload())
+            before.thread.submit(before.clear)
             before.model, before.info = "", None
         return f"engine {self.engine}"
 
@@ -147,12 +154,12 @@ class Session:
                     raise UnsupportedError("loading was stopped")
                 job.share, job.detail = share, text
 
-            place.model, place.info = "", None
+            place.model, place.info, place.desk = "", None, None
             model = resolve(name, progress)
-            info = engine.load(model.folder, None, progress)
+            engine.load(model.folder, None, progress)
             if model.adapter is not None:
                 engine.load_adapter(model.adapter)
-            place.model, place.info = model.name, info
+            place.model, place.info = model.name, engine.model()
 
         return self._start(Job("load", f"loading {name}", self.engine), work)
 
@@ -191,6 +198,7 @@ class Session:
         def work(engine: Engine, job: Job) -> None:
             from gemma_tui.runs.store import RunStore
 
+            place.desk = None
             store = RunStore()
             recorded = begin(engine, job.control, store)
             place.model, place.info = "", None
@@ -229,11 +237,11 @@ class Session:
 
         return self._start(Job("generate", "writing", self.engine), work)
 
-    def look(self, plan: AttentionPlan, board: Board, shown: Callable[[], object]) -> Job:
-        """Look into a text with the loaded model; the view is put on the board, and then ``shown`` is called.
+    def look(self, plan: AttentionPlan, show: Callable[[Board], object]) -> Job:
+        """Look into a text with the loaded model.
 
         Args:
-            shown: called on the engine's thread.
+            show: called with the view on the engine's thread, unless the job was stopped before.
 
         Raises:
             UnsupportedError: the engine is busy, or no model is loaded.
@@ -242,17 +250,20 @@ class Session:
         if not place.model:
             raise UnsupportedError(NO_MODEL)
 
-        def work(engine: Engine, job: Job) -> None:
-            from gemma_tui.studies.attention.looking import desk_of, look
+        name = place.model
 
-            place.desk = desk_of(place.desk, engine, place.model)
+        def work(engine: Engine, job: Job) -> None:
+            from gemma_tui.studies.attention.looking import board_of, desk_of, look
+
+            if job.control.stop.is_set():
+                return
+            place.desk = desk_of(place.desk, engine, name)
             view = look(place.desk, plan)
             while not job.control.stop.is_set():
                 try:
                     job.share = next(view)
                 except StopIteration as end:
-                    board.put(end.value, plan, place.desk.reading)
-                    shown()
+                    show(board_of(place.desk, end.value, plan))
                     return
             view.close()
 

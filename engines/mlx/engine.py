@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,7 @@ class MLXEngine:
         needed = training_bytes(model.config, settings, ITEM_BYTES[self._loaded_info().dtype])
         ensure_memory("training", needed, device.free(self._device))
         self._settings = settings
+        self._info = replace(self._loaded_info(), trained=True)
         self._training = training.start_training(model, settings)
         self._touched |= set(self._training.trained)
         return sum(p.size for _, p in tree_flatten(model.trainable_parameters()))
@@ -163,6 +165,7 @@ class MLXEngine:
         adapters.put_lora(model, factors, lora)
         self._start = (factors, lora)
         self._settings = TrainingSettings(lora)
+        self._info = replace(self._loaded_info(), adapter=str(folder))
 
     def save_model(self, folder: Path, config: Mapping[str, Any], dtype: str | None = None) -> None:
         model, stored = self._loaded(), dtype or self._loaded_info().dtype

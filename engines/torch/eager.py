@@ -23,7 +23,10 @@ def eager_attention(folder: Path, tokens: np.ndarray) -> Iterator[np.ndarray]:
         raise UnsupportedError("the check needs transformers: pip install 'gemma-tui[check]'")
     import torch
     from transformers import Gemma3ForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # it would be drawn over the screen
+    logging.set_verbosity_error()
     try:
         model = Gemma3ForCausalLM.from_pretrained(
             folder, attn_implementation="eager", dtype=torch.float32, trust_remote_code=False, local_files_only=True,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,7 @@ class TorchEngine:
         needed = training_bytes(model.config, settings, ITEM_BYTES[self._loaded_info().dtype])
         ensure_memory("training", needed, device.free(self._device))
         self._settings = settings
+        self._info = replace(self._loaded_info(), trained=True)
         self._training = training.start_training(model, settings)
         self._touched |= set(self._training.trained)
         return sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -166,6 +168,7 @@ class TorchEngine:
         adapters.put_lora(model, factors, lora)
         self._start = (factors, lora)
         self._settings = TrainingSettings(lora)
+        self._info = replace(self._loaded_info(), adapter=str(folder))
 
     def save_model(self, folder: Path, config: Mapping[str, Any], dtype: str | None = None) -> None:
         model, stored = self._loaded(), dtype or self._loaded_info().dtype

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,17 @@ from textual.binding import Binding
 from textual.events import Resize
 from textual.message import Message
 from textual.widget import Widget
-from textual.widgets import Static
+from textual.widgets import DataTable, Static
 
 from gemma_tui.errors import UsageError
 from gemma_tui.exports import export
 from gemma_tui.pair_grid import PairGrid
 from gemma_tui.screens.workbench import Workbench
+from gemma_tui.session import NO_MODEL
 from gemma_tui.studies.attention.heads import METRICS, head_name
 from gemma_tui.studies.attention.looking import Board
-from gemma_tui.studies.attention.plan import SAMPLE, AttentionPlan
-from gemma_tui.studies.plan import Option, command
+from gemma_tui.studies.attention.plan import AttentionPlan
+from gemma_tui.studies.plan import Option, command, honoured
 from gemma_tui.text import one_line
 from gemma_tui.widgets.figure_view import FigureView
 from gemma_tui.widgets.heatmap import HeatMap
@@ -30,25 +32,27 @@ from gemma_tui.widgets.plan_form import Field, PlanForm
 SECONDS = 0.2
 JUMP = Option("jump", str, "", "a layer (L5), a head (L5.H1), a position (34) or a token of the text")
 EXPORT = Option("export", str, "attention.html", "file to write: .html, .svg, .npz or .json")
-GRIDS = ("heads", "types", "sinks", "attribution", "scan", "differences", "check")
-"""Views whose map is layers × heads."""
-
+HEAD = re.compile(r"[lL]?(\d{1,3})\.[hH]?(\d{1,3})")
+LAYER = re.compile(r"[lL](\d{1,3})")
+NUMBER = re.compile(r"\d{1,9}")
+WITH_POSITION = ("lens", "attribution")
+"""Views of a position of the text, beside that of one head."""
 
 KEYS = (
     ("g", "view('heads')", "Heads", True, "All heads, coloured by a metric"),
     ("h", "head", "Head", True, "The head under the cursor, query by key"),
     ("l", "view('local-global')", "Local", True, "Local against global layers"),
     ("k", "view('sinks')", "Sinks", True, "Sinks and massive activations"),
-    ("n", "view('lens')", "Lens", True, "Logit lens, layer by position"),
+    ("n", "view('lens')", "Lens", False, "Logit lens, layer by position"),
     ("a", "view('attribution')", "Attribution", False, "What each part of the model adds to a logit"),
     ("t", "view('types')", "Types", False, "Types of heads, on repeated random tokens"),
     ("s", "view('scan')", "Scan", False, "Each head ablated in turn"),
     ("b", "ablate", "Ablate", False, "Take away the head under the cursor"),
-    ("w", "view('patching')", "Patch", False, "Put values of a second text into this one"),
-    ("d", "view('differences')", "Differences", False, "How heads differ: another text, model, engine, dtype"),
+    ("w", "second('patching')", "Patch", False, "Put values of a second text into this one"),
+    ("d", "second('differences')", "Differences", False, "How heads differ: another text, model, engine, dtype"),
     ("u", "view('check')", "Check", False, "Hold the weights against transformers' eager attention"),
     ("m", "metric(1)", "Metric", False, "Colour the heads by the next metric"),
-    ("f", "edit('where')", "Filter", False, "Keep the heads for which an expression holds"),
+    ("f", "filter", "Filter", False, "Keep the heads for which an expression holds"),
     ("v", "turn", "Part", True, "The next map, chart or table of the view"),
     ("slash", "jump", "Jump", True, "Go to a layer, head, position or token"),
     ("left_square_bracket", "step(-1)", "Head before", False, "The head before this one"),
@@ -80,19 +84,25 @@ class AttentionScreen(Workbench):
     ]  # fmt: skip
 
     class Looked(Message):
-        """A view is on the board."""
+        """A view is there."""
+
+        def __init__(self, board: Board) -> None:
+            super().__init__()
+            self.board = board
 
     def __init__(self) -> None:
         super().__init__()
         self.board = Board()
-        self._waiting = False
+        self._seen: object = None
+        """The loaded model that was looked at last, or that this was tried with."""
+        self._position: int | None = None
+        """Where the cursor goes once the head is shown."""
 
     def body(self) -> Iterable[Widget]:
         """What is looked at, the figure, and the form, which is hidden at first."""
         yield Static("", id="looked", markup=False)
         yield FigureView(id="figure")
         form = PlanForm(AttentionPlan, id="attention-plan")
-        form.values["text"] = SAMPLE
         form.display = False
         yield form
         yield Static("", id="explained", markup=False)
@@ -104,9 +114,8 @@ class AttentionScreen(Workbench):
         self.set_interval(SECONDS, self._tell)
 
     def on_screen_resume(self) -> None:
-        """Look at once, where there is a model and nothing was looked at yet."""
-        if self.board.figure is None and self.bench.session.place.model and not self.bench.session.place.job:
-            self._look()
+        """Look at once, where there is a model that was not looked at yet."""
+        self._look_at_new()
 
     def on_resize(self, event: Resize) -> None:
         """Wide and narrow show different parts."""
@@ -114,8 +123,10 @@ class AttentionScreen(Workbench):
 
     def command(self) -> str:
         """The command that shows the same."""
-        name = self.bench.session.place.model or "nano"
-        return command(("attention", name, "--engine", self.bench.session.engine), AttentionPlan(**self._form.values))
+        session = self.bench.session
+        plan = honoured(AttentionPlan(**self._form.values))
+        verb = ("attention", session.place.model or "nano", "--engine", session.engine, "--view", plan.view)
+        return command(verb, replace(plan, view=AttentionPlan.view))
 
     def action_view(self, view: str) -> None:
         """Show another view of the text."""
@@ -134,7 +145,8 @@ class AttentionScreen(Workbench):
         """Colour the heads by another metric."""
         names = list(METRICS)
         now = self._form.values["metric"]
-        self._set(view="heads", metric=names[(names.index(now) + by) % len(names)] if now in names else names[0])
+        shown = self.board.plan.view == "heads" and now in names
+        self._set(view="heads", metric=names[(names.index(now) + by) % len(names)] if shown else names[0])
 
     def action_step(self, by: int) -> None:
         """The next head, or the one before, going on to other layers."""
@@ -153,35 +165,47 @@ class AttentionScreen(Workbench):
         self._figure.turn()
         self._tell()
 
-    def action_edit(self, name: str) -> None:
+    def action_edit(self, name: str, **also: Any) -> None:
         """Type a value of the plan, and look again."""
-        option = self._form.options[name]
 
         def changed(text: str | None) -> None:
             if text is not None:
-                self._set(**{name: text, **({"text_file": ""} if name == "text" else {})})
+                self._set(**{**({"text_file": ""} if name == "text" else {}), name: text, **also})
 
-        self.app.push_screen(Field(option, self._form.values[name]), changed)
+        self.app.push_screen(Field(self._form.options[name], self._form.values[name]), changed)
+
+    def action_filter(self) -> None:
+        """Type which heads are kept."""
+        self.action_edit("where", view="heads")
+
+    def action_second(self, view: str) -> None:
+        """Show a view that takes a second text, and ask for it where there is neither that nor another side."""
+        values = self._form.values
+        others = ("other_text", "other_model", "other_engine", "other_dtype")
+        if any(values[name] for name in (others if view == "differences" else others[:1])):
+            self._set(view=view)
+            return
+        self._form.set("view", view)
+        if view == "differences":
+            self.bench.tell("with a second text; p takes another model, engine or dtype in place of it")
+        self.action_edit("other_text")
 
     def action_jump(self) -> None:
         """Go to what is typed."""
 
         def typed(text: str | None) -> None:
-            if text:
+            if text and text.strip():
                 self.bench.attempt(lambda: self._jump(text.strip()))
 
         self.app.push_screen(Field(JUMP, ""), typed)
 
     def action_plan(self) -> None:
         """All options as a form; the key that opened it closes it and looks again."""
-        form = self._form
-        shown = not form.display
-        form.display, self._figure.display = shown, not shown
-        self.query_one("#explained").display = shown
-        if shown:
-            form.focus()
-        else:
+        if self._form.display:
             self._look()
+        else:
+            self._open_plan(True)
+            self._form.focus()
 
     def action_export(self) -> None:
         """Write the figure to a file."""
@@ -207,18 +231,26 @@ class AttentionScreen(Workbench):
             self.bench.tell("nothing is computed here", "warning")
 
     def job_ended(self) -> None:
-        """A model that was loaded meanwhile is looked at, if that is awaited."""
-        if self._waiting and self.bench.session.place.model and self.bench.session.place.job is None:
-            self._look()
+        """A model that was loaded meanwhile is looked at."""
+        self._look_at_new()
 
-    def on_attention_screen_looked(self) -> None:
-        """Show what is on the board."""
-        figure = self.board.figure
+    def on_attention_screen_looked(self, message: Looked) -> None:
+        """Show what was found."""
+        self.board, figure = message.board, message.board.figure
         if figure is None:
             return
         pairs = _pairs(self.board) if self.board.plan.view == "head" else None
         self._figure.show(figure, pairs)
+        if pairs is not None and self._position is not None:
+            self._go(self._position)
+        self._position = None
         self._tell()
+
+    def on_data_table_row_selected(self, event: DataTable.RowSelected) -> None:
+        """Open the head of a row."""
+        row = event.data_table.get_row(event.row_key)
+        if found := HEAD.fullmatch(str(row[0])):
+            self._set(view="head", layer=int(found[1]), head=int(found[2]), position="")
 
     def on_plan_form_explained(self, event: PlanForm.Explained) -> None:
         """What the option under the cursor does."""
@@ -238,41 +270,73 @@ class AttentionScreen(Workbench):
         self._look()
 
     def _look(self) -> None:
-        def begin() -> None:
-            plan: AttentionPlan = self._form.build()
-            self.bench.session.look(plan, self.board, lambda: self.post_message(self.Looked()))
-            self._waiting = False
+        place = self.bench.session.place
 
-        session = self.bench.session
-        loading = session.place.job is not None and session.place.job.kind == "load"
-        self._waiting = loading
-        if not loading:
+        def begin() -> None:
+            self.bench.session.look(self._form.build(), lambda board: self.post_message(self.Looked(board)))
+
+        self._open_plan(False)
+        if place.job is not None and place.job.kind == "load":
+            self._seen = None  # looked at once it is there
+        else:
+            self._seen = place.info
             self.bench.attempt(begin)
         self._tell()
 
+    def _look_at_new(self) -> None:
+        """Look again where another model is loaded, or another engine chosen, and nothing else runs there."""
+        place = self.bench.session.place
+        if place.info is not None and place.info is not self._seen and place.job is None and not self._form.display:
+            self._look()
+
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        """Keys of what is not seen while the plan is open are off, which makes room for the plan's own."""
+        return not (action in ("turn", "jump") and self.is_mounted and self._form.display)
+
+    def _open_plan(self, shown: bool) -> None:
+        self._form.display, self._figure.display = shown, not shown
+        self.refresh_bindings()
+        self.query_one("#explained").display = shown
+        if not shown:
+            self._figure.focus_part()
+
     def _under_cursor(self) -> tuple[int, int]:
         """Layer and head of the map's cursor, or those of the plan."""
-        values = self._form.values
-        if self.board.plan.view in GRIDS and self.board.figure is not None and self.board.figure.heats:
-            heat = self.query_one(HeatMap)
-            if heat.display and heat.row < len(self.board.local):
-                return heat.row, heat.column
+        values, map_ = self._form.values, self.query_one(HeatMap)
+        if map_.display and map_.heat.values.size:
+            place = f"{map_.heat.rows[map_.row]}.{map_.heat.columns[map_.column].split()[0]}"
+            if found := re.fullmatch(r"L(\d+)\.H(\d+)", place):
+                return int(found[1]), int(found[2])
         return int(values["layer"]), int(values["head"])
 
     def _jump(self, text: str) -> None:
-        if found := re.fullmatch(r"[lL]?(\d{1,3})\.[hH]?(\d{1,3})", text):
-            self._set(view="head", layer=int(found[1]), head=int(found[2]))
-        elif found := re.fullmatch(r"[lL](\d{1,3})", text):
-            self._set(view="head", layer=int(found[1]))
+        if not self.board.labels:
+            raise UsageError("nothing is shown yet: press g to look at all heads")
+        layer, head = self._under_cursor()
+        if found := HEAD.fullmatch(text):
+            self._set(view="head", position="", **self._there(int(found[1]), int(found[2])))
+        elif found := LAYER.fullmatch(text):
+            self._set(view="head", position="", **self._there(int(found[1]), head))
         elif self.board.plan.view == "head":
-            self._go(self._position(text))
+            self._go(self._place(text))
+        elif self.board.plan.view in WITH_POSITION:
+            self._set(position=str(self._place(text)))
         else:
-            self._set(position=text)
+            self._position = self._place(text)
+            self._set(view="head", position="", **self._there(layer, head))
 
-    def _position(self, text: str) -> int:
+    def _there(self, layer: int, head: int) -> dict[str, int]:
+        """A head of the model that is shown."""
+        layers, heads = len(self.board.local), self.board.heads
+        if layer >= layers or head >= heads:
+            last = head_name(layers - 1, heads - 1)
+            raise UsageError(f"{head_name(layer, head)} is not there: the heads are L0.H0 to {last}")
+        return {"layer": layer, "head": head}
+
+    def _place(self, text: str) -> int:
         """The position of a token after the cursor, or one that is given as a number."""
         labels = self.board.labels
-        if text.isdecimal() and int(text) < len(labels):
+        if NUMBER.fullmatch(text) and int(text) < len(labels):
             return int(text)
         pairs = self.query_one(PairMap)
         after = int(pairs.grid.row_edges[pairs.row])
@@ -291,13 +355,16 @@ class AttentionScreen(Workbench):
 
     def _tell(self) -> None:
         """One line: the text, and what is seen of it."""
-        values = self._form.values
-        text = values["text_file"] or values["text"]
-        tokens = f"{len(self.board.labels):,} tokens" if self.board.labels else "not read yet"
-        where = self._figure.place
-        title = self.board.figure.title if self.board.figure is not None else "press g to look at all heads"
-        line = one_line(f"{title}" + (f" · {where}" if where else "") + f" · {tokens} · {text}", 200)
-        self.query_one("#looked", Static).update(line, layout=False)
+        board, place = self.board, self.bench.session.place
+        if board.figure is None:
+            line = "press g to look at all heads" if place.model else NO_MODEL
+        else:
+            text = board.plan.text_file or board.plan.text
+            other = (board.model, board.engine) != (place.model, self.bench.session.engine)
+            parts = [f"OF {board.model} ON {board.engine}"] if other else []
+            parts += [board.figure.title, self._figure.place, f"{len(board.labels):,} tokens", text]
+            line = " · ".join(part for part in parts if part)
+        self.query_one("#looked", Static).update(one_line(line, 200), layout=False)
 
 
 def _pairs(board: Board) -> PairGrid | None:

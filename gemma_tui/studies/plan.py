@@ -24,7 +24,7 @@ class Option:
         kind: ``str``, ``int``, ``float`` or ``bool``.
         optional: whether it may be left open (None), in which case ``open_means`` tells what happens.
         low, high: the allowed range, ends included; None for no bound.
-        methods, optimizers, modes: those that honour it; empty for all.
+        methods, optimizers, modes, views: those that honour it; empty for all.
     """
 
     name: str
@@ -41,6 +41,7 @@ class Option:
     methods: tuple[str, ...] = ()
     optimizers: tuple[str, ...] = ()
     modes: tuple[str, ...] = ()
+    views: tuple[str, ...] = ()
     required: bool = False
 
     @property
@@ -62,8 +63,14 @@ class Option:
 
     def honoured(self, values: Mapping[str, Any]) -> bool:
         """Whether it makes a difference beside the other values of a plan."""
-        bound = {"method": self.methods, "optimizer": self.optimizers, "mode": self.modes}
-        return all(not allowed or values.get(name) in allowed for name, allowed in bound.items())
+        return all(not allowed or values.get(name) in allowed for name, allowed in self.bound)
+
+    @property
+    def bound(self) -> tuple[tuple[str, tuple[str, ...]], ...]:
+        """The options that decide whether this one makes a difference, and their values with which it does."""
+        return (
+            ("method", self.methods), ("optimizer", self.optimizers), ("mode", self.modes), ("view", self.views),
+        )  # fmt: skip
 
 
 def _plain(number: float) -> str:
@@ -184,8 +191,7 @@ def check_honoured(plan: Any) -> None:
     for o in options(type(plan)):
         if getattr(plan, o.name) == getattr(kept, o.name):
             continue
-        bound = (("method", o.methods), ("optimizer", o.optimizers), ("mode", o.modes))
-        beside = [f"--{n} {getattr(plan, n)}" for n, allowed in bound if allowed and getattr(plan, n) not in allowed]
+        beside = [f"--{n} {getattr(plan, n)}" for n, allowed in o.bound if allowed and getattr(plan, n) not in allowed]
         raise UsageError(f"{o.name}: {o.flag} makes no difference with {' '.join(beside)}: leave it out")
 
 

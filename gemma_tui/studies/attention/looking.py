@@ -75,29 +75,36 @@ def desk_of(desk: Desk | None, engine: Engine, name: str) -> Desk:
     return desk
 
 
-@dataclass
+@dataclass(frozen=True)
 class Board:
-    """What a screen shows of a text; put there by the engine's thread, as a whole.
+    """What a screen shows of a text; made by the engine's thread as a whole, and never changed.
 
     Attributes:
+        model: its name.
         labels: the tokens of the text.
         local: for each layer whether it is local.
     """
 
     figure: Figure | None = None
     plan: AttentionPlan = field(default_factory=AttentionPlan)
+    model: str = ""
+    engine: str = ""
     labels: list[str] = field(default_factory=list)
     local: list[bool] = field(default_factory=list)
     heads: int = 0
     window: int = 0
 
-    def put(self, figure: Figure, plan: AttentionPlan, reading: Reading | None) -> None:
-        """Show another view."""
-        if reading is not None:
-            config = reading.inspection.config
-            self.labels, self.heads, self.window = reading.labels, config.num_attention_heads, config.sliding_window
-            self.local = [config.is_local(layer) for layer in range(config.num_hidden_layers)]
-        self.figure, self.plan = figure, plan
+
+def board_of(desk: Desk, figure: Figure, plan: AttentionPlan) -> Board:
+    """A view with what a screen has to know of its text and model."""
+    if desk.reading is None:
+        return Board(figure, plan, desk.name, desk.engine.name)
+    config = desk.reading.inspection.config
+    local = [config.is_local(layer) for layer in range(config.num_hidden_layers)]
+    return Board(
+        figure, plan, desk.name, desk.engine.name, desk.reading.labels, local, config.num_attention_heads,
+        config.sliding_window,
+    )  # fmt: skip
 
 
 def look(desk: Desk, plan: AttentionPlan, cells: Cells = CELLS) -> View:
@@ -111,7 +118,7 @@ def look(desk: Desk, plan: AttentionPlan, cells: Cells = CELLS) -> View:
     """
     reading = desk.read(text_of(plan), plan.bos)
     figure = yield from _view(desk, reading, plan, cells)
-    return replace(figure, notes=[*figure.notes, badge(reading.facts)])
+    return replace(figure, notes=[badge(reading.facts), *figure.notes])
 
 
 def _view(desk: Desk, reading: Reading, plan: AttentionPlan, cells: Cells) -> View:

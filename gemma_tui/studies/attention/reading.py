@@ -103,6 +103,7 @@ def read_tokens(engine: Engine, tokenizer: Tokenizer, ids: Sequence[int]) -> Rea
     facts = {
         "model": info.folder if info else "",
         "adapter": info.adapter if info else None,
+        "trained": bool(info and info.trained),
         "engine": device.engine,
         "device": device.device,
         "version": device.version,

@@ -65,9 +65,14 @@ def record_heads(engine: Engine, plan: HeadStudyPlan, control: Control, store: R
 
 def resume_heads(engine: Engine, run: Run, control: Control, store: RunStore) -> Recorded:
     """Go on with a study after the last text it has."""
-    done = len([event for event in store.events(run.run_id, limit=1_000_000) if event.kind == STUDY])
+    done = texts_of(store, run)
     run = store.adopt(run.run_id)
     return Recorded(run, recorded(store, run, lambda _: study_heads(engine, plan_of(run), control, done), control))
+
+
+def texts_of(store: RunStore, run: Run) -> int:
+    """How many texts a study has looked at."""
+    return sum(event.kind == STUDY for event in store.events(run.run_id, limit=1_000_000))
 
 
 def plan_of(run: Run) -> HeadStudyPlan:
