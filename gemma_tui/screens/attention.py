@@ -16,6 +16,7 @@ from textual.widgets import Static
 from gemma_tui.errors import UsageError
 from gemma_tui.exports import export
 from gemma_tui.pair_grid import PairGrid
+from gemma_tui.screens.head_study import TEXTS, VIEW, FollowedStudy, bundled_texts, small_plan
 from gemma_tui.screens.workbench import Workbench
 from gemma_tui.studies.attention.heads import METRICS, head_name
 from gemma_tui.studies.attention.looking import Board
@@ -30,7 +31,7 @@ from gemma_tui.widgets.plan_form import Field, PlanForm
 SECONDS = 0.2
 JUMP = Option("jump", str, "", "a layer (L5), a head (L5.H1), a position (34) or a token of the text")
 EXPORT = Option("export", str, "attention.html", "file to write: .html, .svg, .npz or .json")
-GRIDS = ("heads", "types", "sinks", "attribution", "scan", "differences", "check")
+GRIDS = ("heads", "types", "sinks", "attribution", "scan", "differences", "check", VIEW)
 """Views whose map is layers × heads."""
 
 
@@ -46,6 +47,7 @@ KEYS = (
     ("b", "ablate", "Ablate", False, "Take away the head under the cursor"),
     ("w", "view('patching')", "Patch", False, "Put values of a second text into this one"),
     ("d", "view('differences')", "Differences", False, "How heads differ: another text, model, engine, dtype"),
+    ("y", "study", "Study", False, "Mean metrics of all heads over many texts, as a run"),
     ("u", "view('check')", "Check", False, "Hold the weights against transformers' eager attention"),
     ("m", "metric(1)", "Metric", False, "Colour the heads by the next metric"),
     ("f", "edit('where')", "Filter", False, "Keep the heads for which an expression holds"),
@@ -86,6 +88,7 @@ class AttentionScreen(Workbench):
         super().__init__()
         self.board = Board()
         self._waiting = False
+        self._study: FollowedStudy | None = None
 
     def body(self) -> Iterable[Widget]:
         """What is looked at, the figure, and the form, which is hidden at first."""
@@ -102,6 +105,7 @@ class AttentionScreen(Workbench):
         self.query_one("#explained").display = False
         self._tell()
         self.set_interval(SECONDS, self._tell)
+        self.set_interval(SECONDS, self._follow)
 
     def on_screen_resume(self) -> None:
         """Look at once, where there is a model and nothing was looked at yet."""
@@ -114,6 +118,8 @@ class AttentionScreen(Workbench):
 
     def command(self) -> str:
         """The command that shows the same."""
+        if self._study is not None and self._study.command:
+            return self._study.command
         name = self.bench.session.place.model or "nano"
         return command(("attention", name, "--engine", self.bench.session.engine), AttentionPlan(**self._form.values))
 
@@ -134,7 +140,30 @@ class AttentionScreen(Workbench):
         """Colour the heads by another metric."""
         names = list(METRICS)
         now = self._form.values["metric"]
-        self._set(view="heads", metric=names[(names.index(now) + by) % len(names)] if now in names else names[0])
+        metric = names[(names.index(now) + by) % len(names)] if now in names else names[0]
+        if self._study is None:
+            self._set(view="heads", metric=metric)
+        else:
+            self._form.set("metric", metric)
+            self._show_study(self._study)
+
+    def action_study(self) -> None:
+        """Study the heads over many texts; if that goes on already, show it."""
+        session = self.bench.session
+        going_on = [job for job in session.jobs if job.kind == "study"]
+        if going_on:
+            self._study = self._study or FollowedStudy(going_on[0], going_on[0].run)
+            return
+
+        def named(texts: str | None) -> None:
+            if texts:
+                self.bench.attempt(lambda: begin(texts.strip()))
+
+        def begin(texts: str) -> None:
+            self._study = FollowedStudy(session.study(small_plan(session.place.model, texts)), texts)
+            self._tell()
+
+        self.app.push_screen(Field(TEXTS, bundled_texts()), named)
 
     def action_step(self, by: int) -> None:
         """The next head, or the one before, going on to other layers."""
@@ -201,7 +230,7 @@ class AttentionScreen(Workbench):
     def action_stop(self) -> None:
         """Break off what is computed."""
         job = self.bench.session.place.job
-        if job is not None and job.kind == "look":
+        if job is not None and job.kind in ("look", "study"):
             job.control.stop.set()
         else:
             self.bench.tell("nothing is computed here", "warning")
@@ -213,7 +242,7 @@ class AttentionScreen(Workbench):
 
     def on_attention_screen_looked(self) -> None:
         """Show what is on the board."""
-        figure = self.board.figure
+        figure, self._study = self.board.figure, None
         if figure is None:
             return
         pairs = _pairs(self.board) if self.board.plan.view == "head" else None
@@ -248,6 +277,24 @@ class AttentionScreen(Workbench):
         self._waiting = loading
         if not loading:
             self.bench.attempt(begin)
+        self._tell()
+
+    def _follow(self) -> None:
+        """Show what a study has found since."""
+        study = self._study
+        if study is None or not self.is_current:
+            return
+
+        def read() -> None:
+            if study.read():
+                self._show_study(study)
+
+        if not self.bench.attempt(read) or study.fruitless:
+            self._study = None
+
+    def _show_study(self, study: FollowedStudy) -> None:
+        if (figure := study.put(self.board, self._form.values["metric"])) is not None:
+            self._figure.show(figure)
         self._tell()
 
     def _under_cursor(self) -> tuple[int, int]:
@@ -296,6 +343,9 @@ class AttentionScreen(Workbench):
         tokens = f"{len(self.board.labels):,} tokens" if self.board.labels else "not read yet"
         where = self._figure.place
         title = self.board.figure.title if self.board.figure is not None else "press g to look at all heads"
+        if (study := self._study) is not None:
+            title = title if study.found is not None else f"studying heads: {study.job.detail or 'begins'}"
+            tokens, text = study.job.run or "begins", study.texts
         line = one_line(f"{title}" + (f" · {where}" if where else "") + f" · {tokens} · {text}", 200)
         self.query_one("#looked", Static).update(line, layout=False)
 

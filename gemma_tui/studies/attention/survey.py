@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,7 @@ class HeadStudyPlan:
 
 def record_heads(engine: Engine, plan: HeadStudyPlan, control: Control, store: RunStore) -> Recorded:
     """Register a study of heads and make its recorded events; nothing is computed before they are asked for."""
-    words = command(("attention", plan.model, "--engine", engine.name), plan)
+    words = command(("attention", plan.model, "--engine", engine.name), replace(plan, model=HeadStudyPlan.model))
     steps = plan.rows * (len(_checkpoints(plan.over)) if plan.over else 1)
     run = store.create(plan.name or STUDY, STUDY, engine.name, asdict(plan), words, steps)
     return Recorded(run, recorded(store, run, lambda _: study_heads(engine, plan, control), control))

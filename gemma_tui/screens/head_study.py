@@ -1,0 +1,90 @@
+"""A study of heads over many texts, as the attention screen follows it while it grows."""
+
+from __future__ import annotations
+
+import math
+import time
+from contextlib import closing
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from gemma_tui import paths
+from gemma_tui.figure import Figure
+from gemma_tui.runs.store import RunStore
+from gemma_tui.studies.attention.survey import HeadStudy, HeadStudyPlan, read_study, study_figure
+from gemma_tui.studies.plan import Option
+
+if TYPE_CHECKING:
+    from gemma_tui.session import Job
+    from gemma_tui.studies.attention.looking import Board
+
+SECONDS = 2.0
+"""Between two readings of the store."""
+
+ROWS, LENGTH = 64, 256
+VIEW = "study"
+TEXTS = Option("study", str, "", "texts to study the heads over: .jsonl or .txt, a folder, or hf:REPO")
+
+
+def bundled_texts() -> str:
+    """The file that is offered."""
+    return str(paths.assets() / "corpus" / "valid.jsonl")
+
+
+def small_plan(model: str, texts: str) -> HeadStudyPlan:
+    """The study that a key starts."""
+    return HeadStudyPlan(model, texts, ROWS, LENGTH)
+
+
+@dataclass
+class FollowedStudy:
+    """A study's job, and what it has found so far.
+
+    Attributes:
+        texts: where the texts come from.
+        command: the command that does the same; empty until the run is there.
+    """
+
+    job: Job
+    texts: str
+    command: str = ""
+    found: HeadStudy | None = None
+    _step: int = 0
+    _looked: float = -math.inf
+    _over: bool = False
+
+    @property
+    def fruitless(self) -> bool:
+        """Whether it has ended and found nothing."""
+        return self._over and self.found is None
+
+    def read(self) -> bool:
+        """Read the store, if it is time and there are new texts; returns whether there were.
+
+        Raises:
+            GemmaTuiError: the store cannot be read.
+        """
+        ended = self.job.future.done()
+        if self._over or (time.monotonic() - self._looked < SECONDS and not ended):
+            return False
+        self._over = ended
+        if not self.job.run:
+            return False
+        self._looked = time.monotonic()
+        with closing(RunStore()) as store:
+            run = store.run(self.job.run)
+            self.command = run.command
+            if run.step <= self._step:
+                return False
+            self._step, self.found = run.step, read_study(store, run)
+        return True
+
+    def put(self, board: Board, metric: str) -> Figure | None:
+        """Put the means of a metric on the board; returns what a view shows, which has one title all along."""
+        if self.found is None:
+            return None
+        figure, config = study_figure(self.found, metric), self.found.config
+        board.figure, board.plan = figure, replace(board.plan, view=VIEW, metric=metric)
+        board.heads, board.window = config.num_attention_heads, config.sliding_window
+        board.local = [config.is_local(layer) for layer in range(config.num_hidden_layers)]
+        return replace(figure, title=f"heads over {self.texts}")
