@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import time
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from gemma_tui import paths
 from gemma_tui.figure import Figure
-from gemma_tui.runs.store import RunStore
-from gemma_tui.studies.attention.survey import HeadStudy, HeadStudyPlan, read_study, study_figure
+from gemma_tui.runs.store import Row, RunStore
+from gemma_tui.studies.attention.survey import STUDY, HeadStudy, HeadStudyPlan, study_figure, study_of
 from gemma_tui.studies.plan import Option
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class FollowedStudy:
     texts: str
     command: str = ""
     found: HeadStudy | None = None
-    _step: int = 0
+    _rows: list[Row] = field(default_factory=list)
     _looked: float = -math.inf
     _over: bool = False
 
@@ -74,9 +74,12 @@ class FollowedStudy:
         with closing(RunStore()) as store:
             run = store.run(self.job.run)
             self.command = run.command
-            if run.step <= self._step:
-                return False
-            self._step, self.found = run.step, read_study(store, run)
+            # Only what is new: a text of a model with many heads is a long line.
+            new = store.events(run.run_id, self._rows[-1].cursor if self._rows else 0)
+        self._rows += new
+        if all(row.kind != STUDY for row in new):
+            return False
+        self.found = study_of(run.run_id, self._rows)
         return True
 
     def put(self, board: Board, metric: str) -> Figure | None:

@@ -20,7 +20,7 @@ from gemma_tui.screens.comparison import ComparisonScreen
 from gemma_tui.screens.head_study import bundled_texts
 from gemma_tui.studies.attention import survey
 from gemma_tui.studies.attention.heads import METRICS
-from gemma_tui.studies.attention.survey import read_study, study_figure
+from gemma_tui.studies.attention.survey import read_study, study_figure, study_of
 from gemma_tui.widgets.figure_view import FigureView
 from gemma_tui.widgets.plan_form import Field, PlanForm
 
@@ -130,7 +130,7 @@ async def test_it_is_read_only_when_there_are_new_texts(
     opened: Open, tiny: str, texts: Path, gate: Gate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     readings: list[str] = []
-    monkeypatch.setattr(head_study, "read_study", lambda *a: (readings.append(a[1].run_id), read_study(*a))[1])
+    monkeypatch.setattr(head_study, "study_of", lambda run, rows: (readings.append(run), study_of(run, rows))[1])
     async with opened() as it:
         await begun(it, tiny, texts)
         gate.let(1)
