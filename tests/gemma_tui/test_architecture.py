@@ -150,15 +150,16 @@ def test_a_model_with_layers_of_one_kind_is_looked_into(
 
 def test_the_memory_is_that_of_the_plans_layers(tiny: str, plan: Plan) -> None:
     device = DeviceInfo("torch", "cpu", "", ("float32",), 10**12)
-    values = {**FRESH, "sequence_length": 64, "batch_size": 1}
+    values = {**FRESH, "sequence_length": 2048, "batch_size": 1}
     seen = []
     for every in (0, 1):
         made = plan(**values, window=4, global_every=every)
         config = plan_config(made, resolve(tiny))
-        guess = estimate(config, settings(made), 1, 64, "float32", device)
+        guess = estimate(config, settings(made), 1, 2048, "float32", device)
         assert forecast(made, "torch", device) == guess.text
-        seen.append(guess.activations)
-    assert seen[0] > seen[1], "masks of local layers"
+        seen.append(guess)
+    assert seen[0].activations > seen[1].activations, "masks of local layers"
+    assert seen[0].text != seen[1].text
 
 
 def test_without_fresh_a_command_refuses_them(command: Commands, tiny: str, corpus: Path) -> None:

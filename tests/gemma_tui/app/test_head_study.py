@@ -124,6 +124,9 @@ async def test_its_means_grow_on_the_screen_and_m_changes_the_metric(
         await it.until(lambda: screen(it).board.plan.view == "head", "the head under the cursor")
         await it.pilot.pause(0.3)
         assert screen(it).board.plan.view == "head", "an ended study does not come back"
+        assert run not in it.static("#looked")
+        await it.press("m")
+        await it.until(lambda: screen(it).board.plan.view == "heads", "the metric of this text")
 
 
 async def test_it_is_read_only_when_there_are_new_texts(
