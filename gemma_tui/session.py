@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from gemma_tui.runs.store import RunStore
     from gemma_tui.studies.attention.looking import Board, Desk
     from gemma_tui.studies.attention.plan import AttentionPlan
+    from gemma_tui.studies.attention.survey import HeadStudyPlan
     from gemma_tui.studies.generation import Generation, GenerationPlan
     from gemma_tui.studies.recording import Recorded
     from gemma_tui.studies.training_plan import TrainingPlan
@@ -35,7 +37,7 @@ class Job:
     """Something an engine is doing.
 
     Attributes:
-        kind: ``load``, ``train``, ``generate`` or ``look``.
+        kind: ``load``, ``train``, ``generate``, ``look`` or ``study``.
         label: a few words for the status line.
         share: how much of it is done, 0 to 1.
         detail: what is being done now.
@@ -268,6 +270,31 @@ class Session:
             view.close()
 
         return self._start(Job("look", plan.view, self.engine), work)
+
+    def study(self, plan: HeadStudyPlan) -> Job:
+        """Study the heads of the loaded model over many texts, as a run; the model stays loaded.
+
+        Raises:
+            UnsupportedError: the engine is busy, or no model is loaded.
+        """
+        place = self.place
+        if not place.model:
+            raise UnsupportedError(NO_MODEL)
+
+        def work(engine: Engine, job: Job) -> None:
+            from gemma_tui.runs.store import RunStore
+            from gemma_tui.studies.attention.survey import record_heads
+
+            total = plan.rows
+            with closing(RunStore()) as store:
+                recorded = record_heads(engine, plan, job.control, store)
+                job.run = job.label = recorded.run.run_id
+                for event in recorded.events:
+                    total = event.values["texts"] if event.kind == "start" else total
+                    job.share, job.detail = event.step / total, f"text {event.step:,}/{total:,}"
+                    place.info, place.memory = engine.model(), engine.memory()
+
+        return self._start(Job("study", "heads", self.engine), work)
 
     def stop(self) -> None:
         """Ask everything that runs to end; training saves first."""

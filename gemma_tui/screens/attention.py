@@ -17,6 +17,7 @@ from textual.widgets import DataTable, Static
 from gemma_tui.errors import UsageError
 from gemma_tui.exports import export
 from gemma_tui.pair_grid import PairGrid
+from gemma_tui.screens.head_study import TEXTS, FollowedStudy, bundled_texts, small_plan
 from gemma_tui.screens.workbench import Workbench
 from gemma_tui.session import NO_MODEL
 from gemma_tui.studies.attention.heads import METRICS, head_name
@@ -50,6 +51,7 @@ KEYS = (
     ("b", "ablate", "Ablate", False, "Take away the head under the cursor"),
     ("w", "second('patching')", "Patch", False, "Put values of a second text into this one"),
     ("d", "second('differences')", "Differences", False, "How heads differ: another text, model, engine, dtype"),
+    ("y", "study", "Study", False, "Mean metrics of all heads over many texts, as a run"),
     ("u", "view('check')", "Check", False, "Hold the weights against transformers' eager attention"),
     ("m", "metric(1)", "Metric", False, "Colour the heads by the next metric"),
     ("f", "filter", "Filter", False, "Keep the heads for which an expression holds"),
@@ -97,6 +99,7 @@ class AttentionScreen(Workbench):
         """The loaded model that was looked at last, or that this was tried with."""
         self._position: int | None = None
         """Where the cursor goes once the head is shown."""
+        self._study: FollowedStudy | None = None
 
     def body(self) -> Iterable[Widget]:
         """What is looked at, the figure, and the form, which is hidden at first."""
@@ -112,6 +115,7 @@ class AttentionScreen(Workbench):
         self.query_one("#explained").display = False
         self._tell()
         self.set_interval(SECONDS, self._tell)
+        self.set_interval(SECONDS, self._follow)
 
     def on_screen_resume(self) -> None:
         """Look at once, where there is a model that was not looked at yet."""
@@ -123,6 +127,8 @@ class AttentionScreen(Workbench):
 
     def command(self) -> str:
         """The command that shows the same."""
+        if self._study is not None and self._study.command:
+            return self._study.command
         session = self.bench.session
         plan = honoured(AttentionPlan(**self._form.values))
         verb = ("attention", session.place.model or "nano", "--engine", session.engine, "--view", plan.view)
@@ -145,8 +151,30 @@ class AttentionScreen(Workbench):
         """Colour the heads by another metric."""
         names = list(METRICS)
         now = self._form.values["metric"]
+        if self._study is not None:
+            self._form.set("metric", names[(names.index(now) + by) % len(names)] if now in names else names[0])
+            self._show_study(self._study)
+            return
         shown = self.board.plan.view == "heads" and now in names
         self._set(view="heads", metric=names[(names.index(now) + by) % len(names)] if shown else names[0])
+
+    def action_study(self) -> None:
+        """Study the heads over many texts; if that goes on already, show it."""
+        session = self.bench.session
+        going_on = [job for job in session.jobs if job.kind == "study"]
+        if going_on:
+            self._study = self._study or FollowedStudy(going_on[0], going_on[0].run)
+            return
+
+        def named(texts: str | None) -> None:
+            if texts:
+                self.bench.attempt(lambda: begin(texts.strip()))
+
+        def begin(texts: str) -> None:
+            self._study = FollowedStudy(session.study(small_plan(session.place.model, texts)), texts)
+            self._tell()
+
+        self.app.push_screen(Field(TEXTS, bundled_texts()), named)
 
     def action_step(self, by: int) -> None:
         """The next head, or the one before, going on to other layers."""
@@ -225,7 +253,7 @@ class AttentionScreen(Workbench):
     def action_stop(self) -> None:
         """Break off what is computed."""
         job = self.bench.session.place.job
-        if job is not None and job.kind == "look":
+        if job is not None and job.kind in ("look", "study"):
             job.control.stop.set()
         else:
             self.bench.tell("nothing is computed here", "warning")
@@ -236,7 +264,7 @@ class AttentionScreen(Workbench):
 
     def on_attention_screen_looked(self, message: Looked) -> None:
         """Show what was found."""
-        self.board, figure = message.board, message.board.figure
+        self.board, figure, self._study = message.board, message.board.figure, None
         if figure is None:
             return
         pairs = _pairs(self.board) if self.board.plan.view == "head" else None
@@ -300,6 +328,27 @@ class AttentionScreen(Workbench):
         if not shown:
             self._figure.focus_part()
 
+    def _follow(self) -> None:
+        """Show what a study has found since."""
+        study = self._study
+        if study is None or not self.is_current:
+            return
+
+        def read() -> None:
+            if study.read():
+                self._show_study(study)
+
+        if not self.bench.attempt(read) or study.fruitless:
+            self._study = None
+
+    def _show_study(self, study: FollowedStudy) -> None:
+        if study.found is not None:
+            place = self.bench.session.place
+            self.board = study.board(place.model, study.job.engine, self._form.values["metric"])
+            assert self.board.figure is not None
+            self._figure.show(self.board.figure)
+        self._tell()
+
     def _under_cursor(self) -> tuple[int, int]:
         """Layer and head of the map's cursor, or those of the plan."""
         values, map_ = self._form.values, self.query_one(HeatMap)
@@ -355,8 +404,12 @@ class AttentionScreen(Workbench):
 
     def _tell(self) -> None:
         """One line: the text, and what is seen of it."""
-        board, place = self.board, self.bench.session.place
-        if board.figure is None:
+        board, place, study = self.board, self.bench.session.place, self._study
+        if study is not None:
+            begins = f"studying heads: {study.job.detail or 'begins'}"
+            parts = [board.figure.title if board.figure and study.found else begins, self._figure.place, study.job.run]
+            line = " · ".join(part for part in (*parts, study.texts) if part)
+        elif board.figure is None:
             line = "press g to look at all heads" if place.model else NO_MODEL
         else:
             text = board.plan.text_file or board.plan.text

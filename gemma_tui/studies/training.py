@@ -27,7 +27,7 @@ from gemma_tui.studies.diagnosis import Diagnoses, UpdateFacts, gradient_row, ma
 from gemma_tui.studies.estimate import checkpoint_bytes, estimate
 from gemma_tui.studies.events import Control, Event, Pace, wait_while_paused
 from gemma_tui.studies.methods import after_step
-from gemma_tui.studies.training_plan import WHOLE, TrainingPlan, settings
+from gemma_tui.studies.training_plan import WHOLE, TrainingPlan, plan_config, settings
 from gemma_tui.tokenizer import read_tokenizer
 
 MAX_SKIPPED = 10
@@ -70,7 +70,7 @@ def train(
         yield Event("resumed", at.step, {"path": str(found.checkpoint.path)})
 
     batches = training_batches(splits.train, plan.batch_size, plan.seed, at.step * plan.accumulate)
-    saver, diagnoses = _Saver(engine, plan, model, folder), Diagnoses(matrices_of(model.config()), at.turn)
+    saver, diagnoses = _Saver(engine, plan, model, folder), Diagnoses(matrices_of(plan_config(plan, model)), at.turn)
     while at.step < plan.steps:
         yield from wait_while_paused(control, at.step)
         if control.stop.is_set():
@@ -259,7 +259,7 @@ def open_model(engine: Engine, model: Model, plan: TrainingPlan) -> None:
     if model.adapter is not None and plan.method in ("lora", "dora"):
         raise UsageError(f"{model.name} is an adapter, and one is kept: start from its base, or take --method full")
     if plan.fresh:
-        engine.initialise(model.config(), plan.seed, dtype)
+        engine.initialise(plan_config(plan, model), plan.seed, dtype)
         return
     engine.load(model.folder, dtype)
     if model.adapter is not None:
@@ -293,7 +293,7 @@ class _Saver:
         """Write a checkpoint and what the run has made so far; returns the folder of the latter."""
         began = time.monotonic()
         folder, keep = self.folder / "checkpoints", self.plan.keep
-        needed = checkpoint_bytes(self.model.config(), settings(self.plan))
+        needed = checkpoint_bytes(plan_config(self.plan, self.model), settings(self.plan))
         checkpoints.write(folder, at.step, self.engine.save_state, asdict(at), keep, needed)
         target = self.result()
         self.ended = time.monotonic()
@@ -304,7 +304,7 @@ class _Saver:
         """Write the adapter, or the whole model; returns its folder."""
         if self.plan.method in WHOLE:
             target = self.folder / under / "model"
-            self.engine.save_model(target, self.model.config().to_dict(), self.plan.save_dtype)
+            self.engine.save_model(target, plan_config(self.plan, self.model).to_dict(), self.plan.save_dtype)
             copy_tokenizer(self.model.folder, target)
         else:
             target = self.folder / under / "adapter"
@@ -317,7 +317,7 @@ def _facts(
 ) -> dict[str, object]:
     device = engine.device()
     info = engine.model()
-    config = model.config()
+    config = plan_config(plan, model)
     guess = estimate(
         config, settings(plan), plan.batch_size, plan.sequence_length, info.dtype if info else "float32", device,
         plan.accumulate, memory_ratio,
@@ -334,6 +334,7 @@ def _facts(
         "estimate": sum(guess.parts.values()),
         "estimated": guess.text,
         "global_layers": [i for i in range(config.num_hidden_layers) if not config.is_local(i)],
+        "window": config.sliding_window,
         "train_windows": len(splits.train),
         "valid_windows": len(splits.valid),
         "train_tokens": supervised_tokens(splits.train),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from gemma_tui.hub.models import resolve
 from gemma_tui.plots import Series
 from gemma_tui.rows import read_sources
 from gemma_tui.runs import checkpoints
-from gemma_tui.runs.store import Run, RunStore
+from gemma_tui.runs.store import Row, Run, RunStore
 from gemma_tui.studies.attention.heads import METRICS, check_metric, grid, head_metrics, head_name
 from gemma_tui.studies.attention.reading import read_tokens
 from gemma_tui.studies.data import windows
@@ -57,7 +57,7 @@ class HeadStudyPlan:
 
 def record_heads(engine: Engine, plan: HeadStudyPlan, control: Control, store: RunStore) -> Recorded:
     """Register a study of heads and make its recorded events; nothing is computed before they are asked for."""
-    words = command(("attention", plan.model, "--engine", engine.name), plan)
+    words = command(("attention", plan.model, "--engine", engine.name), replace(plan, model=HeadStudyPlan.model))
     steps = plan.rows * (len(_checkpoints(plan.over)) if plan.over else 1)
     run = store.create(plan.name or STUDY, STUDY, engine.name, asdict(plan), words, steps)
     return Recorded(run, recorded(store, run, lambda _: study_heads(engine, plan, control), control))
@@ -137,15 +137,23 @@ def read_study(store: RunStore, run: Run) -> HeadStudy:
     Raises:
         GemmaTuiError: nothing yet.
     """
-    every = store.events(run.run_id, limit=1_000_000)
+    return study_of(run.run_id, store.events(run.run_id, limit=1_000_000))
+
+
+def study_of(run_id: str, every: Sequence[Row]) -> HeadStudy:
+    """What a study's events tell.
+
+    Raises:
+        GemmaTuiError: nothing yet.
+    """
     events = [event for event in every if event.kind == STUDY]
     if not events:
-        raise GemmaTuiError(f"{run.run_id} has looked at no text yet: `gemma-tui runs resume {run.run_id}`")
+        raise GemmaTuiError(f"{run_id} has looked at no text yet: `gemma-tui runs resume {run_id}`")
     values = {name: np.array([event.values["metrics"][name] for event in events], dtype=np.float64) for name in METRICS}
     texts = [str(event.values["text"]) for event in events]
     shape = next(event.values["config"] for event in every if event.kind == "start")
     return HeadStudy(
-        parse_config(shape, run.run_id), values, texts, [int(event.values["checkpoint"] or 0) for event in events]
+        parse_config(shape, run_id), values, texts, [int(event.values["checkpoint"] or 0) for event in events]
     )
 
 
