@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from engines.errors import UnsupportedError
@@ -31,6 +33,24 @@ def pruned(array: np.ndarray, how: str, ratio: float, generator: np.random.Gener
                 kept.reshape(-1)[np.argpartition(np.abs(array).reshape(-1), count - 1)[:count]] = 0
         case _:
             raise UnsupportedError(f"pruning {how[:40]!r} is not there: choose {', '.join(PRUNINGS)}")
+    return kept
+
+
+def pruned_state(
+    arrays: Mapping[str, np.ndarray], moments: tuple[str, str], how: str, ratio: float, generator: np.random.Generator
+) -> dict[str, np.ndarray]:
+    """The optimizer's state of one parameter, each array pruned by itself.
+
+    A first moment m is zero as well where its second one v is. Left alone, it would make a step of m / epsilon, since
+    after a restart B is zero and the gradient of A is, too: v stays zero while m does not.
+
+    Args:
+        moments: the names of m and v, if the state has them.
+    """
+    kept = {name: pruned(array, how, ratio, generator) for name, array in arrays.items()}
+    first, second = (kept.get(name) for name in moments)
+    if first is not None and second is not None:
+        first[second == 0] = 0
     return kept
 
 

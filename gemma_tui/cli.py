@@ -213,7 +213,7 @@ def _adapters(groups: argparse._SubParsersAction) -> None:
     export = _command(group, "export", "write an adapter as PEFT or mlx-lm reads it", "adapters:export")
     export.add_argument("adapter", **named)
     export.add_argument("--format", required=True, choices=("peft", "mlx"), help="whose layout")
-    export.add_argument("--out", required=True, metavar="DIR", help="a folder that is not there yet")
+    export.add_argument("--out", metavar="DIR", help="a folder that is not there yet (default A-FORMAT, in this one)")
     imported = _command(group, "import", "bring an adapter of PEFT or mlx-lm here", "adapters:import_adapter")
     imported.add_argument("folder", metavar="DIR", help="a folder with adapter_config.json and .safetensors factors")
     imported.add_argument("--name", required=True, help="the name it gets")
@@ -229,7 +229,7 @@ def _adapters(groups: argparse._SubParsersAction) -> None:
         "linear: sums the factors, as PEFT's linear does, which is another thing (default svd)",
     )
     blend.add_argument("--rank", type=int, metavar="R", help="of the result of svd; the largest one given if left out")
-    blend.add_argument("--name", required=True, help="the name it gets")
+    blend.add_argument("--name", help="the name it gets (default blend- and those of the adapters)")
     fuse = _command(group, "fuse", "make one model of an adapter and its base", "adapters:fuse")
     fuse.add_argument("adapter", **named)
     fuse.add_argument("--name", required=True, help="the model's name in the data folder")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from itertools import groupby
 from typing import Any
 
 import mlx.core as mx
@@ -13,9 +14,10 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from engines.base import OptimizerSettings
 from engines.errors import UnsupportedError
-from engines.pruning import pruned
+from engines.pruning import pruned_state
 
 EMBEDDING = "model.embed_tokens.weight"
+MOMENTS = "m", "v"
 COUNTERS = ("step", "learning_rate")
 
 
@@ -91,17 +93,15 @@ def prune(optimizer: Optimizer, names: Collection[str], how: str, ratio: float, 
     """Zero entries of the state of the given parameters; returns the share that is zero after it."""
     zero = total = 0
     generator = np.random.default_rng(seed)
-    flat: list[tuple[str, Any]] = tree_flatten(optimizer.state)
-    found = []
-    for place, value in flat:
-        if value.ndim and any(f"{name}." in f"{place}." for name in names):
-            array = pruned(np.array(value), how, ratio, generator)
+    flat: dict[str, Any] = dict(tree_flatten(optimizer.state))
+    chosen = [place for place, value in flat.items() if value.ndim and any(f"{name}." in f"{place}." for name in names)]
+    for parameter, places in groupby(chosen, key=lambda place: place.rpartition(".")[0]):
+        arrays = {place.rpartition(".")[2]: np.array(flat[place]) for place in places}
+        for key, array in pruned_state(arrays, MOMENTS, how, ratio, generator).items():
+            flat[f"{parameter}.{key}"] = mx.array(array)
             zero, total = zero + int((array == 0).sum()), total + array.size
-            found.append((place, mx.array(array)))
-        else:
-            found.append((place, value))
     if total:
-        optimizer.state = tree_unflatten(found)
+        optimizer.state = tree_unflatten(list(flat.items()))
     return zero / total if total else 0.0
 
 

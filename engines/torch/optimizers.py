@@ -11,9 +11,10 @@ from torch.optim import SGD, Adafactor, AdamW, Muon, Optimizer
 
 from engines.base import OptimizerSettings
 from engines.errors import UnsupportedError
-from engines.pruning import pruned
+from engines.pruning import pruned_state
 
 EMBEDDING = "model.embed_tokens.weight"
+MOMENTS = "exp_avg", "exp_avg_sq"
 
 Parameters = Mapping[str, nn.Parameter]
 
@@ -100,10 +101,11 @@ def prune(optimizers: Sequence[Optimizer], trained: Parameters, how: str, ratio:
     generator = np.random.default_rng(seed)
     for optimizer in optimizers:
         for parameter in trained.values():
-            for value in optimizer.state.get(parameter, {}).values():
-                if isinstance(value, Tensor) and value.ndim:
-                    value.copy_(torch.from_numpy(pruned(value.cpu().numpy(), how, ratio, generator)))
-                    zero, total = zero + int((value == 0).sum()), total + value.numel()
+            state = optimizer.state.get(parameter, {})
+            arrays = {key: v.cpu().numpy() for key, v in state.items() if isinstance(v, Tensor) and v.ndim}
+            for key, array in pruned_state(arrays, MOMENTS, how, ratio, generator).items():
+                state[key].copy_(torch.from_numpy(array))
+                zero, total = zero + int((array == 0).sum()), total + array.size
     return zero / total if total else 0.0
 
 

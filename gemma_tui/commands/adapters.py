@@ -32,7 +32,8 @@ def list_adapters(args: argparse.Namespace, output: Output) -> int:
 
 def export(args: argparse.Namespace, output: Output) -> int:
     """Write an adapter to a folder, as PEFT or as mlx-lm reads it."""
-    folder = adapters.export(args.adapter, args.format, Path(args.out).expanduser())
+    out = Path(args.out or f"{Path(args.adapter).name}-{args.format}").expanduser()
+    folder = adapters.export(args.adapter, args.format, out)
     output.say(f"{folder} holds {args.adapter} as {'PEFT' if args.format == 'peft' else 'mlx-lm'} reads it")
     output.row("end", status="done", folder=str(folder), format=args.format)
     return 0
@@ -48,7 +49,8 @@ def import_adapter(args: argparse.Namespace, output: Output) -> int:
 
 def blend(args: argparse.Namespace, output: Output) -> int:
     """Make one adapter of several."""
-    model, made = adapters.blend_adapters(args.adapters, args.weights, args.name, args.how, args.rank)
+    name = args.name or "-".join(("blend", *(Path(adapter).name for adapter in args.adapters)))
+    model, made = adapters.blend_adapters(args.adapters, args.weights, name, args.how, args.rank)
     output.say(f"{model.name} is ready, of rank {made.settings.rank}: `gemma-tui generate {model.name} --prompt ...`")
     if made.kept is None:
         output.say("linear mixes the factors, and is no weighted sum of the updates; svd and cat are")

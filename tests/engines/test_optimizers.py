@@ -166,7 +166,9 @@ def test_only_the_adapters_state_is_pruned(
     states = [state_of(engine, tmp_path / "before")]
     share = engine.prune_optimizer(how, ratio, seed=1)
     states.append(state_of(engine, tmp_path / "after"))
-    assert low - 1e-9 <= share <= high + 1e-9
+    # AdamW's first moment is zero where either was pruned.
+    most = (high + (1 - (1 - high) ** 2)) / 2 + 0.01 if optimizer == "adamw" else high
+    assert low - 1e-9 <= share <= most + 1e-9
     zero = total = 0
     for place, array in states[1].items():
         if "lora_" in place and array.ndim:
@@ -176,3 +178,19 @@ def test_only_the_adapters_state_is_pruned(
     assert share == zero / total
     assert any("lora_" not in place and array.ndim for place, array in states[0].items())
     assert engine.train_step([batch()], 1e-3).applied
+
+
+@pytest.mark.parametrize("how", ["magnitude", "random"])
+def test_a_step_after_a_restart_is_a_few_rates_long(engine: Engine, folder: Path, how: str) -> None:
+    """B is zero then, and the gradient of A with it: a first moment without its second one would be over epsilon."""
+    engine.load(folder, "float32")
+    engine.start_training(TrainingSettings(LORA, merging=True))
+    for seed in range(4):
+        engine.train_step([batch(seed=seed)], 1e-3)
+    engine.merge("fresh", 7)
+    engine.prune_optimizer(how, 0.9, 7)
+    before = {name: a for name, a in inside.weights(engine).items() if "lora_" in name}
+    for step in range(2):
+        engine.train_step([batch(seed=5 + step)], 1e-3 if step else 0.0)
+    moved = max(np.abs(inside.weights(engine)[name] - a).max() for name, a in before.items())
+    assert 1e-4 < moved < 0.05

@@ -132,6 +132,19 @@ def test_blends_are_adapters(command: Commands, make: Make, how: str) -> None:
     assert np.isfinite(logits("both")).all()
 
 
+def test_names_that_are_not_given_come_from_the_adapters(
+    command: Commands, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("one", "two"):
+        command("adapters", "import", str(make(name)), "--name", name)
+    code, rows, _ = command("adapters", "blend", "one", "two", "--weights", "0.5", "0.5")
+    assert (code, rows[-1]["adapter"]) == (0, "blend-one-two")
+    code, rows, _ = command("adapters", "export", "one", "--format", "mlx")
+    assert (code, rows[-1]["folder"]) == (0, "one-mlx")
+    assert (tmp_path / "one-mlx" / "adapters.safetensors").is_file()
+
+
 def test_a_blend_of_one_adapter_with_itself_is_that_adapter(command: Commands, make: Make) -> None:
     source = str(make("source"))
     code, rows, _ = command(

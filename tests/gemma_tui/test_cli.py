@@ -24,7 +24,8 @@ from gemma_tui.studies.events import Event
 from gemma_tui.tokenizer import Tokenizer
 
 Commands = Callable[..., tuple[int, list[dict[str, Any]], str]]
-SMALL = ("--steps", "2", "--batch-size", "2", "--sequence-length", "32", "--rank", "2")
+SHORT = ("--steps", "2", "--batch-size", "2", "--sequence-length", "32")
+SMALL = (*SHORT, "--rank", "2")
 SHAPE = shlex.split(
     "--vocab-size 400 --hidden-size 16 --intermediate-size 16 --num-hidden-layers 1 --num-attention-heads 1 "
     "--num-key-value-heads 1 --head-dim 16"
@@ -165,7 +166,7 @@ def test_a_new_model_is_trained_from_nothing(command: Commands, corpus: Path) ->
     assert code == 0
     assert rows[-1]["parameters"] > 0
     arguments = ("--model", "small", "--data", str(corpus), "--fresh", "--method", "full")
-    assert command("train", *arguments, *SMALL)[0] == 0
+    assert command("train", *arguments, *SHORT)[0] == 0
     code, rows, _ = command("models", "info", "full-1")
     assert (code, rows[0]["config"]["hidden_size"]) == (0, 16)
 
@@ -185,7 +186,7 @@ def test_models_are_listed_with_what_one_can_do_with_them(command: Commands, tin
 
 
 def test_runs_are_listed_newest_first_and_shown_whole(command: Commands, trained: str, tiny: str, corpus: Path) -> None:
-    command("train", "--model", tiny, "--data", str(corpus), *SMALL, "--method", "full")
+    command("train", "--model", tiny, "--data", str(corpus), *SHORT, "--method", "full")
     code, rows, _ = command("runs", "list")
     assert [row["run"] for row in rows[:-1]] == ["full-1", "lora-1"]
     code, rows, _ = command("runs", "show", "lora")

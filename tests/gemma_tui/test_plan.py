@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gemma_tui import paths
 from gemma_tui.cli import _parser
 from gemma_tui.commands.plans import plan_from
 from gemma_tui.errors import UsageError
@@ -222,3 +223,20 @@ def test_a_sweep_over_methods_leaves_out_what_a_method_ignores() -> None:
     assert [plan.rank for plan in plans] == [8, 16]
     with pytest.raises(UsageError, match="makes no difference"):
         variations({**NEEDED, "rank": 16, "method": "full"}, {"seed": "1,2"}, "sweep")
+
+
+PLAN_FILES = sorted((paths.assets() / "plans").glob("*.toml"))
+
+
+@pytest.mark.parametrize("path", PLAN_FILES, ids=lambda path: path.stem)
+def test_the_plans_of_the_results_can_be_run(path: Path) -> None:
+    plan = build(TrainingPlan, read_toml(path), path.name)
+    check(plan)
+    assert plan.name == path.stem
+
+
+def test_the_results_compare_at_equal_data_and_tokens() -> None:
+    assert len(PLAN_FILES) == 9
+    for group in ("scratch", "tune"):
+        plans = [build(TrainingPlan, read_toml(path)) for path in PLAN_FILES if path.stem.startswith(group)]
+        assert len({(p.model, p.data, p.steps, p.batch_size, p.sequence_length, p.seed, p.group) for p in plans}) == 1
