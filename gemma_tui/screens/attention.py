@@ -314,6 +314,8 @@ class AttentionScreen(Workbench):
     def _look_at_new(self) -> None:
         """Look again where another model is loaded, or another engine chosen, and nothing else runs there."""
         place = self.bench.session.place
+        if self._study is not None:
+            self._seen = place.info  # a study loads its model anew, and stays on the screen
         if place.info is not None and place.info is not self._seen and place.job is None and not self._form.display:
             self._look()
 
@@ -346,7 +348,8 @@ class AttentionScreen(Workbench):
             place = self.bench.session.place
             self.board = study.board(place.model, study.job.engine, self._form.values["metric"])
             assert self.board.figure is not None
-            self._figure.show(self.board.figure)
+            # Under one title all along, so that the part that is seen stays.
+            self._figure.show(replace(self.board.figure, title=f"heads over {study.texts}"))
         self._tell()
 
     def _under_cursor(self) -> tuple[int, int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from gemma_tui import paths
@@ -83,14 +83,14 @@ class FollowedStudy:
         return True
 
     def board(self, model: str, engine: str, metric: str) -> Board:
-        """The means of a metric as a view shows them, under one title all along.
+        """The means of a metric as a view.
 
         Raises:
             AssertionError: nothing was found yet.
         """
         assert self.found is not None
         config = self.found.config
-        figure = replace(study_figure(self.found, metric), title=f"heads over {self.texts}")
+        figure = study_figure(self.found, metric)
         local = [config.is_local(layer) for layer in range(config.num_hidden_layers)]
         plan = AttentionPlan(view=VIEW, metric=metric)
         return Board(figure, plan, model, engine, [], local, config.num_attention_heads, config.sliding_window)
