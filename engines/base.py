@@ -16,6 +16,7 @@ import numpy as np
 
 from engines.errors import UnsupportedError
 from engines.gemma3 import Gemma3Config
+from engines.inspection import Edit, Inspection
 
 IGNORED = -100
 """The label of a position that is not supervised."""
@@ -249,13 +250,19 @@ class StepResult:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """The model an engine holds."""
+    """The model an engine holds.
+
+    Attributes:
+        adapter: the folder of the adapter that was put on it.
+        trained: whether training was begun on it since it was loaded, so that it is no longer what the folder holds.
+    """
 
     folder: str
     config: Gemma3Config
     dtype: str
     parameters: int
     adapter: str | None = None
+    trained: bool = False
 
 
 @dataclass(frozen=True)
@@ -304,6 +311,20 @@ class Engine(Protocol):
 
     def log_probs(self, tokens: np.ndarray) -> np.ndarray:
         """``log p(tokens[:, t + 1] | tokens[:, :t + 1])`` in nats: float32 ``[batch, length - 1]``."""
+
+    def inspect(self, tokens: np.ndarray, edits: Sequence[Edit] = (), base: Inspection | None = None) -> Inspection:
+        """Look into how the model reads int32 ``[T]``; nothing is computed before it is asked for.
+
+        Args:
+            base: an inspection of the same tokens without edits, whose residual stream below the first edited layer is
+                shared; the results are the same, bit for bit.
+
+        After a training step or another load, ask for another: this one would go on with other weights.
+
+        Raises:
+            UnsupportedError: the text is empty or too long, an edit names what is not there, or ``base`` is of another
+                text, model or engine, or edited.
+        """
 
     def generate(self, prompt: Sequence[int], sampling: Sampling) -> Iterator[int]:
         """Yield new tokens one by one; ends at ``max_tokens`` or after a stop id, which is yielded too."""

@@ -168,7 +168,7 @@ class GemmaTui(App[None]):
 
     async def action_leave(self) -> None:
         """Quit; with a run going on, ask first."""
-        training = [job for job in self.session.jobs if job.kind == "train"]
+        training = [job for job in self.session.jobs if job.kind in ("train", "study")]
         if not training or isinstance(self.screen, Question):
             self._leave()
             return
@@ -196,6 +196,7 @@ class GemmaTui(App[None]):
         def imports() -> None:
             importlib.import_module("gemma_tui.screens.training")
             importlib.import_module("gemma_tui.screens.generation")
+            importlib.import_module("gemma_tui.screens.attention")
             importlib.import_module("gemma_tui.studies.forecast")
 
         threading.Thread(target=imports, daemon=True).start()  # no worker: leaving would wait for one
@@ -218,6 +219,9 @@ class GemmaTui(App[None]):
             self.tell(text, "error")
         elif job.kind == "train":
             self.tell(f"{job.run} has ended and is saved; the tuned model is loaded")
+        elif job.kind == "study":
+            stopped = f"; `gemma-tui runs resume {job.run}` goes on with it" if job.control.stop.is_set() else ""
+            self.tell(f"{job.run} has ended and is kept{stopped}")
 
     def _answered(self, answer: str | None) -> None:
         if answer == "s":

@@ -24,7 +24,7 @@ OUT_OF_MEMORY = "not enough memory: choose a smaller model, batch or sequence le
 FRAMES_PER_SECOND = "120"
 """Textual draws at fixed ticks and a key passes through two of them; at its usual 60 that alone is 33 ms."""
 
-COMMANDS = "models list, generate, data, train, adapters list, runs list, doctor"
+COMMANDS = "models list, generate, data, train, attention, adapters list, runs list, doctor"
 
 
 class Parser(argparse.ArgumentParser):
@@ -103,6 +103,7 @@ def _parser(given: Sequence[str]) -> Parser:
     _generate(groups, wanted="generate" in given)
     _data(groups, wanted="data" in given)
     _train(groups, wanted="train" in given)
+    _attention(groups, wanted="attention" in given)
     _adapters(groups)
     _runs(groups)
     _queue(groups)
@@ -185,6 +186,24 @@ def _train(groups: argparse._SubParsersAction, wanted: bool) -> None:
         from gemma_tui.studies.training_plan import TrainingPlan
 
         add_options(command, TrainingPlan)
+
+
+def _attention(groups: argparse._SubParsersAction, wanted: bool) -> None:
+    help = "what a model does inside a text: heads, sinks, lens, attribution, ablation"
+    command = _command(groups, "attention", help, "attention:attention")
+    command.add_argument("model", metavar="M", help="name, folder, run or hub id")
+    command.add_argument("--dtype", choices=("float32", "bfloat16"), help="dtype of the weights; the device's default")
+    command.add_argument("--stats", action="store_true", help="every head's metrics: the view heads, the default")
+    for name, what in (("html", "a page that needs nothing else"), ("svg", "pictures"), ("npz", "arrays")):
+        command.add_argument(f"--{name}", metavar="FILE", help=f"write the view as {what}")
+    _engine_option(command)
+    if wanted:
+        from gemma_tui.commands.plans import add_options
+        from gemma_tui.studies.attention.plan import AttentionPlan
+        from gemma_tui.studies.attention.survey import HeadStudyPlan
+
+        add_options(command, AttentionPlan)
+        add_options(command.add_argument_group("heads over many texts"), HeadStudyPlan, ("model", "seed"))
 
 
 def _adapters(groups: argparse._SubParsersAction) -> None:

@@ -25,7 +25,7 @@ class Output:
         self._passing = 0
         """Columns of the line that the next one takes the place of."""
 
-    def row(self, kind: str, **values: Any) -> None:
+    def row(self, kind: str, /, **values: Any) -> None:
         """One JSON object on a line of its own; nothing for a person."""
         if self.as_json:
             print(json.dumps({"kind": kind, **{k: _finite(v) for k, v in values.items()}}), flush=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -19,11 +20,16 @@ from gemma_tui.studies.events import Control, passing
 if TYPE_CHECKING:
     from engines.base import DeviceInfo, Engine, ModelInfo
     from gemma_tui.runs.store import RunStore
+    from gemma_tui.studies.attention.looking import Board, Desk
+    from gemma_tui.studies.attention.plan import AttentionPlan
+    from gemma_tui.studies.attention.survey import HeadStudyPlan
     from gemma_tui.studies.generation import Generation, GenerationPlan
     from gemma_tui.studies.recording import Recorded
     from gemma_tui.studies.training_plan import TrainingPlan
 
 Progress = Callable[[float, str], None]
+
+NO_MODEL = "no model is loaded: press 1, choose one and press enter"
 
 
 @dataclass
@@ -31,7 +37,7 @@ class Job:
     """Something an engine is doing.
 
     Attributes:
-        kind: ``load``, ``train`` or ``generate``.
+        kind: ``load``, ``train``, ``generate``, ``look`` or ``study``.
         label: a few words for the status line.
         share: how much of it is done, 0 to 1.
         detail: what is being done now.
@@ -67,6 +73,13 @@ class Place:
     info: ModelInfo | None = None
     memory: int = 0
     job: Job | None = None
+    desk: Desk | None = None
+    """The text that was looked at last; belongs to the engine's thread."""
+
+    def clear(self, engine: Engine) -> None:
+        """Give back what the model and the text take; runs on the engine's thread."""
+        self.desk = None
+        engine.unload()
 
 
 class Session:
@@ -113,7 +126,9 @@ class Session:
         if not others:
             raise UnsupportedError(f"{self.engine} is the only engine here: `gemma-tui doctor` says how to add another")
         before, self.engine = self.place, others[0]
-        if before.job is not None:
+        if before.job is not None and before.job.kind == "look":
+            before.job.control.stop.set()
+        elif before.job is not None:
             return f"engine {self.engine}; {before.job.label} goes on with {before.thread.name}"
         if self.place.job is not None:
             busy = f"engine {self.engine} is busy with {self.place.job.label}"
@@ -121,7 +136,7 @@ class Session:
         if before.model:
             if before.model != self.place.model:
                 self.load(before.model)
-            before.thread.submit(lambda engine: engine.unload())
+            before.thread.submit(before.clear)
             before.model, before.info = "", None
         return f"engine {self.engine}"
 
@@ -141,12 +156,12 @@ class Session:
                     raise UnsupportedError("loading was stopped")
                 job.share, job.detail = share, text
 
-            place.model, place.info = "", None
+            place.model, place.info, place.desk = "", None, None
             model = resolve(name, progress)
-            info = engine.load(model.folder, None, progress)
+            engine.load(model.folder, None, progress)
             if model.adapter is not None:
                 engine.load_adapter(model.adapter)
-            place.model, place.info = model.name, info
+            place.model, place.info = model.name, engine.model()
 
         return self._start(Job("load", f"loading {name}", self.engine), work)
 
@@ -185,6 +200,7 @@ class Session:
         def work(engine: Engine, job: Job) -> None:
             from gemma_tui.runs.store import RunStore
 
+            place.desk = None
             store = RunStore()
             recorded = begin(engine, job.control, store)
             place.model, place.info = "", None
@@ -207,7 +223,7 @@ class Session:
         """
         place = self.place
         if not place.model:
-            raise UnsupportedError("no model is loaded: press 1, choose one and press enter")
+            raise UnsupportedError(NO_MODEL)
 
         def work(engine: Engine, job: Job) -> None:
             from gemma_tui.hub.models import resolve
@@ -222,6 +238,63 @@ class Session:
                     break
 
         return self._start(Job("generate", "writing", self.engine), work)
+
+    def look(self, plan: AttentionPlan, show: Callable[[Board], object]) -> Job:
+        """Look into a text with the loaded model.
+
+        Args:
+            show: called with the view on the engine's thread, unless the job was stopped before.
+
+        Raises:
+            UnsupportedError: the engine is busy, or no model is loaded.
+        """
+        place = self.place
+        if not place.model:
+            raise UnsupportedError(NO_MODEL)
+
+        name = place.model
+
+        def work(engine: Engine, job: Job) -> None:
+            from gemma_tui.studies.attention.looking import board_of, desk_of, look
+
+            if job.control.stop.is_set():
+                return
+            place.desk = desk_of(place.desk, engine, name)
+            view = look(place.desk, plan)
+            while not job.control.stop.is_set():
+                try:
+                    job.share = next(view)
+                except StopIteration as end:
+                    show(board_of(place.desk, end.value, plan))
+                    return
+            view.close()
+
+        return self._start(Job("look", plan.view, self.engine), work)
+
+    def study(self, plan: HeadStudyPlan) -> Job:
+        """Study the heads of the loaded model over many texts, as a run; the model stays loaded.
+
+        Raises:
+            UnsupportedError: the engine is busy, or no model is loaded.
+        """
+        place = self.place
+        if not place.model:
+            raise UnsupportedError(NO_MODEL)
+
+        def work(engine: Engine, job: Job) -> None:
+            from gemma_tui.runs.store import RunStore
+            from gemma_tui.studies.attention.survey import record_heads
+
+            total = plan.rows
+            with closing(RunStore()) as store:
+                recorded = record_heads(engine, plan, job.control, store)
+                job.run = job.label = recorded.run.run_id
+                for event in recorded.events:
+                    total = event.values["texts"] if event.kind == "start" else total
+                    job.share, job.detail = event.step / total, f"text {event.step:,}/{total:,}"
+                    place.info, place.memory = engine.model(), engine.memory()
+
+        return self._start(Job("study", "heads", self.engine), work)
 
     def stop(self) -> None:
         """Ask everything that runs to end; training saves first."""
@@ -238,8 +311,8 @@ class Session:
         before = place.job
         if before is not None and before.future.done():
             self._ended.append(before)
-        elif before is not None and before.kind == job.kind == "load":
-            before.control.stop.set()  # another model was chosen meanwhile
+        elif before is not None and before.kind == job.kind and job.kind in ("load", "look"):
+            before.control.stop.set()  # another one was chosen meanwhile
         elif before is not None:
             raise UnsupportedError(f"{job.engine} is busy with {before.label}: stop it first, or switch the engine")
         place.job = job

@@ -36,6 +36,14 @@ def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
 
 
 @pytest.fixture
+def torch_engine() -> Iterator[Engine]:
+    """For what is one for both engines and was tested on both below."""
+    engine = opened("torch")
+    yield engine
+    engine.unload()
+
+
+@pytest.fixture
 def both_engines() -> Iterator[tuple[Engine, Engine]]:
     """torch and MLX side by side."""
     pair = opened("torch"), opened("mlx")

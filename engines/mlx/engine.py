@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,10 @@ from engines.checkpoints import as_bfloat16, iterate_model, write_json, write_sa
 from engines.errors import UnsupportedError
 from engines.gemma3 import Gemma3Config, read_config
 from engines.initialisation import gemma3_weights
+from engines.inspection import Edit, Inspection
 from engines.memory import ensure_memory, training_bytes
 from engines.mlx import adapters, decoding, device, merging, optimizers, rank1, state, training
+from engines.mlx.inspection import MLXInspection
 from engines.mlx.model import Gemma3
 from engines.origin import first_weights
 
@@ -97,6 +100,9 @@ class MLXEngine:
             mx.eval(parts[-1])
         return np.array(mx.concatenate(parts)).reshape(tokens.shape[0], -1)
 
+    def inspect(self, tokens: np.ndarray, edits: Sequence[Edit] = (), base: Inspection | None = None) -> MLXInspection:
+        return MLXInspection(self._loaded(), tokens, edits, base)
+
     def generate(self, prompt: Sequence[int], sampling: Sampling) -> Iterator[int]:
         return decoding.generate(self._loaded().eval(), prompt, sampling)
 
@@ -106,6 +112,7 @@ class MLXEngine:
         needed = training_bytes(model.config, settings, ITEM_BYTES[self._loaded_info().dtype])
         ensure_memory("training", needed, device.free(self._device))
         self._settings = settings
+        self._info = replace(self._loaded_info(), trained=True)
         self._training = training.start_training(model, settings)
         self._touched |= set(self._training.trained)
         return sum(p.size for _, p in tree_flatten(model.trainable_parameters()))
@@ -158,6 +165,7 @@ class MLXEngine:
         adapters.put_lora(model, factors, lora)
         self._start = (factors, lora)
         self._settings = TrainingSettings(lora)
+        self._info = replace(self._loaded_info(), adapter=str(folder))
 
     def save_model(self, folder: Path, config: Mapping[str, Any], dtype: str | None = None) -> None:
         model, stored = self._loaded(), dtype or self._loaded_info().dtype

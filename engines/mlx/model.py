@@ -94,15 +94,22 @@ class Attention(nn.Module):
     def __call__(
         self, x: mx.array, rotation: tuple[mx.array, mx.array], mask: mx.array | str | None, cache: KVCache | None
     ) -> mx.array:
+        q, k, v = self.project(x, rotation)
+        if cache is not None:
+            k, v = cache.append(k, v)
+        return self.join(attention(q, k, v, self.scale, mask))
+
+    def project(self, x: mx.array, rotation: tuple[mx.array, mx.array]) -> tuple[mx.array, mx.array, mx.array]:
+        """Queries ``[batch, heads, length, head_dim]``, keys and values, as they meet each other."""
         batch, length, _ = x.shape
         q = self.q_proj(x).reshape(batch, length, self.heads, self.head_dim).swapaxes(1, 2)
         k = self.k_proj(x).reshape(batch, length, self.kv_heads, self.head_dim).swapaxes(1, 2)
         v = self.v_proj(x).reshape(batch, length, self.kv_heads, self.head_dim).swapaxes(1, 2)
-        q = rotate(self.q_norm(q), rotation)
-        k = rotate(self.k_norm(k), rotation)
-        if cache is not None:
-            k, v = cache.append(k, v)
-        y = attention(q, k, v, self.scale, mask)
+        return rotate(self.q_norm(q), rotation), rotate(self.k_norm(k), rotation), v
+
+    def join(self, y: mx.array) -> mx.array:
+        """The outputs of the heads ``[batch, heads, length, head_dim]``, side by side, through ``o_proj``."""
+        batch, _, length, _ = y.shape
         return self.o_proj(y.swapaxes(1, 2).reshape(batch, length, -1))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,11 @@ from engines.checkpoints import as_bfloat16, iterate_model, write_json, write_sa
 from engines.errors import UnsupportedError
 from engines.gemma3 import Gemma3Config, read_config
 from engines.initialisation import gemma3_weights
+from engines.inspection import Edit, Inspection
 from engines.memory import ensure_memory, training_bytes
 from engines.origin import first_weights
 from engines.torch import adapters, decoding, device, merging, optimizers, rank1, state, training
+from engines.torch.inspection import TorchInspection
 from engines.torch.model import Gemma3
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2}
@@ -97,6 +100,11 @@ class TorchEngine:
             ]
             return torch.cat(parts).view(tokens.shape[0], -1).cpu().numpy()
 
+    def inspect(
+        self, tokens: np.ndarray, edits: Sequence[Edit] = (), base: Inspection | None = None
+    ) -> TorchInspection:
+        return TorchInspection(self._loaded(), tokens, edits, base, self._device)
+
     def generate(self, prompt: Sequence[int], sampling: Sampling) -> Iterator[int]:
         return decoding.generate(self._loaded().eval(), prompt, sampling)
 
@@ -106,6 +114,7 @@ class TorchEngine:
         needed = training_bytes(model.config, settings, ITEM_BYTES[self._loaded_info().dtype])
         ensure_memory("training", needed, device.free(self._device))
         self._settings = settings
+        self._info = replace(self._loaded_info(), trained=True)
         self._training = training.start_training(model, settings)
         self._touched |= set(self._training.trained)
         return sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -159,6 +168,7 @@ class TorchEngine:
         adapters.put_lora(model, factors, lora)
         self._start = (factors, lora)
         self._settings = TrainingSettings(lora)
+        self._info = replace(self._loaded_info(), adapter=str(folder))
 
     def save_model(self, folder: Path, config: Mapping[str, Any], dtype: str | None = None) -> None:
         model, stored = self._loaded(), dtype or self._loaded_info().dtype

@@ -95,15 +95,22 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, rotation: tuple[Tensor, Tensor], mask: Tensor | str | None, cache: KVCache | None
     ) -> Tensor:
+        q, k, v = self.project(x, rotation)
+        if cache is not None:
+            k, v = cache.append(k, v)
+        return self.join(attention(q, k, v, self.scale, mask))
+
+    def project(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries ``[batch, heads, length, head_dim]``, keys and values, as they meet each other."""
         batch, length, _ = x.shape
         q = self.q_proj(x).view(batch, length, self.heads, self.head_dim).transpose(1, 2)
         k = self.k_proj(x).view(batch, length, self.kv_heads, self.head_dim).transpose(1, 2)
         v = self.v_proj(x).view(batch, length, self.kv_heads, self.head_dim).transpose(1, 2)
-        q = rotate(self.q_norm(q), rotation)
-        k = rotate(self.k_norm(k), rotation)
-        if cache is not None:
-            k, v = cache.append(k, v)
-        y = attention(q, k, v, self.scale, mask)
+        return rotate(self.q_norm(q), rotation), rotate(self.k_norm(k), rotation), v
+
+    def join(self, y: Tensor) -> Tensor:
+        """The outputs of the heads ``[batch, heads, length, head_dim]``, side by side, through ``o_proj``."""
+        batch, _, length, _ = y.shape
         return self.o_proj(y.transpose(1, 2).reshape(batch, length, -1))
 
 

@@ -56,7 +56,7 @@ def compare_runs(store: RunStore, runs: Sequence[Run], args: argparse.Namespace,
     if args.x not in comparison.axes():
         raise UsageError(
             f"--x is {args.x[:40]!r}; choose from {', '.join(comparison.axes())}"
-            " (an option of the plans where it is a number and all they differ in)"
+            " (an option of the plans where it is a number and runs differ in it alone)"
         )
     _curves(comparison, args, output)
     names = [compared.run.run_id for compared in comparison.runs]
@@ -84,7 +84,7 @@ def _curves(comparison: Comparison, args: argparse.Namespace, output: Output) ->
     for name, x, y, number in comparison.lines(args.measure, args.x, args.smooth):
         series.append(Series(one_line(name, 60), x, y, number))
         points = {"x": x.tolist(), "y": y.tolist()} if output.as_json else {}
-        of = {"run": name} if args.x in AXES else {}
+        of = {"run": name} if args.x in AXES else {"line": name} if name != args.x else {}
         output.row("curve", **of, measure=args.measure, axis=args.x, **points)
     without = [c.run.run_id for c in comparison.runs if args.measure not in c.curves]
     if without:
@@ -96,7 +96,7 @@ def _curves(comparison: Comparison, args: argparse.Namespace, output: Output) ->
     heading = title(args.measure, evaluated, args.smooth) + (" (log)" if args.log else "")
     x_title, log_x = comparison.axes()[args.x], comparison.log_x(args.x)
     print(draw(series, width, HEIGHT, heading, args.log, colour, x_title, named=False, log_x=log_x))
-    if args.x in AXES:
+    if args.x in AXES or len(series) > 1:
         print("\n".join(legend(series, width, colour)))
 
 

@@ -11,9 +11,11 @@ from gemma_tui.studies.plan import build, options
 P = TypeVar("P")
 
 
-def add_options(command: argparse.ArgumentParser, plan: type) -> None:
+def add_options(command: argparse._ActionsContainer, plan: type, left_out: tuple[str, ...] = ()) -> None:
     """Give a command the options of a plan; what is not given is not in the result."""
     for o in options(plan):
+        if o.name in left_out:
+            continue
         default = o.open_means if o.default is None else o.default
         shown = f" (default {default})" if default not in ("", False) else ""
         hint = f"; {o.hint}" if o.hint else ""

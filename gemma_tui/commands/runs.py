@@ -98,6 +98,10 @@ def resume_run(run: Run, output: Output) -> int:
     from gemma_tui.studies.recording import resume_training
     from gemma_tui.studies.training_plan import plan_of
 
+    if run.study == "heads":
+        from gemma_tui.commands import attention
+
+        return attention.resume(run.run_id, output)
     if run.study != "training":
         raise UsageError(f"{run.run_id} is no training run: start it again with `{run.command}`")
     control = Control()

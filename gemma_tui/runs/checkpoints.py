@@ -126,6 +126,15 @@ def latest(folder: Path) -> Found:
     return Found(None, tuple(problems))
 
 
+def whole(folder: Path) -> list[tuple[Path, int]]:
+    """Every checkpoint that is whole, with the optimizer steps taken before it, by rising step.
+
+    Raises:
+        GemmaTuiError: the folder cannot be listed.
+    """
+    return [(path, _step(path)) for path in _checkpoints(folder) if damage(path) is None]
+
+
 def damage(path: Path) -> str | None:
     """What is wrong with a checkpoint, in one line that names the file; None if it is whole, every byte of it read."""
     try:

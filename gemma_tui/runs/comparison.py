@@ -267,19 +267,18 @@ class Comparison:
             if not compared.hidden and measure in compared.curves:
                 yield compared, compared.curves[measure]
 
-    def option(self) -> str:
-        """The one option in which the runs differ, if it is a number in all of them; else nothing."""
-        found = {key: values for key, values in differences([c.run for c in self.runs]).items() if key not in LABELS}
-        if len(found) != 1:
-            return ""
-        ((option, values),) = found.items()
-        numbers = len(values) == len(self.runs) and all(_is_number(value) for value in values.values())
-        return option if numbers and option not in AXES else ""
+    def options(self) -> list[str]:
+        """The options in which runs differ that are alike in all others, and that are numbers in all runs."""
+        found = self._differences()
+        numbers = (
+            option for option, values in found.items()
+            if option not in AXES and len(values) == len(self.runs) and all(map(_is_number, values.values()))
+        )  # fmt: skip
+        return [option for option in numbers if len(set(self._groups(option))) < len(self.runs)]
 
     def axes(self) -> dict[str, str]:
-        """What a measure can be drawn against, with its title: also the option that differs, if it is one number."""
-        option = self.option()
-        return AXES | ({option: one_line(option.replace("_", " "), 40)} if option else {})
+        """What a measure can be drawn against, with its title: also the options that differ and are numbers."""
+        return AXES | {option: one_line(option.replace("_", " "), 40) for option in self.options()}
 
     def log_x(self, axis: str) -> bool:
         """Whether an option spans so much that a logarithmic axis shows it better."""
@@ -287,14 +286,38 @@ class Comparison:
         return bool(values) and 0 < min(values) * WIDE_SPAN <= max(values) < math.inf
 
     def lines(self, measure: str, axis: str, window: int) -> list[tuple[str, np.ndarray, np.ndarray, int]]:
-        """Name, x, y and look of each line of a chart: a run's, or against an option the last value of all runs."""
+        """Name, x, y and look of each line of a chart: a run's, or the last values of the runs over an option.
+
+        Against an option, runs that also differ in others are on lines of their own, named by these.
+        """
         shown = [(compared, *curve.points(axis if axis in AXES else "step", window))
                  for compared, curve in self.shown(measure)]  # fmt: skip
         if axis in AXES:
             return [(compared.run.run_id, x, y, compared.look) for compared, x, y in shown]
-        ends = sorted((_number(compared.run.plan[axis]), float(y[-1])) for compared, _, y in shown if y.size)
-        x, y = np.array(ends, np.float64).reshape(-1, 2).T
-        return [(axis, x, y, 0)] if ends else []
+        groups = dict(zip((compared.run.run_id for compared in self.runs), self._groups(axis), strict=True))
+        ends: dict[str, list[tuple[float, float]]] = {}
+        for compared, _, values in shown:
+            if values.size:
+                point = _number(compared.run.plan[axis]), float(values[-1])
+                ends.setdefault(groups[compared.run.run_id], []).append(point)
+        names = list(dict.fromkeys(groups.values()))
+        return [
+            (name or axis, *np.array(sorted(ends[name]), np.float64).T, number)
+            for number, name in enumerate(names) if name in ends
+        ]  # fmt: skip
+
+    def _differences(self) -> dict[str, dict[str, Any]]:
+        """What differs but for the labels."""
+        found = differences([compared.run for compared in self.runs])
+        return {key: values for key, values in found.items() if key not in LABELS}
+
+    def _groups(self, option: str) -> list[str]:
+        """For each run, what it has of the other options that differ, for a person; nothing where none does."""
+        others = {key: values for key, values in self._differences().items() if key != option}
+        return [
+            ", ".join(f"{key} {option_text(values, compared.run.run_id)}" for key, values in others.items())
+            for compared in self.runs
+        ]
 
 
 def title(measure: str, evaluated: bool, window: int) -> str:

@@ -1,22 +1,442 @@
-"""Attention: not built yet; the screen says in one line what it will do."""
+"""Attention: what a model does inside a text, one key for each view."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
+from textual.binding import Binding
+from textual.events import Resize
+from textual.message import Message
 from textual.widget import Widget
-from textual.widgets import Static
+from textual.widgets import DataTable, Static
 
+from gemma_tui.errors import UsageError
+from gemma_tui.exports import export
+from gemma_tui.pair_grid import PairGrid
+from gemma_tui.screens.head_study import TEXTS, FollowedStudy, bundled_texts, small_plan
 from gemma_tui.screens.workbench import Workbench
+from gemma_tui.session import NO_MODEL
+from gemma_tui.studies.attention.heads import METRICS, head_name
+from gemma_tui.studies.attention.looking import Board
+from gemma_tui.studies.attention.plan import AttentionPlan
+from gemma_tui.studies.plan import Option, command, honoured
+from gemma_tui.text import one_line
+from gemma_tui.widgets.figure_view import FigureView
+from gemma_tui.widgets.heatmap import HeatMap
+from gemma_tui.widgets.pair_map import PairMap
+from gemma_tui.widgets.plan_form import Field, PlanForm
+
+SECONDS = 0.2
+JUMP = Option("jump", str, "", "a layer (L5), a head (L5.H1), a position (34) or a token of the text")
+EXPORT = Option("export", str, "attention.html", "file to write: .html, .svg, .npz or .json")
+HEAD = re.compile(r"[lL]?(\d{1,3})\.[hH]?(\d{1,3})")
+LAYER = re.compile(r"[lL](\d{1,3})")
+NUMBER = re.compile(r"\d{1,9}")
+WITH_POSITION = ("lens", "attribution")
+"""Views of a position of the text, beside that of one head."""
+
+KEYS = (
+    ("g", "view('heads')", "Heads", True, "All heads, coloured by a metric"),
+    ("h", "head", "Head", True, "The head under the cursor, query by key"),
+    ("l", "view('local-global')", "Local", True, "Local against global layers"),
+    ("k", "view('sinks')", "Sinks", True, "Sinks and massive activations"),
+    ("n", "view('lens')", "Lens", False, "Logit lens, layer by position"),
+    ("a", "view('attribution')", "Attribution", False, "What each part of the model adds to a logit"),
+    ("t", "view('types')", "Types", False, "Types of heads, on repeated random tokens"),
+    ("s", "view('scan')", "Scan", False, "Each head ablated in turn"),
+    ("b", "ablate", "Ablate", False, "Take away the head under the cursor"),
+    ("w", "second('patching')", "Patch", False, "Put values of a second text into this one"),
+    ("d", "second('differences')", "Differences", False, "How heads differ: another text, model, engine, dtype"),
+    ("y", "study", "Study", False, "Mean metrics of all heads over many texts, as a run"),
+    ("u", "view('check')", "Check", False, "Hold the weights against transformers' eager attention"),
+    ("m", "metric(1)", "Metric", False, "Colour the heads by the next metric"),
+    ("f", "filter", "Filter", False, "Keep the heads for which an expression holds"),
+    ("v", "turn", "Part", True, "The next map, chart or table of the view"),
+    ("slash", "jump", "Jump", True, "Go to a layer, head, position or token"),
+    ("left_square_bracket", "step(-1)", "Head before", False, "The head before this one"),
+    ("right_square_bracket", "step(1)", "Next head", False, "The head after this one"),
+    ("left_curly_bracket", "layer(-1)", "Layer before", False, "The same head, a layer lower"),
+    ("right_curly_bracket", "layer(1)", "Next layer", False, "The same head, a layer higher"),
+    ("i", "edit('text')", "Text", True, "Type another text"),
+    ("p", "plan", "Plan", False, "All options; once more looks again"),
+    ("o", "export", "Export", False, "Write the view to a file"),
+    ("x", "stop", "Stop", False, "Break off what is computed"),
+    ("enter", "head", "Open", False, "The head under the cursor"),
+)
+"""Key, action, name, whether the footer has room for it, and what it does."""
+
+DISPLAYED = {
+    "slash": "/", "left_square_bracket": "[", "right_square_bracket": "]", "left_curly_bracket": "{",
+    "right_curly_bracket": "}",
+}  # fmt: skip
 
 
 class AttentionScreen(Workbench):
-    """One line."""
+    """A text, a view of it, and the plan of both as a form behind a key."""
 
     MODE = "attention"
+    BINDINGS = [
+        Binding(key, action, name, id=f"attention.{name.lower().replace(' ', '_')}", show=shown, tooltip=meaning,
+                key_display=DISPLAYED.get(key))
+        for key, action, name, shown, meaning in KEYS
+    ]  # fmt: skip
+
+    class Looked(Message):
+        """A view is there."""
+
+        def __init__(self, board: Board) -> None:
+            super().__init__()
+            self.board = board
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.board = Board()
+        self._seen: object = None
+        """The loaded model that was looked at last, or that this was tried with."""
+        self._position: int | None = None
+        """Where the cursor goes once the head is shown."""
+        self._study: FollowedStudy | None = None
 
     def body(self) -> Iterable[Widget]:
-        """What will be here."""
-        yield Static(
-            "Attention will show what local and global layers attend to, head by head.", classes="pane", markup=False
-        )
+        """What is looked at, the figure, and the form, which is hidden at first."""
+        yield Static("", id="looked", markup=False)
+        yield FigureView(id="figure")
+        form = PlanForm(AttentionPlan, id="attention-plan")
+        form.display = False
+        yield form
+        yield Static("", id="explained", markup=False)
+
+    def on_mount(self) -> None:
+        """Follow what is computed."""
+        self.query_one("#explained").display = False
+        self._tell()
+        self.set_interval(SECONDS, self._tell)
+        self.set_interval(SECONDS, self._follow)
+
+    def on_screen_resume(self) -> None:
+        """Look at once, where there is a model that was not looked at yet."""
+        self._look_at_new()
+
+    def on_resize(self, event: Resize) -> None:
+        """Wide and narrow show different parts."""
+        self.call_after_refresh(self._figure.relayout)
+
+    def command(self) -> str:
+        """The command that shows the same."""
+        if self._study is not None and self._study.command:
+            return self._study.command
+        session = self.bench.session
+        plan = honoured(AttentionPlan(**self._form.values))
+        verb = ("attention", session.place.model or "nano", "--engine", session.engine, "--view", plan.view)
+        return command(verb, replace(plan, view=AttentionPlan.view))
+
+    def action_view(self, view: str) -> None:
+        """Show another view of the text."""
+        self._set(view=view)
+
+    def action_head(self) -> None:
+        """Show the head that the cursor is on."""
+        layer, head = self._under_cursor()
+        self._set(view="head", layer=layer, head=head, position="")
+
+    def action_ablate(self) -> None:
+        """Take away the head that the cursor is on, and see what that does."""
+        self._set(view="ablation", ablate=head_name(*self._under_cursor()))
+
+    def action_metric(self, by: int) -> None:
+        """Colour the heads by another metric."""
+        names = list(METRICS)
+        now = self._form.values["metric"]
+        if self._study is not None:
+            self._form.set("metric", names[(names.index(now) + by) % len(names)] if now in names else names[0])
+            self._show_study(self._study)
+            return
+        shown = self.board.plan.view == "heads" and now in names
+        self._set(view="heads", metric=names[(names.index(now) + by) % len(names)] if shown else names[0])
+
+    def action_study(self) -> None:
+        """Study the heads over many texts; if that goes on already, show it."""
+        session = self.bench.session
+        going_on = [job for job in session.jobs if job.kind == "study"]
+        if going_on:
+            self._study = self._study or FollowedStudy(going_on[0], going_on[0].run)
+            return
+
+        def named(texts: str | None) -> None:
+            if texts:
+                self.bench.attempt(lambda: begin(texts.strip()))
+
+        def begin(texts: str) -> None:
+            self._study = FollowedStudy(session.study(small_plan(session.place.model, texts)), texts)
+            self._tell()
+
+        self.app.push_screen(Field(TEXTS, bundled_texts()), named)
+
+    def action_step(self, by: int) -> None:
+        """The next head, or the one before, going on to other layers."""
+        layers, heads = max(1, len(self.board.local)), max(1, self.board.heads)
+        layer, head = self._under_cursor()
+        layer, head = divmod((layer * heads + head + by) % (layers * heads), heads)
+        self._set(view="head", layer=layer, head=head)
+
+    def action_layer(self, by: int) -> None:
+        """The same head of the next layer, or of the one before."""
+        layer, head = self._under_cursor()
+        self._set(view="head", layer=(layer + by) % max(1, len(self.board.local)), head=head)
+
+    def action_turn(self) -> None:
+        """Show the next part of the view."""
+        self._figure.turn()
+        self._tell()
+
+    def action_edit(self, name: str, **also: Any) -> None:
+        """Type a value of the plan, and look again."""
+
+        def changed(text: str | None) -> None:
+            if text is not None:
+                self._set(**{**({"text_file": ""} if name == "text" else {}), name: text, **also})
+
+        self.app.push_screen(Field(self._form.options[name], self._form.values[name]), changed)
+
+    def action_filter(self) -> None:
+        """Type which heads are kept."""
+        self.action_edit("where", view="heads")
+
+    def action_second(self, view: str) -> None:
+        """Show a view that takes a second text, and ask for it where there is neither that nor another side."""
+        values = self._form.values
+        others = ("other_text", "other_model", "other_engine", "other_dtype")
+        if any(values[name] for name in (others if view == "differences" else others[:1])):
+            self._set(view=view)
+            return
+        self._form.set("view", view)
+        if view == "differences":
+            self.bench.tell("with a second text; p takes another model, engine or dtype in place of it")
+        self.action_edit("other_text")
+
+    def action_jump(self) -> None:
+        """Go to what is typed."""
+
+        def typed(text: str | None) -> None:
+            if text and text.strip():
+                self.bench.attempt(lambda: self._jump(text.strip()))
+
+        self.app.push_screen(Field(JUMP, ""), typed)
+
+    def action_plan(self) -> None:
+        """All options as a form; the key that opened it closes it and looks again."""
+        if self._form.display:
+            self._look()
+        else:
+            self._open_plan(True)
+            self._form.focus()
+
+    def action_export(self) -> None:
+        """Write the figure to a file."""
+        figure = self.board.figure
+        if figure is None:
+            self.bench.tell("nothing is shown yet", "warning")
+            return
+
+        def named(name: str | None) -> None:
+            if name:
+                path = Path(name).expanduser()
+                if self.bench.attempt(lambda: export(figure, path)):
+                    self.bench.tell(f"written: {path}")
+
+        self.app.push_screen(Field(EXPORT, EXPORT.default), named)
+
+    def action_stop(self) -> None:
+        """Break off what is computed."""
+        job = self.bench.session.place.job
+        if job is not None and job.kind in ("look", "study"):
+            job.control.stop.set()
+        else:
+            self.bench.tell("nothing is computed here", "warning")
+
+    def job_ended(self) -> None:
+        """A model that was loaded meanwhile is looked at."""
+        self._look_at_new()
+
+    def on_attention_screen_looked(self, message: Looked) -> None:
+        """Show what was found."""
+        self.board, figure, self._study = message.board, message.board.figure, None
+        if figure is None:
+            return
+        pairs = _pairs(self.board) if self.board.plan.view == "head" else None
+        self._figure.show(figure, pairs)
+        if pairs is not None and self._position is not None:
+            self._go(self._position)
+        self._position = None
+        self._tell()
+
+    def on_data_table_row_selected(self, event: DataTable.RowSelected) -> None:
+        """Open the head of a row."""
+        row = event.data_table.get_row(event.row_key)
+        if found := HEAD.fullmatch(str(row[0])):
+            self._set(view="head", layer=int(found[1]), head=int(found[2]), position="")
+
+    def on_plan_form_explained(self, event: PlanForm.Explained) -> None:
+        """What the option under the cursor does."""
+        self.query_one("#explained", Static).update(event.text, layout=False)
+
+    @property
+    def _form(self) -> PlanForm[AttentionPlan]:
+        return self.query_one(PlanForm)
+
+    @property
+    def _figure(self) -> FigureView:
+        return self.query_one(FigureView)
+
+    def _set(self, **values: Any) -> None:
+        for name, value in values.items():
+            self._form.set(name, value)
+        self._look()
+
+    def _look(self) -> None:
+        place = self.bench.session.place
+
+        def begin() -> None:
+            self.bench.session.look(self._form.build(), lambda board: self.post_message(self.Looked(board)))
+
+        self._open_plan(False)
+        if place.job is not None and place.job.kind == "load":
+            self._seen = None  # looked at once it is there
+        else:
+            self._seen = place.info
+            self.bench.attempt(begin)
+        self._tell()
+
+    def _look_at_new(self) -> None:
+        """Look again where another model is loaded, or another engine chosen, and nothing else runs there."""
+        place = self.bench.session.place
+        if self._study is not None:
+            self._seen = place.info  # a study loads its model anew, and stays on the screen
+        if place.info is not None and place.info is not self._seen and place.job is None and not self._form.display:
+            self._look()
+
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        """Keys of what is not seen while the plan is open are off, which makes room for the plan's own."""
+        return not (action in ("turn", "jump") and self.is_mounted and self._form.display)
+
+    def _open_plan(self, shown: bool) -> None:
+        self._form.display, self._figure.display = shown, not shown
+        self.refresh_bindings()
+        self.query_one("#explained").display = shown
+        if not shown:
+            self._figure.focus_part()
+
+    def _follow(self) -> None:
+        """Show what a study has found since."""
+        study = self._study
+        if study is None or not self.is_current:
+            return
+
+        def read() -> None:
+            if study.read():
+                self._show_study(study)
+
+        if not self.bench.attempt(read) or study.fruitless:
+            self._study = None
+
+    def _show_study(self, study: FollowedStudy) -> None:
+        if study.found is not None:
+            place = self.bench.session.place
+            self.board = study.board(place.model, study.job.engine, self._form.values["metric"])
+            assert self.board.figure is not None
+            # Under one title all along, so that the part that is seen stays.
+            self._figure.show(replace(self.board.figure, title=f"heads over {study.texts}"))
+        self._tell()
+
+    def _under_cursor(self) -> tuple[int, int]:
+        """Layer and head of the map's cursor, or those of the plan."""
+        values, map_ = self._form.values, self.query_one(HeatMap)
+        if map_.display and map_.heat.values.size:
+            place = f"{map_.heat.rows[map_.row]}.{map_.heat.columns[map_.column].split()[0]}"
+            if found := re.fullmatch(r"L(\d+)\.H(\d+)", place):
+                return int(found[1]), int(found[2])
+        return int(values["layer"]), int(values["head"])
+
+    def _jump(self, text: str) -> None:
+        if not self.board.labels:
+            raise UsageError("nothing is shown yet: press g to look at all heads")
+        layer, head = self._under_cursor()
+        if found := HEAD.fullmatch(text):
+            self._set(view="head", position="", **self._there(int(found[1]), int(found[2])))
+        elif found := LAYER.fullmatch(text):
+            self._set(view="head", position="", **self._there(int(found[1]), head))
+        elif self.board.plan.view == "head":
+            self._go(self._place(text))
+        elif self.board.plan.view in WITH_POSITION:
+            self._set(position=str(self._place(text)))
+        else:
+            self._position = self._place(text)
+            self._set(view="head", position="", **self._there(layer, head))
+
+    def _there(self, layer: int, head: int) -> dict[str, int]:
+        """A head of the model that is shown."""
+        layers, heads = len(self.board.local), self.board.heads
+        if layer >= layers or head >= heads:
+            last = head_name(layers - 1, heads - 1)
+            raise UsageError(f"{head_name(layer, head)} is not there: the heads are L0.H0 to {last}")
+        return {"layer": layer, "head": head}
+
+    def _place(self, text: str) -> int:
+        """The position of a token after the cursor, or one that is given as a number."""
+        labels = self.board.labels
+        if NUMBER.fullmatch(text) and int(text) < len(labels):
+            return int(text)
+        pairs = self.query_one(PairMap)
+        after = int(pairs.grid.row_edges[pairs.row])
+        wanted = text.replace(" ", "▁").casefold()
+        order = [*range(after + 1, len(labels)), *range(after + 1)]
+        for position in order:
+            if wanted in labels[position].casefold():
+                return position
+        raise UsageError(f"{one_line(text, 40)!r} is not in the text: type a token or a position to {len(labels) - 1}")
+
+    def _go(self, position: int) -> None:
+        pairs = self.query_one(PairMap)
+        row = int(pairs.grid.row_edges.searchsorted(position, side="right")) - 1
+        pairs.go(row, pairs.column)
+        pairs.focus()
+
+    def _tell(self) -> None:
+        """One line: the text, and what is seen of it."""
+        board, place, study = self.board, self.bench.session.place, self._study
+        if study is not None:
+            begins = f"studying heads: {study.job.detail or 'begins'}"
+            parts = [board.figure.title if board.figure and study.found else begins, self._figure.place, study.job.run]
+            line = " · ".join(part for part in (*parts, study.texts) if part)
+        elif board.figure is None:
+            line = "press g to look at all heads" if place.model else NO_MODEL
+        else:
+            text = board.plan.text_file or board.plan.text
+            other = (board.model, board.engine) != (place.model, self.bench.session.engine)
+            parts = [f"OF {board.model} ON {board.engine}"] if other else []
+            parts += [board.figure.title, self._figure.place, f"{len(board.labels):,} tokens", text]
+            line = " · ".join(part for part in parts if part)
+        self.query_one("#looked", Static).update(one_line(line, 200), layout=False)
+
+
+def _pairs(board: Board) -> PairGrid | None:
+    """The map of a head, as its widget shows it."""
+    figure, plan = board.figure, board.plan
+    if figure is None or "weights" not in figure.arrays:
+        return None
+    weights, labels = figure.arrays["weights"], board.labels
+    window = board.window if board.local[plan.layer] else None
+    changed = plan.per_row or plan.gamma != 1
+    shades = figure.arrays["values"] if changed else None
+    shading = ", ".join(
+        part for part in ("rows normalised" if plan.per_row else "", f"γ {plan.gamma:g}" if plan.gamma != 1 else "")
+        if part
+    )  # fmt: skip
+    return PairGrid(
+        weights, figure.arrays["query_edges"], figure.arrays["key_edges"], labels, labels, window, plan.pooling,
+        shades, shading,
+    )  # fmt: skip

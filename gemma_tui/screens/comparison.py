@@ -15,6 +15,7 @@ from textual.widgets import DataTable, Static
 from gemma_tui.errors import GemmaTuiError
 from gemma_tui.plots import Series, look
 from gemma_tui.runs.comparison import (
+    AXES,
     COLUMNS,
     SMOOTHED,
     Compared,
@@ -57,7 +58,7 @@ class ComparisonScreen(Workbench):
         Binding("escape", "close", "Back", id="comparison.back"),
         Binding("m", "measure", "Metric", id="comparison.measure", tooltip="Draw the next measure"),
         Binding("x", "axis", "Axis", id="comparison.axis",
-                tooltip="Against step, tokens, seconds of computing, or the one number that differs"),
+                tooltip="Against step, tokens, seconds of computing, or a number that differs"),
         Binding("y", "log_axis", "Log", id="comparison.log", tooltip="Logarithmic or linear measure"),
         Binding("plus,equals_sign", "smooth(1)", "Mean", id="comparison.smooth", key_display="+/-",
                 tooltip="Mean over more points, or over fewer"),
@@ -108,7 +109,7 @@ class ComparisonScreen(Workbench):
         self._draw()
 
     def action_axis(self) -> None:
-        """Draw against the next of step, tokens, seconds and, where one number differs in the plans, that."""
+        """Draw against the next of step, tokens, seconds and the numbers that differ in the plans."""
         self.axis = _after(self.axis, list(self.comparison.axes()))
         self._draw()
 
@@ -154,6 +155,7 @@ class ComparisonScreen(Workbench):
         chart = self.query_one(Chart)
         chart.title = title(self.measure, any(curve.evaluated for _, curve in shown), self.window)
         chart.x_label = self.comparison.axes()[self.axis]
+        chart.named = self.axis not in AXES
         chart.log_x = self.comparison.log_x(self.axis)
         lines = self.comparison.lines(self.measure, self.axis, self.window)
         chart.show([Series(one_line(name, NAME), x, y, number) for name, x, y, number in lines])

@@ -118,8 +118,10 @@ class RunList(RunTable):
         def mark() -> None:
             if key in self._marked:
                 self._marked.remove(key)
+            elif (run := store.run(key)).study != "training":
+                self.bench.tell(what_else(run), "warning")
             else:
-                self._marked.add(store.run(key))
+                self._marked.add(run)
             self.look()
 
         self.bench.attempt(mark)
@@ -162,6 +164,16 @@ class RunList(RunTable):
             self.look()
 
         self.bench.attempt(take_out)
+
+
+def what_else(run: Run) -> str:
+    """What a run is that is no training run, and what can be done with it."""
+    again = f"`gemma-tui runs resume {run.run_id}` goes on with it or prints it"
+    return (
+        f"{run.run_id} is a study of heads over texts, no training run: {again}"
+        if run.study == "heads"
+        else (f"{run.run_id} is a {run.study}, no training run: `gemma-tui runs show {run.run_id}` tells of it")
+    )
 
 
 def first_row(process: Detached, bench: GemmaTui) -> Mapping[str, Any] | None:

@@ -22,7 +22,7 @@ from gemma_tui.runs.store import Run, RunStore
 from gemma_tui.runs.view import RunView
 from gemma_tui.screens import steering
 from gemma_tui.screens.matrices import MatricesScreen
-from gemma_tui.screens.run_list import RunList, first_row
+from gemma_tui.screens.run_list import RunList, first_row, what_else
 from gemma_tui.screens.workbench import Workbench
 from gemma_tui.studies.queueing import detached, merge_variations, method_variations
 from gemma_tui.text import one_line
@@ -128,7 +128,11 @@ class TrainingScreen(Workbench):
             return
 
         def show() -> None:
-            self._look_at(store.run(run_id))
+            run = store.run(run_id)
+            if run.study != "training":
+                self.bench.tell(what_else(run), "warning")
+                return
+            self._look_at(run)
             self.action_pane(WATCH)
             self._watch()
 
@@ -153,11 +157,14 @@ class TrainingScreen(Workbench):
 
     def action_resume(self) -> None:
         """Go on with the run that is looked at, where its newest checkpoint is."""
-        name = self._looked_at()
-        if not name:
+        name, store = self._looked_at(), self._store
+        if not name or store is None:
             return
 
         def go_on() -> None:
+            if (run := store.run(name)).study != "training":
+                self.bench.tell(what_else(run), "warning")
+                return
             self._started = self.bench.session.resume(name)
             self._await_run()
 
@@ -209,7 +216,14 @@ class TrainingScreen(Workbench):
         name, store = self._looked_at(), self._store
         if not name or store is None:
             return
-        self.bench.attempt(lambda: self.app.push_screen(MatricesScreen(Matrices(store.run(name)), store)))
+
+        def look_inside() -> None:
+            if (run := store.run(name)).study != "training":
+                self.bench.tell(what_else(run), "warning")
+                return
+            self.app.push_screen(MatricesScreen(Matrices(run), store))
+
+        self.bench.attempt(look_inside)
 
     def _looked_at(self) -> str:
         """The run under the cursor, or the one that is shown; where there is none, that is told."""
@@ -296,7 +310,7 @@ class TrainingScreen(Workbench):
         if self._view is None and self._started is None and self._detached is not None:
             return  # what is starting is shown, not what else runs
         if self._view is None:
-            job = self._started or next((job for job in self.bench.session.jobs if job.run), None)
+            job = self._started or self._run_of_this_app()
             if job is None or not job.run:
                 self._show_start(job)
                 return
@@ -310,6 +324,9 @@ class TrainingScreen(Workbench):
             self.query_one(EventLog).add(lines)
         if new:
             self._draw(view)
+
+    def _run_of_this_app(self) -> Job | None:
+        return next((job for job in self.bench.session.jobs if job.kind == "train" and job.run), None)
 
     def _show_start(self, job: Job | None) -> None:
         if job is not None:

@@ -85,3 +85,13 @@ class Control:
 
     stop: threading.Event = field(default_factory=threading.Event)
     pause: threading.Event = field(default_factory=threading.Event)
+
+
+def wait_while_paused(control: Control, step: int) -> Iterator[Event]:
+    """Wait as long as a front wants it, telling when that begins and ends."""
+    if not control.pause.is_set():
+        return
+    yield Event("pause", step)
+    while control.pause.is_set() and not control.stop.wait(0.1):
+        yield Event("waiting", step)
+    yield Event("resume", step)

@@ -11,7 +11,7 @@ from gemma_tui.output import count_text
 from gemma_tui.runs.store import RunStore
 from gemma_tui.studies.estimate import estimate, remembered
 from gemma_tui.studies.recording import experience
-from gemma_tui.studies.training_plan import TrainingPlan, settings
+from gemma_tui.studies.training_plan import TrainingPlan, plan_config, settings
 
 
 def forecast(plan: TrainingPlan, engine: str, device: DeviceInfo | None) -> str:
@@ -24,7 +24,7 @@ def forecast(plan: TrainingPlan, engine: str, device: DeviceInfo | None) -> str:
         EngineError: the model is not here or still waits to be imported, the plan could not begin, or there is no run
             store.
     """
-    config = resolve(plan.model, _refuse).config()
+    config = plan_config(plan, resolve(plan.model, _refuse))
     if device is None:
         parameters = count_text(config.parameter_count())
         return f"{parameters} parameters; what they need here is told once {engine} has begun"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shlex
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,7 +24,8 @@ class Option:
         kind: ``str``, ``int``, ``float`` or ``bool``.
         optional: whether it may be left open (None), in which case ``open_means`` tells what happens.
         low, high: the allowed range, ends included; None for no bound.
-        methods, optimizers, modes: those that honour it; empty for all.
+        methods, optimizers, modes, views: those that honour it; empty for all.
+        fresh: whether only new weights honour it.
     """
 
     name: str
@@ -41,6 +42,8 @@ class Option:
     methods: tuple[str, ...] = ()
     optimizers: tuple[str, ...] = ()
     modes: tuple[str, ...] = ()
+    views: tuple[str, ...] = ()
+    fresh: bool = False
     required: bool = False
 
     @property
@@ -60,10 +63,17 @@ class Option:
             bounds = f"{_plain(self.low)} or more"
         return " ".join(part for part in (bounds, self.unit) if part)
 
+    @property
+    def bound(self) -> dict[str, tuple[Any, ...]]:
+        """The options that decide whether it is honoured, with the values for which it is."""
+        every = {"method": self.methods, "optimizer": self.optimizers, "mode": self.modes, "view": self.views}
+        return {name: allowed for name, allowed in every.items() if allowed} | (
+            {"fresh": (True,)} if self.fresh else {}
+        )
+
     def honoured(self, values: Mapping[str, Any]) -> bool:
         """Whether it makes a difference beside the other values of a plan."""
-        bound = {"method": self.methods, "optimizer": self.optimizers, "mode": self.modes}
-        return all(not allowed or values.get(name) in allowed for name, allowed in bound.items())
+        return all(values.get(name) in allowed for name, allowed in self.bound.items())
 
 
 def _plain(number: float) -> str:
@@ -168,10 +178,18 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise UsageError(f"{path} is no TOML ({str(error)[:80]}): mend the file") from None
 
 
-def honoured(plan: P) -> P:
-    """The plan with the defaults where it makes no difference what it says."""
+def honoured(plan: P, deciding: Collection[str] | None = None) -> P:
+    """The plan with the defaults where it makes no difference what it says.
+
+    Args:
+        deciding: leave alone what does not hang on one of these options; None for all.
+    """
     values = {o.name: getattr(plan, o.name) for o in options(type(plan))}
-    return type(plan)(**{o.name: values[o.name] if o.honoured(values) else o.default for o in options(type(plan))})
+    ignored = {
+        o.name: o.default for o in options(type(plan))
+        if not o.honoured(values) and (deciding is None or not o.bound.keys().isdisjoint(deciding))
+    }  # fmt: skip
+    return type(plan)(**values | ignored)
 
 
 def check_honoured(plan: Any) -> None:
@@ -184,8 +202,9 @@ def check_honoured(plan: Any) -> None:
     for o in options(type(plan)):
         if getattr(plan, o.name) == getattr(kept, o.name):
             continue
-        bound = (("method", o.methods), ("optimizer", o.optimizers), ("mode", o.modes))
-        beside = [f"--{n} {getattr(plan, n)}" for n, allowed in bound if allowed and getattr(plan, n) not in allowed]
+        if o.fresh and not plan.fresh:
+            raise UsageError(f"{o.name}: {o.flag} is for new weights: add --fresh, or leave it out")
+        beside = [f"--{n} {getattr(plan, n)}" for n, allowed in o.bound.items() if getattr(plan, n) not in allowed]
         raise UsageError(f"{o.name}: {o.flag} makes no difference with {' '.join(beside)}: leave it out")
 
 

@@ -19,7 +19,7 @@ from gemma_tui.studies.training_plan import FOUND, MERGING, TrainingPlan, settin
 
 MAX_VARIATIONS = 1000
 RUNNER = ("queue", "run")
-DECIDING = {"method", "optimizer", "mode"}
+DECIDING = {"method", "optimizer", "mode", "fresh"}
 """Where these are varied, what others honour is left out of the plans that do not."""
 
 COMPARED = ("full", "lora", "relora", "rank1")
@@ -73,7 +73,7 @@ def variations(values: Mapping[str, Any], choices: Mapping[str, str], where: str
     plans = []
     for combination in itertools.product(*lists.values()):
         plan = build(TrainingPlan, {**values, **dict(zip(lists, combination, strict=True))}, where)
-        plan = honoured(plan) if DECIDING & set(lists) else plan
+        plan = honoured(plan, DECIDING & set(lists))
         check(plan)
         plans.append(plan)
     return plans

@@ -25,9 +25,9 @@ from gemma_tui.studies.data import (
 )
 from gemma_tui.studies.diagnosis import Diagnoses, UpdateFacts, gradient_row, matrices_of, measured_decrease, update_row
 from gemma_tui.studies.estimate import checkpoint_bytes, estimate
-from gemma_tui.studies.events import Control, Event, Pace
+from gemma_tui.studies.events import Control, Event, Pace, wait_while_paused
 from gemma_tui.studies.methods import after_step
-from gemma_tui.studies.training_plan import WHOLE, TrainingPlan, settings
+from gemma_tui.studies.training_plan import WHOLE, TrainingPlan, plan_config, settings
 from gemma_tui.tokenizer import read_tokenizer
 
 MAX_SKIPPED = 10
@@ -53,7 +53,7 @@ def train(
     chosen = settings(plan)
     model = resolve(plan.model)
     yield Event("load", values={"model": model.name})
-    _open_model(engine, model, plan)
+    open_model(engine, model, plan)
     splits = _read_data(plan, model)
     checkpoints.sweep(folder / "checkpoints")
     checkpoints.hold_ballast(folder / "checkpoints")
@@ -70,9 +70,9 @@ def train(
         yield Event("resumed", at.step, {"path": str(found.checkpoint.path)})
 
     batches = training_batches(splits.train, plan.batch_size, plan.seed, at.step * plan.accumulate)
-    saver, diagnoses = _Saver(engine, plan, model, folder), Diagnoses(matrices_of(model.config()), at.turn)
+    saver, diagnoses = _Saver(engine, plan, model, folder), Diagnoses(matrices_of(plan_config(plan, model)), at.turn)
     while at.step < plan.steps:
-        yield from _wait_while_paused(control, at.step)
+        yield from wait_while_paused(control, at.step)
         if control.stop.is_set():
             break
         if at.step and at.step == plan.full_rank_steps:
@@ -253,13 +253,13 @@ def _evaluate(
     return {"valid_loss": loss, "perplexity": math.exp(min(loss, 700)), "seconds": time.perf_counter() - began}
 
 
-def _open_model(engine: Engine, model: Model, plan: TrainingPlan) -> None:
-    """A run starts from the files, never from what an earlier run left on the loaded model."""
+def open_model(engine: Engine, model: Model, plan: TrainingPlan) -> None:
+    """Load what a plan trains: a run starts from the files, never from what an earlier run left on the loaded model."""
     dtype = plan.dtype
     if model.adapter is not None and plan.method in ("lora", "dora"):
         raise UsageError(f"{model.name} is an adapter, and one is kept: start from its base, or take --method full")
     if plan.fresh:
-        engine.initialise(model.config(), plan.seed, dtype)
+        engine.initialise(plan_config(plan, model), plan.seed, dtype)
         return
     engine.load(model.folder, dtype)
     if model.adapter is not None:
@@ -272,15 +272,6 @@ def _read_data(plan: TrainingPlan, model: Model) -> Splits:
         return splits
     train, valid = (pack(windows, plan.sequence_length, plan.seed) for windows in (splits.train, splits.valid))
     return replace(splits, train=train, valid=valid)
-
-
-def _wait_while_paused(control: Control, step: int) -> Iterator[Event]:
-    if not control.pause.is_set():
-        return
-    yield Event("pause", step)
-    while control.pause.is_set() and not control.stop.wait(0.1):
-        yield Event("waiting", step)
-    yield Event("resume", step)
 
 
 @dataclass
@@ -302,7 +293,7 @@ class _Saver:
         """Write a checkpoint and what the run has made so far; returns the folder of the latter."""
         began = time.monotonic()
         folder, keep = self.folder / "checkpoints", self.plan.keep
-        needed = checkpoint_bytes(self.model.config(), settings(self.plan))
+        needed = checkpoint_bytes(plan_config(self.plan, self.model), settings(self.plan))
         checkpoints.write(folder, at.step, self.engine.save_state, asdict(at), keep, needed)
         target = self.result()
         self.ended = time.monotonic()
@@ -313,7 +304,7 @@ class _Saver:
         """Write the adapter, or the whole model; returns its folder."""
         if self.plan.method in WHOLE:
             target = self.folder / under / "model"
-            self.engine.save_model(target, self.model.config().to_dict(), self.plan.save_dtype)
+            self.engine.save_model(target, plan_config(self.plan, self.model).to_dict(), self.plan.save_dtype)
             copy_tokenizer(self.model.folder, target)
         else:
             target = self.folder / under / "adapter"
@@ -326,7 +317,7 @@ def _facts(
 ) -> dict[str, object]:
     device = engine.device()
     info = engine.model()
-    config = model.config()
+    config = plan_config(plan, model)
     guess = estimate(
         config, settings(plan), plan.batch_size, plan.sequence_length, info.dtype if info else "float32", device,
         plan.accumulate, memory_ratio,
@@ -343,6 +334,7 @@ def _facts(
         "estimate": sum(guess.parts.values()),
         "estimated": guess.text,
         "global_layers": [i for i in range(config.num_hidden_layers) if not config.is_local(i)],
+        "window": config.sliding_window,
         "train_windows": len(splits.train),
         "valid_windows": len(splits.valid),
         "train_tokens": supervised_tokens(splits.train),

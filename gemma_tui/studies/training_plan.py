@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from engines.base import LINEARS, LoRASettings, OptimizerSettings, Rank1Settings, TrainingSettings
+from engines.gemma3 import GLOBAL, LOCAL, Gemma3Config
 from engines.pruning import PRUNINGS
 from gemma_tui.errors import UsageError
 from gemma_tui.studies.plan import build, option
 from gemma_tui.studies.schedules import SCHEDULES, jagged, learning_rate
 from gemma_tui.studies.turns import PROMPT_FORMS
+
+if TYPE_CHECKING:
+    from gemma_tui.hub.models import Model
 
 METHODS = ("lora", "dora", "full", "relora", "rank1")
 MODES = ("power", "sketch", "alternate")
@@ -43,6 +47,14 @@ class TrainingPlan:
     name: str = option("", "name of the run; empty takes the method", group="What")
     group: str = option("", "name shared by runs that are compared; empty for none", group="What")
     fresh: bool = option(False, "start from new weights of the model's shape", group="What")
+    window: int | None = option(
+        None, "keys that a local layer sees", unit="tokens", low=1, high=1_000_000, open_means="the model's",
+        group="What", fresh=True,
+    )  # fmt: skip
+    global_every: int | None = option(
+        None, "every n-th layer is global; 0 for none, 1 for all", low=0, high=200, open_means="the model's",
+        group="What", fresh=True,
+    )  # fmt: skip
     steps: int = option(100, "optimizer steps", low=1, high=10_000_000, group="Budget")
     batch_size: int = option(4, "windows in a micro-batch", low=1, high=4096, group="Budget")
     accumulate: int = option(1, "micro-batches in a step", low=1, high=4096, group="Budget")
@@ -226,6 +238,23 @@ def plan_of(values: Mapping[str, Any]) -> TrainingPlan:
         UsageError: another version wrote it.
     """
     return build(TrainingPlan, {key: value for key, value in values.items() if value is not None}, "the run's plan")
+
+
+def plan_config(plan: TrainingPlan, model: Model) -> Gemma3Config:
+    """The config of what a plan trains: the model's, with the window and the pattern of layers that new weights get.
+
+    Raises:
+        CheckpointError: the model's config is not usable.
+    """
+    config = model.config()
+    if not plan.fresh:
+        return config
+    if plan.window is not None:
+        config = replace(config, sliding_window=plan.window)
+    if (every := plan.global_every) is None:
+        return config
+    layers = range(1, config.num_hidden_layers + 1)
+    return replace(config, layer_types=tuple(GLOBAL if every and not i % every else LOCAL for i in layers))
 
 
 def settings(plan: TrainingPlan) -> TrainingSettings:

@@ -51,7 +51,7 @@ class RunTable(DataTable[Text]):
 
 def _run(run: Run, marked: bool) -> tuple[str, ...]:
     """The key and the cells of a run."""
-    step, method = f"{run.step}/{run.steps}", str(run.plan.get("method", ""))
+    step, method = f"{run.step}/{run.steps}", str(run.plan.get("method", run.study))
     return run.run_id, MARK * marked + run.run_id, run.state, run.engine, step, method, age(run.created), run.group
 
 

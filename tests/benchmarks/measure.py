@@ -11,13 +11,26 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
+import psutil
+
 Numbers = dict[str, float]
 
 
-def report(numbers: Numbers) -> None:
-    """Called by a side: print its numbers, with the peak memory of its process in bytes."""
+def resident() -> int:
+    """Bytes of the process that are in memory."""
+    return int(psutil.Process().memory_info().rss)
+
+
+def report(numbers: Numbers, loaded: int | None = None) -> None:
+    """Called by a side: print its numbers, with the peak memory of its process in bytes.
+
+    Args:
+        loaded: ``resident()`` when the weights were there; what the peak has above it is told as well.
+    """
     unit = 1 if sys.platform == "darwin" else 1024
-    print(json.dumps(numbers | {"peak_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    above = {} if loaded is None else {"memory_above_weights": peak - loaded}
+    print(json.dumps(numbers | above | {"peak_memory": peak}))
 
 
 def side(module: str, name: str, *arguments: str) -> Numbers:

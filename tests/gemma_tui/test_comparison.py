@@ -216,12 +216,12 @@ class TestAgainstAnOption:
             made(store, "b", rank=8, group="two"),
             made(store, "c", rank=None),
         )
-        assert Comparison([a, b]).option() == "rank"
+        assert Comparison([a, b]).options() == ["rank"]
         assert list(Comparison([a, b]).axes()) == ["step", "tokens", "seconds", "rank"]
         for others in ([a], [a, c], [a, made(store, "d", rank=8, seed=1)], [a, made(store, "e", method="full")]):
-            assert Comparison(others).option() == ""
-        assert Comparison([made(store, "f", fresh=True), made(store, "g", fresh=False)]).option() == ""
-        assert Comparison([made(store, "h", new=1), made(store, "i")]).option() == ""
+            assert Comparison(others).options() == []
+        assert Comparison([made(store, "f", fresh=True), made(store, "g", fresh=False)]).options() == []
+        assert Comparison([made(store, "h", new=1), made(store, "i")]).options() == []
 
     def test_the_last_value_of_each_run_stands_over_its_option(self, store: RunStore) -> None:
         runs = [made(store, name, rank=rank) for name, rank in (("a", 16), ("b", 2), ("c", 4), ("d", 8))]
@@ -240,6 +240,29 @@ class TestAgainstAnOption:
         comparison.runs[0].hidden = True
         assert comparison.lines("loss", "rank", 1)[0][1].tolist() == [2.0, 4.0]
         assert comparison.lines("nothing", "rank", 1) == []
+
+    def test_runs_that_differ_in_two_options_make_a_line_for_each_value_of_the_other(
+        self, store: RunStore, command: Commands, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        runs = [
+            made(store, f"r{every}-{window}", global_every=every, window=window, group="g")
+            for every in (0, 1) for window in (16, None)
+        ]  # fmt: skip
+        for number, run in enumerate(runs):
+            stepped(store, run, [9.0, float(number)])
+        comparison = read(store, *runs)
+        assert comparison.options() == ["global_every"], "the window is open in some"
+        assert [(n, x.tolist(), y.tolist(), look) for n, x, y, look in comparison.lines("loss", "global_every", 1)] == [
+            ("window 16", [0, 1], [0, 2], 0),
+            ("window auto", [0, 1], [1, 3], 1),
+        ]
+        comparison.runs[0].hidden = comparison.runs[2].hidden = True
+        ((name, *_, look),) = comparison.lines("loss", "global_every", 1)
+        assert (name, look) == ("window auto", 1), "a line keeps its look"
+        _, rows, _ = command("runs", "compare", *(run.run_id for run in runs), "--x", "global_every", "--smooth", "1")
+        assert [row["line"] for row in rows if row["kind"] == "curve"] == ["window 16", "window auto"]
+        assert main(["runs", "compare", *(run.run_id for run in runs), "--x", "global_every"]) == 0
+        assert "window auto" in capsys.readouterr().out.partition("what differs")[0]
 
 
 class TestCommand:

@@ -205,6 +205,8 @@ def test_adapters_on_weights_that_no_file_keeps_are_refused() -> None:
         ({"method": "rank1", "mode": "sketch", "iterations": 3}, "--iterations makes no difference with --mode sketch"),
         ({"method": "rank1", "mode": "alternate", "error_feedback": True}, "with --mode alternate"),
         ({"method": "rank1", "optimizer": "sgd"}, "rank-1 updates have none"),
+        ({"method": "full", "window": 8}, "window: --window is for new weights: add --fresh"),
+        ({"method": "full", "global_every": 0}, "global_every: --global-every is for new weights: add --fresh"),
     ],
 )
 def test_an_option_that_would_be_ignored_is_refused(chosen: dict, words: str) -> None:

@@ -163,6 +163,23 @@ async def test_the_ends_of_the_runs_are_drawn_against_what_differs(opened: Open,
         assert _parser(words[1:]).parse_args(words[1:]).x == "rank"
 
 
+async def test_what_else_differs_makes_lines_that_are_named(opened: Open, made: Made, size: Size) -> None:
+    runs = [made(f"r{every}-{window}", global_every=every, window=window) for every in (0, 1) for window in (16, 64)]
+    async with opened(size) as it:
+        await overlaid(it, *runs)
+        assert not chart(it).named
+        for axis, names in (
+            ("global every", ["window 16", "window 64"]),
+            ("window", ["global_every 0", "global_every 1"]),
+        ):
+            await it.until(lambda axis=axis: (chart(it).x_label == axis) or it.app.screen.action_axis(), axis)
+            assert sorted(labels(it)) == names
+            await it.until(lambda names=names: it.sees(*names), "the names of the lines")
+            assert not _layout_faults(it)
+        await it.press("x")
+        assert not chart(it).named
+
+
 async def test_o_compares_the_group_under_the_cursor_where_nothing_is_marked(
     opened: Open, store: RunStore, made: Made
 ) -> None:

@@ -1,0 +1,165 @@
+"""``gemma-tui attention``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+from engines import open_engine
+from gemma_tui.commands.plans import plan_from
+from gemma_tui.commands.train import stop_on_signal
+from gemma_tui.errors import UsageError
+from gemma_tui.exports import check_target, export
+from gemma_tui.exports.data import plain
+from gemma_tui.figure import Figure
+from gemma_tui.figure_text import figure_text
+from gemma_tui.heat import NARROWEST
+from gemma_tui.output import Output
+from gemma_tui.runs.store import RunStore
+from gemma_tui.studies.attention.heads import check_metric
+from gemma_tui.studies.attention.looking import CELLS, look, open_desk
+from gemma_tui.studies.attention.plan import AttentionPlan
+from gemma_tui.studies.attention.survey import (
+    STUDY,
+    HeadStudyPlan,
+    read_study,
+    record_heads,
+    resume_heads,
+    study_figure,
+    texts_of,
+)
+from gemma_tui.studies.events import PASSING, Control
+from gemma_tui.studies.plan import check_honoured, options
+from gemma_tui.studies.recording import Recorded
+
+FORMATS = ("html", "svg", "npz")
+WIDEST = 100
+ROWS = 20
+LABELS = 16
+"""Columns of a map that its labels take."""
+
+INTERRUPTED = 130
+
+
+def attention(args: argparse.Namespace, output: Output) -> int:
+    """Look into a text, or study the heads over many."""
+    targets = [Path(path).expanduser() for name in FORMATS if (path := getattr(args, name))]
+    for target in targets:
+        check_target(target)
+    if "study" in vars(args):
+        return _study(args, output, targets)
+    plan = plan_of(args)
+    engine = open_engine(args.engine)
+    with output.progress("opening") as progress:
+        desk = open_desk(engine, args.model, args.dtype, progress)
+    with output.progress(plan.view) as progress:
+        width = min(WIDEST, shutil.get_terminal_size((80, 24)).columns)
+        view = look(desk, plan, CELLS if targets else (ROWS, (width - LABELS) // NARROWEST))
+        while True:
+            try:
+                progress(next(view), f"{desk.reading.length:,} tokens" if desk.reading else "")
+            except StopIteration as end:
+                figure: Figure = end.value
+                break
+    _tell(figure, output, targets)
+    output.row("end", status="done", view=plan.view)
+    return 0
+
+
+def plan_of(args: argparse.Namespace) -> AttentionPlan:
+    """What is to be looked at.
+
+    Raises:
+        UsageError: an option that is not there, or makes no difference to the view.
+    """
+    _refuse(args, HeadStudyPlan, ("seed",), "without --study")
+    plan = _implied(args, plan_from(AttentionPlan, args, {}, "attention"))
+    check_honoured(plan)
+    return plan
+
+
+def _implied(args: argparse.Namespace, plan: AttentionPlan) -> AttentionPlan:
+    """The view that other options imply, where none is named."""
+    given = vars(args)
+    if args.stats and plan.view != "heads":
+        raise UsageError(f"stats: --stats is the view heads, and --view {plan.view} another: leave one of them out")
+    if "view" in given or args.stats:
+        return plan
+    if "ablate" in given:
+        return replace(plan, view="ablation")
+    if "layer" in given or "head" in given:
+        return replace(plan, view="head")
+    return plan
+
+
+def _refuse(args: argparse.Namespace, plan: type, shared: tuple[str, ...], beside: str) -> None:
+    """Refuse the options of a plan that is not meant."""
+    for o in options(plan):
+        if o.name in vars(args) and o.name not in (*shared, "model"):
+            raise UsageError(f"{o.name}: {o.flag} makes no difference {beside}: leave it out")
+
+
+def _tell(figure: Figure, output: Output, targets: list[Path]) -> None:
+    for target in targets:
+        export(figure, target)
+    if not output.as_json:
+        colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+        print(figure_text(figure, min(WIDEST, shutil.get_terminal_size((80, 24)).columns), colour, ROWS))
+        for target in targets:
+            output.say(f"written: {target}")
+        return
+    output.row("figure", title=figure.title, notes=list(figure.notes), facts=plain(figure.facts))
+    for table in figure.tables:
+        for row in table.rows:
+            output.row(table.kind, **dict(zip(table.columns, plain(row), strict=True)))
+    for target in targets:
+        output.row("written", path=str(target))
+
+
+def _study(args: argparse.Namespace, output: Output, targets: list[Path]) -> int:
+    """Heads over many texts, as a run."""
+    _refuse(args, AttentionPlan, ("metric", "seed"), "with --study")
+    if args.dtype:
+        raise UsageError("dtype: --dtype makes no difference with --study: leave it out")
+    plan = plan_from(HeadStudyPlan, args, {"model": args.model}, "attention")
+    metric = getattr(args, "metric", AttentionPlan().metric)
+    check_metric(metric)
+    engine, control = open_engine(args.engine), Control()
+    with closing(RunStore()) as store:
+        return follow(record_heads(engine, plan, control, store), control, output, metric, store, targets)
+
+
+def resume(run_name: str, output: Output) -> int:
+    """Go on with a study of heads."""
+    with closing(RunStore()) as store:
+        run, control = store.run(run_name), Control()
+        recorded = resume_heads(open_engine(run.engine), run, control, store)
+        return follow(recorded, control, output, AttentionPlan().metric, store, [])
+
+
+def follow(
+    recorded: Recorded, control: Control, output: Output, metric: str, store: RunStore, targets: list[Path]
+) -> int:
+    """Let a study take its course and tell what it found; returns the exit code."""
+    run, looked_at = recorded.run, texts_of(store, recorded.run)
+    with stop_on_signal(control) as came, closing(recorded.events) as events, output.progress("texts") as progress:
+        for event in events:
+            if event.kind == STUDY:
+                looked_at += 1
+                progress(event.step / run.steps, f"{event.step}/{run.steps}")
+            elif event.kind not in (*PASSING, "end"):
+                row = event.row()
+                output.row(row.pop("kind"), **row)
+    stopped = control.stop.is_set()
+    if looked_at or not stopped:
+        _tell(study_figure(read_study(store, run), metric), output, targets)
+    output.say(f"kept as {run.run_id}" + (f": `gemma-tui runs resume {run.run_id}` goes on" if stopped else ""))
+    output.row("end", status="stopped" if stopped else "done", run=run.run_id, texts=looked_at)
+    if came:
+        return 128 + came[0]
+    return INTERRUPTED if stopped else 0

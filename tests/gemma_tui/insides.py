@@ -1,0 +1,96 @@
+"""What tests of views take: a text on a random model, its weights as arrays, and dense formulas in float64."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Generator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from engines.base import Engine
+from engines.checkpoints import write_arrays
+from engines.gemma3 import Gemma3Config
+from gemma_tui.figure import Figure, Table
+from gemma_tui.studies.attention.reading import Reading, read_tokens
+from gemma_tui.tokenizer import BOS, Tokenizer
+
+
+def model(tiny_folder: Callable[..., Path], config: Gemma3Config, tokenizer: Tokenizer, seed: int = 0) -> Path:
+    """A random model, in which every part shows, with the vocabulary of the tests' tokenizer."""
+    return tiny_folder(replace(config, vocab_size=tokenizer.size), seed)
+
+
+def text_ids(length: int, seed: int = 0) -> list[int]:
+    """``<bos>`` and tokens of which many repeat."""
+    return [BOS, *(int(i) for i in np.random.default_rng(seed).integers(300, 324, length - 1))]
+
+
+def reading_of(engine: Engine, folder: Path, tokenizer: Tokenizer, ids: list[int], dtype: str = "float32") -> Reading:
+    engine.load(folder, dtype)
+    return read_tokens(engine, tokenizer, ids)
+
+
+def weights(folder: Path) -> dict[str, np.ndarray]:
+    from safetensors.numpy import load_file
+
+    return load_file(folder / "model.safetensors")
+
+
+def without_head(folder: Path, target: Path, layer: int, heads: list[int], count: int) -> Path:
+    """The model whose ``o_proj`` takes nothing from some heads, which is what their ablation says."""
+    arrays = weights(folder)
+    name = f"model.layers.{layer}.self_attn.o_proj.weight"
+    matrix = arrays[name].copy()
+    size = matrix.shape[1] // count
+    for head in heads:
+        matrix[:, head * size : (head + 1) * size] = 0
+    target.mkdir()
+    write_arrays(target / "model.safetensors", {**arrays, name: matrix})
+    (target / "config.json").write_text((folder / "config.json").read_text())
+    return target
+
+
+def run(view: Generator[float, None, Figure]) -> tuple[Figure, list[float]]:
+    """The figure, and the shares that were told on the way, which never fall and end in 1."""
+    shares = []
+    while True:
+        try:
+            shares.append(next(view))
+        except StopIteration as end:
+            assert shares == sorted(shares)
+            assert shares[0] > 0
+            assert shares[-1] == 1
+            json.dumps(end.value.facts)
+            return end.value, shares
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    logits = logits.astype(np.float64)
+    shifted = logits - logits.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+
+def kl(p: np.ndarray, q: np.ndarray) -> np.ndarray:
+    """KL(p ‖ q) of rows of log-probabilities, nats."""
+    return (np.exp(p) * (p - q)).sum(-1)
+
+
+def normed(h: np.ndarray, weight: np.ndarray, epsilon: float = 1e-6) -> np.ndarray:
+    h = h.astype(np.float64)
+    return h / np.sqrt((h**2).mean(-1, keepdims=True) + epsilon) * (1 + weight.astype(np.float64))
+
+
+def rows(figure: Figure, kind: str) -> list[dict[str, Any]]:
+    """The rows of a table by the names of their columns."""
+    (table,) = (table for table in figure.tables if table.kind == kind)
+    return [dict(zip(table.columns, row, strict=True)) for row in _checked(table)]
+
+
+def _checked(table: Table) -> list[Any]:
+    assert all(len(row) == len(table.columns) for row in table.rows)
+    # Numbers of numpy's do not go into JSON.
+    assert all(type(value) in (int, float, str) for row in table.rows for value in row)
+    return list(table.rows)
