@@ -22,7 +22,7 @@ from gemma_tui.heat import NARROWEST
 from gemma_tui.output import Output
 from gemma_tui.runs.store import RunStore
 from gemma_tui.studies.attention.heads import check_metric
-from gemma_tui.studies.attention.looking import CELLS, look, open_desk
+from gemma_tui.studies.attention.looking import CELLS, look, open_desk, signed
 from gemma_tui.studies.attention.plan import AttentionPlan
 from gemma_tui.studies.attention.survey import (
     STUDY,
@@ -66,7 +66,7 @@ def attention(args: argparse.Namespace, output: Output) -> int:
             except StopIteration as end:
                 figure: Figure = end.value
                 break
-    _tell(figure, output, targets)
+    _tell(signed(figure) if targets else figure, output, targets)
     output.row("end", status="done", view=plan.view)
     return 0
 

@@ -14,6 +14,7 @@ from textual.message import Message
 from textual.widget import Widget
 from textual.widgets import DataTable, Static
 
+from engines.errors import EngineError
 from gemma_tui.errors import UsageError
 from gemma_tui.exports import export
 from gemma_tui.pair_grid import PairGrid
@@ -21,7 +22,7 @@ from gemma_tui.screens.head_study import TEXTS, FollowedStudy, bundled_texts, sm
 from gemma_tui.screens.workbench import Workbench
 from gemma_tui.session import NO_MODEL
 from gemma_tui.studies.attention.heads import METRICS, head_name
-from gemma_tui.studies.attention.looking import Board
+from gemma_tui.studies.attention.looking import Board, signed
 from gemma_tui.studies.attention.plan import AttentionPlan
 from gemma_tui.studies.plan import Option, command, honoured
 from gemma_tui.text import one_line
@@ -244,9 +245,16 @@ class AttentionScreen(Workbench):
 
         def named(name: str | None) -> None:
             if name:
-                path = Path(name).expanduser()
-                if self.bench.attempt(lambda: export(figure, path)):
-                    self.bench.tell(f"written: {path}")
+                # In a thread, because the digest of a large model takes seconds.
+                self.run_worker(lambda: write(Path(name).expanduser()), thread=True)
+
+        def write(path: Path) -> None:
+            try:
+                export(signed(figure), path)
+                said = f"written: {path}", "information"
+            except EngineError as error:
+                said = str(error), "warning"
+            self.app.call_from_thread(self.bench.tell, *said)
 
         self.app.push_screen(Field(EXPORT, EXPORT.default), named)
 

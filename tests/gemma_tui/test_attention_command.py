@@ -24,6 +24,8 @@ from engines.initialisation import gemma3_weights
 from gemma_tui import paths
 from gemma_tui.cli import main
 from gemma_tui.errors import UsageError
+from gemma_tui.hub.identity import model_digest
+from gemma_tui.hub.models import resolve
 from gemma_tui.runs.store import RunStore
 from gemma_tui.studies.attention import parity
 from gemma_tui.studies.attention.heads import METRICS
@@ -129,6 +131,7 @@ def test_files_are_whole_and_need_nothing_else(command: Commands, tiny: str, tmp
     assert not re.search(r"<script[^>]+src", page)
     assert names["svg"].read_text().lstrip().startswith(("<svg", "<?xml"))
     with np.load(names["npz"], allow_pickle=False) as arrays:
+        assert json.loads(str(arrays["facts"]))["model_sha256"] == model_digest(resolve(tiny).folder)
         assert arrays.files
     assert {path.name for path in tmp_path.iterdir() if path.is_file()} == {"a.html", "a.svg", "a.npz"}
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from engines import open_engine
 from engines.base import Engine, ModelInfo
 from gemma_tui.errors import UsageError
 from gemma_tui.figure import Figure
+from gemma_tui.hub.identity import model_digest
 from gemma_tui.hub.models import resolve
 from gemma_tui.studies.attention.attribution import attribution_view, position_of, token_id
 from gemma_tui.studies.attention.causal import ablation_scan, causal_view, parse_target
@@ -224,3 +226,16 @@ def _load(engine: Engine, name: str, dtype: str | None, progress: Progress | Non
     if model.adapter is not None:
         engine.load_adapter(model.adapter)
     return read_tokenizer(model.folder)
+
+
+def signed(figure: Figure) -> Figure:
+    """A figure whose facts name the weights by their digest; takes seconds for a large model's first.
+
+    Raises:
+        GemmaTuiError: a file of the model cannot be read.
+    """
+    model, adapter = figure.facts.get("model"), figure.facts.get("adapter")
+    if not model:
+        return figure
+    digest = model_digest(Path(model), Path(adapter) if adapter else None)
+    return replace(figure, facts={**figure.facts, "model_sha256": digest})
