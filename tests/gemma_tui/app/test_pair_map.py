@@ -25,6 +25,15 @@ from .test_hostile import FORBIDDEN, SEQUENCES
 NAN = math.nan
 SMALL = [[1.0, NAN, NAN], [0.25, 0.75, NAN], [0.0, 0.5, 0.5]]
 LABELS = ("the", " sea", " is")
+HOSTILE = SEQUENCES | {
+    "nothing": "",
+    "lines": "\n\t\r\n",
+    "a mark alone": "\u0301",
+    "a selector alone": "\ufe0f",
+    "no width": "\u200b\u00ad",
+    "very long": "x" * 9999,
+    "very long and wide": "漢字" * 50,
+}
 
 
 class OneMap(App[None]):
@@ -109,6 +118,8 @@ class TestGrid:
         assert "rank" in cells.reading(3, 1), "24 - 15 is in the window"
         assert "beyond" in cells.reading(4, 1), "32 - 15 is not"
         assert "after" in cells.reading(1, 2)
+        cells.weights[:, 0] = NAN
+        assert "left out" in cells.reading(2, 0), "16 - 7 is in the window"
 
     def test_shades_colour_and_the_weight_is_told(self) -> None:
         shown = grid([[0.5, NAN], [0.1, 0.2]], shades=np.array([[1, NAN], [NAN, 1]], np.float32))
@@ -130,7 +141,7 @@ class TestGrid:
         with pytest.raises(ValueError, match="ascend"):
             PairGrid(np.zeros((2, 1), np.float32), np.array([0, 1, 1]), np.array([0, 2]), **facts)
 
-    @pytest.mark.parametrize("label", [*SEQUENCES.values(), "", "\n\t", "\u0301", "\ufe0f", "x" * 9999, "\u200b\u00ad"])
+    @pytest.mark.parametrize("label", HOSTILE.values(), ids=HOSTILE)
     def test_a_token_has_the_width_that_is_counted(self, label: str) -> None:
         shown = token(label)
         assert not FORBIDDEN.search(shown)
@@ -284,9 +295,10 @@ class TestKeys:
                 at = lines[0].index("▼")
                 assert at - gutter + app.map.scroll_offset.x == place[1]
                 assert f"{place[1]} " in lines[0]
-            for key in ("right", "down", "left", "up"):
+            for step in ((0, 1), (1, 0), (0, -1), (-1, 0)) * 2:
                 for _ in range(45):
-                    await pilot.press(key)
+                    app.map.action_move(*step)
+                assert 0 <= app.map.column - app.map.scroll_offset.x < app.map.room.width - app.map.gutter_width
                 assert TOP <= app.map._line(app.map.row) < app.map.room.height - BOTTOM
 
     async def test_a_grid_larger_than_the_one_before_is_scrolled_at_once(self) -> None:
@@ -296,6 +308,7 @@ class TestKeys:
                 await pilot.pause()
                 app.map.show(grid(dense(300)))
                 app.map.go(299, 299)
+                assert min(app.map.scroll_offset) > 0
                 deadline = time.monotonic() + SECONDS
                 while not (app.map.show_vertical_scrollbar and app.map._line(299) < app.map.room.height - BOTTOM):
                     assert time.monotonic() < deadline
@@ -347,7 +360,7 @@ class TestKeys:
             assert "rank" in app.text()[-1]
 
     async def test_hostile_tokens_do_no_harm(self) -> None:
-        labels = [*SEQUENCES.values(), "", "x" * 5000, "漢字" * 50, "\n"]
+        labels = list(HOSTILE.values())
         app = OneMap(grid(dense(len(labels)), labels))
         async with app.run_test(size=(80, 24)) as pilot:
             for i in range(len(labels)):
