@@ -28,7 +28,7 @@ async def until(pilot: Pilot[None], done: Callable[[], bool], seconds: float = 1
 
 
 async def main() -> None:
-    """A LoRA run on nano, followed to its end, and a text from the tuned model."""
+    """A LoRA run on nano, followed to its end, a text from the tuned model, and a head of the 270M."""
     app = GemmaTui()
     async with app.run_test(size=SIZE) as pilot:
         await until(pilot, lambda: bool(app.session.place.model))
@@ -51,6 +51,14 @@ async def main() -> None:
         await until(pilot, lambda: not app.session.jobs)
         await pilot.pause(0.5)
         app.save_screenshot("generation.svg", str(FOLDER))
+        app.load("gemma-3-270m")
+        await until(pilot, lambda: not app.session.jobs)
+        await pilot.press("4")
+        await until(pilot, lambda: not app.session.jobs)
+        await pilot.press("slash", *"L5.H1", "enter")
+        await until(pilot, lambda: not app.session.jobs)
+        await pilot.pause(1)
+        app.save_screenshot("attention.svg", str(FOLDER))
 
 
 if __name__ == "__main__":
