@@ -255,17 +255,20 @@ class Session:
         name = place.model
 
         def work(engine: Engine, job: Job) -> None:
-            from gemma_tui.studies.attention.looking import board_of, desk_of, look
+            from gemma_tui.studies.attention.looking import StoppedError, board_of, desk_of, look
 
             if job.control.stop.is_set():
                 return
             place.desk = desk_of(place.desk, engine, name)
+            place.desk.stop = job.control.stop
             view = look(place.desk, plan)
             while not job.control.stop.is_set():
                 try:
                     job.share = next(view)
                 except StopIteration as end:
                     show(board_of(place.desk, end.value, plan))
+                    return
+                except StoppedError:
                     return
             view.close()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from threading import Event
 
 import numpy as np
 import pytest
@@ -15,6 +16,8 @@ from gemma_tui.errors import UsageError
 from gemma_tui.figure import Figure
 from gemma_tui.studies.attention.heads import METRICS, head_grid, head_metrics, keep
 from gemma_tui.studies.attention.locality import local_global
+from gemma_tui.studies.attention.looking import StoppedError, desk_of, look
+from gemma_tui.studies.attention.plan import AttentionPlan
 from gemma_tui.studies.attention.reading import Reading, View, read, read_tokens
 from gemma_tui.tokenizer import Tokenizer, read_tokenizer
 
@@ -180,3 +183,30 @@ def test_the_answer_after_the_text_is_the_models_own(reading: Reading, torch_eng
     targets = reading.targets()
     assert (targets[:-1] == reading.tokens[1:]).all()
     assert targets[-1] == torch_engine.logits(reading.tokens[None])[0, -1].argmax()
+
+
+def test_a_stop_breaks_a_view_off_between_two_tiles(torch_engine: Engine) -> None:
+    """Two tiles of one layer: the second never comes, and the same desk goes on afterwards."""
+    torch_engine.load(paths.assets() / "gemma-3-nano", "float32")
+    desk = desk_of(None, torch_engine, "nano")
+    plan = AttentionPlan(text="The old clock on the wall was slow. " * 20)
+    reading = desk.read(plan.text, True)
+    desk.stop = Stop(after=3)
+    with pytest.raises(StoppedError):
+        figure_of(look(desk, plan))
+    assert desk.stop.asked == 4
+    desk.stop = Event()
+    assert figure_of(look(desk, plan)).heats
+    assert desk.reading is reading
+
+
+class Stop(Event):
+    """Set after some questions whether it is."""
+
+    def __init__(self, after: int) -> None:
+        super().__init__()
+        self.after, self.asked = after, 0
+
+    def is_set(self) -> bool:
+        self.asked += 1
+        return self.asked > self.after

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from threading import Event
 
 from engines import open_engine
 from engines.base import Engine, ModelInfo
@@ -33,9 +34,17 @@ Cells = tuple[int, int]
 CELLS = (512, 512)
 
 
+class StoppedError(Exception):
+    """A view was stopped; whoever stopped it knows."""
+
+
 @dataclass
 class Desk:
-    """A model on an engine, and the text that was read last: what was computed for it serves the next view."""
+    """A model on an engine, and the text that was read last: what was computed for it serves the next view.
+
+    Attributes:
+        stop: while it is set, what is computed for the text ends between two tiles, with ``StoppedError``.
+    """
 
     engine: Engine
     name: str
@@ -43,6 +52,7 @@ class Desk:
     tokenizer: Tokenizer
     reading: Reading | None = None
     info: ModelInfo | None = None
+    stop: Event = field(default_factory=Event)
     _read: tuple[str, bool] = ("", True)
 
     def read(self, text: str, bos: bool) -> Reading:
@@ -50,7 +60,12 @@ class Desk:
         if self.reading is None or self._read != (text, bos):
             self.reading = None
             self.reading, self._read = read(self.engine, self.tokenizer, text, bos), (text, bos)
+            self.reading.inspection.tick = self._tick
         return self.reading
+
+    def _tick(self) -> None:
+        if self.stop.is_set():
+            raise StoppedError
 
     def reopen(self) -> None:
         """Load the model again, after another one had its place."""
