@@ -226,8 +226,8 @@ class TrainingPlan:
     def rates(self, points: int) -> tuple[list[int], list[float]]:
         """Steps from the first to the last and their rates: about ``points``, evenly spread, and where the peak is."""
         spread = {1 + round(i * (self.steps - 1) / max(1, points - 1)) for i in range(points)}
-        peak = self.full_rank_steps + max(1, self.warmup_steps)
-        steps = sorted(spread | {peak} if peak <= self.steps else spread)
+        peak = min(self.full_rank_steps + max(1, self.warmup_steps), self.steps)
+        steps = sorted(spread | {peak})
         return steps, [self.rate(step) for step in steps]
 
 

@@ -4,7 +4,7 @@ import math
 from itertools import pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from gemma_tui.studies.schedules import SCHEDULES, learning_rate
@@ -49,6 +49,7 @@ def test_a_rate_is_within_zero_and_the_peak_and_only_falls_after_the_warm_up(
 
 
 @given(st.integers(1, 3000), st.integers(0, 100), st.integers(1, 200), st.sampled_from(SCHEDULES))
+@example(2, 3, 1, "cosine")
 def test_the_rates_of_a_plan_are_those_of_its_steps_with_both_ends_and_the_peak(
     steps: int, warmup: int, points: int, schedule: str
 ) -> None:
