@@ -10,6 +10,11 @@ from typing import TYPE_CHECKING
 from engines.errors import UnsupportedError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    import numpy as np
+
     from engines.base import Engine
 
 ENGINES = ("torch", "mlx")
@@ -52,6 +57,17 @@ def open_engine(name: str = "auto") -> Engine:
     from engines.torch.engine import TorchEngine
 
     return TorchEngine()
+
+
+def eager_attention(folder: Path, tokens: np.ndarray) -> Iterator[np.ndarray]:
+    """The attention weights of every layer by transformers, in float32; see ``engines.torch.eager``.
+
+    Raises:
+        UnsupportedError: transformers or torch is not installed, or it does not read the folder.
+    """
+    from engines.torch import eager
+
+    return eager.eager_attention(folder, tokens)
 
 
 def _bound_mps_memory() -> None:

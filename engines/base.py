@@ -14,9 +14,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from engines.edits import Edit
 from engines.errors import UnsupportedError
 from engines.gemma3 import Gemma3Config
-from engines.inspection import Edit, Inspection
+from engines.inspection import Inspection
 
 IGNORED = -100
 """The label of a position that is not supervised."""
@@ -359,7 +360,8 @@ class Engine(Protocol):
         """Zero entries of the optimizer's state of the adapters; returns the share that is zero after it.
 
         Args:
-            how: ``magnitude`` zeroes the ``ratio`` smallest of each tensor, ``random`` any, ``reset`` all.
+            how: ``magnitude`` zeroes the ``ratio`` smallest of each tensor, ``random`` any, ``reset`` all. A first
+                moment whose second one is zero is zeroed, too.
         """
 
     def updates(self, names: Sequence[str] | None = None) -> Iterator[tuple[str, np.ndarray, float]]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from gemma_tui.heat import Heat
 from gemma_tui.plots import Series
+from gemma_tui.text import one_line
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,6 +21,11 @@ class LineChart:
     series: Sequence[Series]
     x_label: str = ""
     log: bool = False
+
+    def cleaned(self) -> LineChart:
+        """The same with its words on one line and harmless, as a terminal is shown them."""
+        series = [replace(line, label=one_line(line.label)) for line in self.series]
+        return LineChart(one_line(self.title), series, one_line(self.x_label), self.log)
 
 
 @dataclass(frozen=True, eq=False)

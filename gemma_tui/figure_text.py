@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from numbers import Real
 from typing import Any
 
@@ -69,9 +68,9 @@ def table_lines(table: Table, width: int = 80, rows: int = 20) -> Iterator[str]:
 
 def _chart(chart: LineChart, width: int, colour: bool) -> str:
     """The names of the lines come below, where they do not fit beside the title."""
-    series = [replace(line, label=one_line(line.label)) for line in chart.series]
-    text = draw(series, width, HEIGHT, one_line(chart.title), chart.log, colour, one_line(chart.x_label), named=False)
-    return "\n".join([text.rstrip("\n"), *legend(series, width, colour)])
+    shown = chart.cleaned()
+    text = draw(shown.series, width, HEIGHT, shown.title, shown.log, colour, shown.x_label, named=False)
+    return "\n".join([text.rstrip("\n"), *legend(shown.series, width, colour)])
 
 
 def _blocks(sizes: Sequence[int], width: int) -> Iterator[list[int]]:

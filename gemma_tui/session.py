@@ -149,7 +149,7 @@ class Session:
         place = self.place
 
         def work(engine: Engine, job: Job) -> None:
-            from gemma_tui.hub.models import resolve
+            from gemma_tui.studies.loading import load
 
             def progress(share: float, text: str) -> None:
                 if job.control.stop.is_set():
@@ -157,10 +157,7 @@ class Session:
                 job.share, job.detail = share, text
 
             place.model, place.info, place.desk = "", None, None
-            model = resolve(name, progress)
-            engine.load(model.folder, None, progress)
-            if model.adapter is not None:
-                engine.load_adapter(model.adapter)
+            model = load(engine, name, None, progress)
             place.model, place.info = model.name, engine.model()
 
         return self._start(Job("load", f"loading {name}", self.engine), work)
@@ -221,9 +218,7 @@ class Session:
         Raises:
             UnsupportedError: the engine is busy, or no model is loaded.
         """
-        place = self.place
-        if not place.model:
-            raise UnsupportedError(NO_MODEL)
+        place = self._loaded()
 
         def work(engine: Engine, job: Job) -> None:
             from gemma_tui.hub.models import resolve
@@ -248,9 +243,7 @@ class Session:
         Raises:
             UnsupportedError: the engine is busy, or no model is loaded.
         """
-        place = self.place
-        if not place.model:
-            raise UnsupportedError(NO_MODEL)
+        place = self._loaded()
 
         name = place.model
 
@@ -280,9 +273,7 @@ class Session:
         Raises:
             UnsupportedError: the engine is busy, or no model is loaded.
         """
-        place = self.place
-        if not place.model:
-            raise UnsupportedError(NO_MODEL)
+        place = self._loaded()
 
         def work(engine: Engine, job: Job) -> None:
             from gemma_tui.runs.store import RunStore
@@ -303,6 +294,12 @@ class Session:
         """Ask everything that runs to end; training saves first."""
         for job in self.jobs:
             job.control.stop.set()
+
+    def _loaded(self) -> Place:
+        """The chosen engine, with a model on it."""
+        if not self.place.model:
+            raise UnsupportedError(NO_MODEL)
+        return self.place
 
     def _at(self, engine: str) -> Place:
         if engine not in self._places:

@@ -7,27 +7,31 @@ from collections.abc import Callable, Iterator, Sequence
 import mlx.core as mx
 import numpy as np
 
-from engines.errors import UnsupportedError
-from engines.inspection import (
+from engines.edits import (
     Ablation,
-    Attribution,
     Edit,
-    Effect,
-    Inspection,
     Knockout,
-    LayerStatistics,
-    LensRows,
     Patch,
-    ResidualFacts,
     Span,
-    check_base,
     check_edits,
     check_heads,
     check_layer,
     check_span,
-    check_tokens,
     first_edited,
+)
+from engines.errors import UnsupportedError
+from engines.inspection import (
+    Attribution,
+    Effect,
+    Inspection,
+    LayerStatistics,
+    LensRows,
+    ResidualFacts,
+    check_base,
+    check_tokens,
+    first_key,
     no_tick,
+    spans,
 )
 from engines.mlx import tiles
 from engines.mlx.attention import attention
@@ -112,10 +116,10 @@ class MLXInspection:
     def lens(self, positions: Span, targets: np.ndarray) -> Iterator[LensRows]:
         check_span(positions, len(self.tokens))
         wanted = mx.array(targets)
-        last, spans = self.config.num_hidden_layers, list(tiles.spans(positions, ROWS))
-        final = [_log_probs(self._logits(span, last)) for span in spans]
+        last, blocks = self.config.num_hidden_layers, list(spans(positions, ROWS))
+        final = [_log_probs(self._logits(span, last)) for span in blocks]
         for layer in range(last + 1):
-            found = (self._logits(span, layer) for span in spans)
+            found = (self._logits(span, layer) for span in blocks)
             parts = map(_lens, found, final, _split(wanted))
             yield LensRows(*(np.array(mx.concatenate(list(column))) for column in zip(*parts, strict=True)))
 
@@ -139,7 +143,7 @@ class MLXInspection:
             raise UnsupportedError("the other text is on another engine: inspect both on one")
         check_span(positions, min(len(self.tokens), len(base.tokens)))
         parts = []
-        for span, some in zip(tiles.spans(positions, ROWS), _split(mx.array(targets)), strict=True):
+        for span, some in zip(spans(positions, ROWS), _split(mx.array(targets)), strict=True):
             parts.append(_effect(base._kept_logits(span), self._kept_logits(span), some[:, None]))
         return Effect(*(np.array(mx.concatenate(list(column))) for column in zip(*parts, strict=True)))
 
@@ -165,9 +169,9 @@ class MLXInspection:
         """What the heads of a layer give, ``[1, heads, T, head_dim]``, edited."""
         layer, parts = self._layer(index), []
         q, k, v = (part[None].astype(self._model.dtype) for part in (layer.q, layer.k, layer.v))
-        for start, stop in tiles.spans((0, len(self.tokens))):
+        for start, stop in spans((0, len(self.tokens))):
             self.tick()
-            keys = slice(tiles.first_key(start, layer.window), stop)
+            keys = slice(first_key(start, layer.window), stop)
             mask = tiles.allowed(layer, start, stop, range(q.shape[1]))
             parts.append(attention(q[:, :, start:stop], k[:, :, keys], v[:, :, keys], layer.scale, mask))
             mx.eval(parts[-1])

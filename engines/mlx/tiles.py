@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from engines.inspection import TILE, Knockout, LayerStatistics, Span, no_tick
+from engines.edits import Knockout, Span
+from engines.inspection import ROW_SUMS, LayerStatistics, first_key, no_tick, spans
 from engines.mlx.attention import visible
 
 TINY = 1e-37
@@ -50,17 +51,6 @@ class Tile:
     first: int
     start: int
     stop: int
-
-
-def spans(span: Span, size: int = TILE) -> Iterator[Span]:
-    """A span of positions, so many at a time."""
-    for start in range(*span, size):
-        yield start, min(start + size, span[1])
-
-
-def first_key(start: int, window: int | None) -> int:
-    """The oldest key that a query at ``start`` sees."""
-    return 0 if window is None else max(0, start - window + 1)
 
 
 def allowed(layer: Layer, start: int, stop: int, heads: range) -> mx.array:
@@ -115,8 +105,7 @@ def statistics(layer: Layer, tokens: mx.array, sliding_window: int) -> LayerStat
         received[:, keys] += a.sum(axis=1)
         by_distance[:, : a.shape[2]] += _diagonals(a)
         mx.eval(rows[-1], received, by_distance)
-    names = ("entropy", "first", "elsewhere", "reach", "previous", "duplicate", "induction", "beyond", "weighted_value")
-    sums = dict(zip(names, np.array(mx.concatenate(rows, axis=-1)), strict=True))
+    sums = dict(zip(ROW_SUMS, np.array(mx.concatenate(rows, axis=-1)), strict=True))
     others = {"received": received, "by_distance": by_distance, "value_norm": values}
     return LayerStatistics(**sums, **{name: np.array(array) for name, array in others.items()})
 

@@ -17,9 +17,9 @@ def eager_attention(folder: Path, tokens: np.ndarray) -> Iterator[np.ndarray]:
     All are in memory at once, beside a second copy of the model: give a short text.
 
     Raises:
-        UnsupportedError: transformers is not installed, or does not read the folder.
+        UnsupportedError: transformers or torch is not installed, or does not read the folder.
     """
-    if importlib.util.find_spec("transformers") is None:
+    if not all(importlib.util.find_spec(name) for name in ("torch", "transformers")):
         raise UnsupportedError("the check needs transformers: pip install 'gemma-tui[check]'")
     import torch
     from transformers import Gemma3ForCausalLM

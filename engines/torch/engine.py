@@ -26,10 +26,11 @@ from engines.base import (
     TrainingSettings,
 )
 from engines.checkpoints import as_bfloat16, iterate_model, write_json, write_safetensors
+from engines.edits import Edit
 from engines.errors import UnsupportedError
 from engines.gemma3 import Gemma3Config, read_config
 from engines.initialisation import gemma3_weights
-from engines.inspection import Edit, Inspection
+from engines.inspection import Inspection
 from engines.memory import ensure_memory, training_bytes
 from engines.origin import first_weights
 from engines.torch import adapters, decoding, device, merging, optimizers, rank1, state, training

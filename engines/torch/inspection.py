@@ -9,27 +9,31 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engines.errors import UnsupportedError
-from engines.inspection import (
+from engines.edits import (
     Ablation,
-    Attribution,
     Edit,
-    Effect,
-    Inspection,
     Knockout,
-    LayerStatistics,
-    LensRows,
     Patch,
-    ResidualFacts,
     Span,
-    check_base,
     check_edits,
     check_heads,
     check_layer,
     check_span,
-    check_tokens,
     first_edited,
+)
+from engines.errors import UnsupportedError
+from engines.inspection import (
+    Attribution,
+    Effect,
+    Inspection,
+    LayerStatistics,
+    LensRows,
+    ResidualFacts,
+    check_base,
+    check_tokens,
+    first_key,
     no_tick,
+    spans,
 )
 from engines.torch import tiles
 from engines.torch.attention import attention
@@ -118,10 +122,10 @@ class TorchInspection:
     def lens(self, positions: Span, targets: np.ndarray) -> Iterator[LensRows]:
         check_span(positions, len(self.tokens))
         wanted = torch.from_numpy(targets).to(self._ids.device, torch.long)
-        last, spans = self.config.num_hidden_layers, list(tiles.spans(positions, ROWS))
-        final = [_log_probs(self._logits(span, last)) for span in spans]
+        last, blocks = self.config.num_hidden_layers, list(spans(positions, ROWS))
+        final = [_log_probs(self._logits(span, last)) for span in blocks]
         for layer in range(last + 1):
-            found = (self._logits(span, layer) for span in spans)
+            found = (self._logits(span, layer) for span in blocks)
             parts = map(_lens, found, final, wanted.split(ROWS))
             yield LensRows(*(torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True)))
 
@@ -147,7 +151,7 @@ class TorchInspection:
         check_span(positions, min(len(self.tokens), len(base.tokens)))
         parts = []
         wanted = torch.from_numpy(targets).to(self._ids.device, torch.long)
-        for span, some in zip(tiles.spans(positions, ROWS), wanted.split(ROWS), strict=True):
+        for span, some in zip(spans(positions, ROWS), wanted.split(ROWS), strict=True):
             parts.append(_effect(base._kept_logits(span), self._kept_logits(span), some[:, None]))
         return Effect(*(torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True)))
 
@@ -174,9 +178,9 @@ class TorchInspection:
         """What the heads of a layer give, ``[1, heads, T, head_dim]``, edited."""
         layer, parts = self._layer(index), []
         q, k, v = (part[None].to(self._model.dtype) for part in (layer.q, layer.k, layer.v))
-        for start, stop in tiles.spans((0, len(self.tokens))):
+        for start, stop in spans((0, len(self.tokens))):
             self.tick()
-            keys = slice(tiles.first_key(start, layer.window), stop)
+            keys = slice(first_key(start, layer.window), stop)
             mask = tiles.allowed(layer, start, stop, range(q.shape[1]))
             parts.append(attention(q[:, :, start:stop], k[:, :, keys], v[:, :, keys], layer.scale, mask))
         z = torch.cat(parts, 2)

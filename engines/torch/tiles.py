@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engines.inspection import TILE, Knockout, LayerStatistics, Span, no_tick
+from engines.edits import Knockout, Span
+from engines.inspection import ROW_SUMS, LayerStatistics, first_key, no_tick, spans
 from engines.torch.attention import visible
 
 TINY = 1e-37
@@ -49,17 +50,6 @@ class Tile:
     first: int
     start: int
     stop: int
-
-
-def spans(span: Span, size: int = TILE) -> Iterator[Span]:
-    """A span of positions, so many at a time."""
-    for start in range(*span, size):
-        yield start, min(start + size, span[1])
-
-
-def first_key(start: int, window: int | None) -> int:
-    """The oldest key that a query at ``start`` sees."""
-    return 0 if window is None else max(0, start - window + 1)
 
 
 def allowed(layer: Layer, start: int, stop: int, heads: range) -> Tensor:
@@ -112,8 +102,7 @@ def statistics(layer: Layer, tokens: Tensor, sliding_window: int) -> LayerStatis
         rows.append(_row_sums(tile, values[:, keys], tokens, sliding_window if layer.window is None else None))
         received[:, keys] += a.sum(1)
         by_distance[:, : a.shape[2]] += _diagonals(a)
-    names = ("entropy", "first", "elsewhere", "reach", "previous", "duplicate", "induction", "beyond", "weighted_value")
-    sums = dict(zip(names, torch.cat(rows, -1).cpu().numpy(), strict=True))
+    sums = dict(zip(ROW_SUMS, torch.cat(rows, -1).cpu().numpy(), strict=True))
     others = {"received": received, "by_distance": by_distance, "value_norm": values}
     return LayerStatistics(**sums, **{name: tensor.cpu().numpy() for name, tensor in others.items()})
 

@@ -6,9 +6,9 @@ import argparse
 
 from engines import open_engine
 from gemma_tui.commands.plans import plan_from
-from gemma_tui.hub.models import resolve
 from gemma_tui.output import Output
 from gemma_tui.studies.generation import Generation, GenerationPlan, write
+from gemma_tui.studies.loading import load
 from gemma_tui.tokenizer import read_tokenizer
 
 
@@ -16,11 +16,8 @@ def generate(args: argparse.Namespace, output: Output) -> int:
     """Load a model and stream what it writes."""
     plan = plan_from(GenerationPlan, args, {}, "generate")
     with output.progress("opening") as progress:
-        model = resolve(args.model, progress)
         engine = open_engine(args.engine)
-        engine.load(model.folder, args.dtype, progress)
-    if model.adapter is not None:
-        engine.load_adapter(model.adapter)
+        model = load(engine, args.model, args.dtype, progress)
     tokenizer = read_tokenizer(model.folder)
     generation = Generation()
     for piece in write(engine, tokenizer, plan, generation):

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 
-from gemma_tui import paths
 from gemma_tui.errors import GemmaTuiError
+from gemma_tui.remembered import recall, remember
 
 FILE = "digests.json"
 PATTERNS = ("*.safetensors", "config.json")
@@ -19,20 +18,20 @@ def model_digest(folder: Path, adapter: Path | None = None) -> str:
     Reading gigabytes takes seconds, so digests are remembered as long as no file changes.
 
     Raises:
-        GemmaTuiError: a file cannot be read.
+        GemmaTuiError: a file cannot be read, or the digest not be kept.
     """
     files = [
         path for place in (folder, adapter) if place for pattern in PATTERNS for path in sorted(place.glob(pattern))
     ]
     try:
         stamp = " ".join(f"{path} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in files)
-        known = _known()
-        if stamp not in known:
-            known[stamp] = _digest(files)
-            _remember(known)
+        known = recall(FILE).get(stamp)
+        digest = known if isinstance(known, str) else _digest(files)
     except OSError as error:
         raise GemmaTuiError(f"{error.filename} cannot be read ({error.strerror}): check the model's files") from None
-    return known[stamp]
+    if digest != known:
+        remember(FILE, "the digest", {stamp: digest})
+    return digest
 
 
 def _digest(files: list[Path]) -> str:
@@ -41,19 +40,3 @@ def _digest(files: list[Path]) -> str:
         with path.open("rb") as file:
             whole.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
     return whole.hexdigest()
-
-
-def _known() -> dict[str, str]:
-    try:
-        found = json.loads((paths.home() / FILE).read_text())
-        return {str(stamp): str(digest) for stamp, digest in found.items()}
-    except (OSError, ValueError, AttributeError):
-        return {}  # nothing remembered, or a file that says nothing
-
-
-def _remember(known: dict[str, str]) -> None:
-    path = paths.home() / FILE
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(known, indent=1))
-    part.replace(path)

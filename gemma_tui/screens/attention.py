@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,12 +19,12 @@ from textual.widgets import DataTable, Static
 from engines.errors import EngineError
 from gemma_tui.errors import UsageError
 from gemma_tui.exports import export
-from gemma_tui.pair_grid import PairGrid
 from gemma_tui.screens.head_study import TEXTS, FollowedStudy, bundled_texts, small_plan
 from gemma_tui.screens.workbench import Workbench
 from gemma_tui.session import NO_MODEL
 from gemma_tui.studies.attention.heads import METRICS, head_name
 from gemma_tui.studies.attention.looking import Board, signed
+from gemma_tui.studies.attention.pairs import find_token
 from gemma_tui.studies.attention.plan import AttentionPlan
 from gemma_tui.studies.plan import Option, command, honoured
 from gemma_tui.text import one_line
@@ -150,14 +152,13 @@ class AttentionScreen(Workbench):
 
     def action_metric(self, by: int) -> None:
         """Colour the heads by another metric."""
-        names = list(METRICS)
-        now = self._form.values["metric"]
+        names, now = list(METRICS), self._form.values["metric"]
+        following = names[(names.index(now) + by) % len(names)] if now in names else names[0]
         if self._study is not None:
-            self._form.set("metric", names[(names.index(now) + by) % len(names)] if now in names else names[0])
+            self._form.set("metric", following)
             self._show_study(self._study)
-            return
-        shown = self.board.plan.view == "heads" and now in names
-        self._set(view="heads", metric=names[(names.index(now) + by) % len(names)] if shown else names[0])
+        else:
+            self._set(view="heads", metric=following if self.board.plan.view == "heads" else names[0])
 
     def action_study(self) -> None:
         """Study the heads over many texts; if that goes on already, show it."""
@@ -245,8 +246,8 @@ class AttentionScreen(Workbench):
 
         def named(name: str | None) -> None:
             if name:
-                # In a thread, because the digest of a large model takes seconds.
-                self.run_worker(lambda: write(Path(name).expanduser()), thread=True)
+                # The digest of a large model takes seconds; no worker, because leaving would wait for one.
+                threading.Thread(target=write, args=(Path(name).expanduser(),), daemon=True).start()
 
         def write(path: Path) -> None:
             try:
@@ -254,7 +255,8 @@ class AttentionScreen(Workbench):
                 said = f"written: {path}", "information"
             except EngineError as error:
                 said = str(error), "warning"
-            self.app.call_from_thread(self.bench.tell, *said)
+            with suppress(RuntimeError):  # the app has ended
+                self.app.call_from_thread(self.bench.tell, *said)
 
         self.app.push_screen(Field(EXPORT, EXPORT.default), named)
 
@@ -275,7 +277,7 @@ class AttentionScreen(Workbench):
         self.board, figure, self._study = message.board, message.board.figure, None
         if figure is None:
             return
-        pairs = _pairs(self.board) if self.board.plan.view == "head" else None
+        pairs = self.board.pairs()
         self._figure.show(figure, pairs)
         if pairs is not None and self._position is not None:
             self._go(self._position)
@@ -399,13 +401,10 @@ class AttentionScreen(Workbench):
         if NUMBER.fullmatch(text) and int(text) < len(labels):
             return int(text)
         pairs = self.query_one(PairMap)
-        after = int(pairs.grid.row_edges[pairs.row])
-        wanted = text.replace(" ", "▁").casefold()
-        order = [*range(after + 1, len(labels)), *range(after + 1)]
-        for position in order:
-            if wanted in labels[position].casefold():
-                return position
-        raise UsageError(f"{one_line(text, 40)!r} is not in the text: type a token or a position to {len(labels) - 1}")
+        try:
+            return find_token(labels, text, int(pairs.grid.row_edges[pairs.row]))
+        except UsageError:
+            return find_token(labels, text)  # round the end
 
     def _go(self, position: int) -> None:
         pairs = self.query_one(PairMap)
@@ -429,22 +428,3 @@ class AttentionScreen(Workbench):
             parts += [board.figure.title, self._figure.place, f"{len(board.labels):,} tokens", text]
             line = " · ".join(part for part in parts if part)
         self.query_one("#looked", Static).update(one_line(line, 200), layout=False)
-
-
-def _pairs(board: Board) -> PairGrid | None:
-    """The map of a head, as its widget shows it."""
-    figure, plan = board.figure, board.plan
-    if figure is None or "weights" not in figure.arrays:
-        return None
-    weights, labels = figure.arrays["weights"], board.labels
-    window = board.window if board.local[plan.layer] else None
-    changed = plan.per_row or plan.gamma != 1
-    shades = figure.arrays["values"] if changed else None
-    shading = ", ".join(
-        part for part in ("rows normalised" if plan.per_row else "", f"γ {plan.gamma:g}" if plan.gamma != 1 else "")
-        if part
-    )  # fmt: skip
-    return PairGrid(
-        weights, figure.arrays["query_edges"], figure.arrays["key_edges"], labels, labels, window, plan.pooling,
-        shades, shading,
-    )  # fmt: skip

@@ -116,7 +116,7 @@ class FigureView(Vertical):
         elif kind == "pairs" and self._pairs is not None:
             self.query_one(PairMap).show(self._pairs)
         elif kind == "line":
-            chart, line = self.query_one(Chart), figure.charts[at - maps]
+            chart, line = self.query_one(Chart), figure.charts[at - maps].cleaned()
             chart.title, chart.x_label, chart.log_axis = line.title, line.x_label, line.log
             chart.show(list(line.series))
             chart.redraw()

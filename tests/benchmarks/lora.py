@@ -18,9 +18,9 @@ BATCH, LENGTH, RANK = 2, 256, 8
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def tokens(steps: int) -> np.ndarray:
+def tokens(steps: int, batch: int = BATCH) -> np.ndarray:
     """int32 ``[steps * batch, length + 1]``, the same for both sides."""
-    return np.random.default_rng(0).integers(300, 200_000, (steps * BATCH, LENGTH + 1)).astype(np.int32)
+    return np.random.default_rng(0).integers(300, 200_000, (steps * batch, LENGTH + 1)).astype(np.int32)
 
 
 def gemma_tui(steps: int) -> None:

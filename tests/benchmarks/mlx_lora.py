@@ -13,13 +13,11 @@ import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
-
 from engines.gemma3 import Gemma3Config, parse_config
+from tests.benchmarks.lora import LENGTH, LINEARS, RANK, tokens
 from tests.benchmarks.measure import compare, report
 
-BATCH, LENGTH, RANK = 4, 256, 8
-LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+BATCH = 4
 
 
 def config() -> Gemma3Config:
@@ -30,11 +28,6 @@ def config() -> Gemma3Config:
         "query_pre_attn_scalar": 32, "sliding_window": 512, "rms_norm_eps": 1e-6, "max_position_embeddings": 32_768,
         "rope_theta": 1_000_000.0, "rope_local_base_freq": 10_000.0, "tie_word_embeddings": True,
     })  # fmt: skip
-
-
-def tokens(steps: int) -> np.ndarray:
-    """int32 ``[steps * batch, length + 1]``, the same for both sides."""
-    return np.random.default_rng(0).integers(300, 200_000, (steps * BATCH, LENGTH + 1)).astype(np.int32)
 
 
 def finish(seconds: list[float]) -> None:
@@ -52,7 +45,7 @@ def gemma_tui(steps: int) -> None:
     engine = open_engine("mlx")
     engine.initialise(config(), 0, "float32")
     engine.start_training(TrainingSettings(LoRASettings(RANK, 2 * RANK)))
-    rows, seconds = tokens(steps), []
+    rows, seconds = tokens(steps, BATCH), []
     for step in range(steps):
         part = rows[step * BATCH : (step + 1) * BATCH]
         began = time.perf_counter()
@@ -75,7 +68,7 @@ def mlx_lm(steps: int) -> None:
     model.freeze()
     keys = [f"{'mlp' if name in LINEARS[4:] else 'self_attn'}.{name}" for name in LINEARS]
     linear_to_lora_layers(model, -1, {"rank": RANK, "scale": 2.0, "dropout": 0.0, "keys": keys})
-    rows, seconds = tokens(steps), []
+    rows, seconds = tokens(steps, BATCH), []
 
     class Clock:
         """Takes the time of each step from mlx_lm's own report."""

@@ -7,8 +7,8 @@ import pytest
 from insides import kl, log_softmax, model, reading_of, rows, run, text_ids, without_head
 
 from engines import open_engine
+from engines.edits import Ablation, Knockout, Patch
 from engines.errors import UnsupportedError
-from engines.inspection import Ablation, Knockout, Patch
 from gemma_tui.errors import UsageError
 from gemma_tui.hub.models import resolve
 from gemma_tui.studies.attention.causal import ablation_scan, causal_view, parse_target

@@ -140,13 +140,13 @@ def test_what_is_not_there_is_refused_in_one_line(inside, error, arguments) -> N
 def test_a_piece_of_text_is_found_across_tokens(inside, tokenizer) -> None:
     text = read(inside.engine, tokenizer, "The 3th fox jumps over 4 lazy dogs,\nand the dogs of 7 towns sleep on.")
     written = [tokenizer.token(int(t)).replace("▁", " ") for t in text.tokens]
-    first = find_token(text, "lazy DOGS")
-    second = find_token(text, "dogs", find_token(text, "dogs"))
+    first = find_token(text.labels, "lazy DOGS")
+    second = find_token(text.labels, "dogs", find_token(text.labels, "dogs"))
     for place, wanted in ((first, "lazy dogs"), (second, "dogs of 7")):
         after = "".join(written[place:])
         assert 0 <= after.find(wanted) < len(written[place])
     assert second > first
-    assert find_token(text, "<bos>") == 0
+    assert find_token(text.labels, "<bos>") == 0
     for missing, after in (("cat", -1), ("", -1), ("dogs", text.length)):
         with pytest.raises(UsageError, match="is not"):
-            find_token(text, missing, after)
+            find_token(text.labels, missing, after)

@@ -7,7 +7,7 @@ import pytest
 from insides import model, reading_of, rows, run, text_ids
 
 from engines import open_engine
-from engines.inspection import Patch
+from engines.edits import Patch
 from gemma_tui.errors import UsageError
 from gemma_tui.studies.attention.patching import patching_view
 from gemma_tui.studies.attention.reading import read_tokens

@@ -6,9 +6,10 @@ import re
 
 import numpy as np
 
+from engines.edits import check_heads
 from engines.errors import UnsupportedError
 from engines.gemma3 import Gemma3Config
-from engines.inspection import Attribution, check_heads
+from engines.inspection import Attribution
 from gemma_tui.errors import UsageError
 from gemma_tui.figure import Figure, LineChart, Table
 from gemma_tui.plots import Series

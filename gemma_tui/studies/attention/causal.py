@@ -8,9 +8,17 @@ from dataclasses import fields
 
 import numpy as np
 
+from engines.edits import (
+    ABLATIONS,
+    Ablation,
+    Edit,
+    Knockout,
+    Span,
+    check_heads,
+)
 from engines.errors import UnsupportedError
 from engines.gemma3 import Gemma3Config
-from engines.inspection import ABLATIONS, Ablation, Edit, Effect, Inspection, Knockout, Span, check_heads
+from engines.inspection import Effect, Inspection
 from gemma_tui.errors import UsageError
 from gemma_tui.figure import Figure, LineChart, Table
 from gemma_tui.plots import Series

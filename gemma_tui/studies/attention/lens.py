@@ -7,7 +7,8 @@ from dataclasses import fields
 
 import numpy as np
 
-from engines.inspection import LensRows, Span
+from engines.edits import Span
+from engines.inspection import LensRows
 from gemma_tui.errors import UsageError
 from gemma_tui.figure import Figure, LineChart, Table
 from gemma_tui.heat import Heat

@@ -13,6 +13,7 @@ from gemma_tui.errors import UsageError
 from gemma_tui.figure import Figure
 from gemma_tui.hub.identity import model_digest
 from gemma_tui.hub.models import resolve
+from gemma_tui.pair_grid import PairGrid
 from gemma_tui.studies.attention.attribution import attribution_view, position_of, token_id
 from gemma_tui.studies.attention.causal import ablation_scan, causal_view, parse_target
 from gemma_tui.studies.attention.differences import Kept, divergence_view, keep
@@ -26,6 +27,7 @@ from gemma_tui.studies.attention.plan import AttentionPlan, text_of
 from gemma_tui.studies.attention.reading import Reading, View, read
 from gemma_tui.studies.attention.sinks import sinks
 from gemma_tui.studies.attention.types import head_types
+from gemma_tui.studies.loading import load
 from gemma_tui.tokenizer import Tokenizer, read_tokenizer
 
 Progress = Callable[[float, str], None]
@@ -70,7 +72,7 @@ class Desk:
     def reopen(self) -> None:
         """Load the model again, after another one had its place."""
         self.reading = None
-        _load(self.engine, self.name, self.dtype)
+        load(self.engine, self.name, self.dtype)
         self.info = self.engine.model()
 
 
@@ -80,7 +82,8 @@ def open_desk(engine: Engine, name: str, dtype: str | None = None, progress: Pro
     Raises:
         EngineError: it is not there or not usable.
     """
-    return Desk(engine, name, dtype, _load(engine, name, dtype, progress))
+    model = load(engine, name, dtype, progress)
+    return Desk(engine, name, dtype, read_tokenizer(model.folder))
 
 
 def desk_of(desk: Desk | None, engine: Engine, name: str) -> Desk:
@@ -110,6 +113,19 @@ class Board:
     local: list[bool] = field(default_factory=list)
     heads: int = 0
     window: int = 0
+
+    def pairs(self) -> PairGrid | None:
+        """The map of the head that is shown; None for other views."""
+        if self.figure is None or self.plan.view != "head":
+            return None
+        arrays, plan = self.figure.arrays, self.plan
+        changed = {"rows normalised": plan.per_row, f"γ {plan.gamma:g}": plan.gamma != 1}
+        return PairGrid(
+            arrays["weights"], arrays["query_edges"], arrays["key_edges"], self.labels, self.labels,
+            self.window if self.local[plan.layer] else None, plan.pooling,
+            arrays["values"] if any(changed.values()) else None,
+            ", ".join(words for words, wanted in changed.items() if wanted),
+        )  # fmt: skip
 
 
 def board_of(desk: Desk, figure: Figure, plan: AttentionPlan) -> Board:
@@ -233,14 +249,6 @@ def _other_side(desk: Desk, plan: AttentionPlan) -> tuple[Kept, str]:
             desk.reopen()
         else:
             other.unload()
-
-
-def _load(engine: Engine, name: str, dtype: str | None, progress: Progress | None = None) -> Tokenizer:
-    model = resolve(name, progress)
-    engine.load(model.folder, dtype, progress)
-    if model.adapter is not None:
-        engine.load_adapter(model.adapter)
-    return read_tokenizer(model.folder)
 
 
 def signed(figure: Figure) -> Figure:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
 
-from engines.inspection import TILE, Span, check_heads, check_span
+from engines.edits import Span, check_heads, check_span
+from engines.inspection import TILE
 from gemma_tui.errors import UsageError
 from gemma_tui.figure import Figure, Table
 from gemma_tui.heat import Heat
@@ -180,13 +181,16 @@ def _best(edges: list[Edge], count: int) -> Ranked:
     return Ranked(ranked[:count], float(sum(edge.weight for edge in ranked[count:])))
 
 
-def find_token(reading: Reading, text: str, after: int = -1) -> int:
+def find_token(labels: Sequence[str], text: str, after: int = -1) -> int:
     """Where a piece of text next begins, in tokens; upper and lower case are one, and it may run over several tokens.
+
+    Args:
+        labels: the tokens as they are shown.
 
     Raises:
         UsageError: it is not there after that position.
     """
-    written = [reading.tokenizer.token(int(token)).casefold() for token in reading.tokens]
+    written = [label.casefold() for label in labels]
     starts = np.concatenate(([0], np.cumsum([len(token) for token in written])))
     begin = int(starts[min(after + 1, len(written))])
     wanted = text.replace(" ", "▁").casefold()
@@ -201,18 +205,15 @@ def head_view(
     reading: Reading,
     layer: int,
     head: int,
-    queries: Span | None = None,
-    keys: Span | None = None,
-    shape: tuple[int, int] = (48, 64),
-    shading: Shading | None = None,
+    shape: tuple[int, int],
+    shading: Shading,
     query: int | None = None,
     key: int | None = None,
     top: int = 10,
 ) -> View:
     """The pooled map of a head, its strongest edges, and if asked what one query reads and who reads one key."""
-    shading = shading or Shading()
     parts = 1 if key is None else 2
-    found = yield from part(pair_map(reading, layer, head, queries, keys, shape, shading, top), 0, parts)
+    found = yield from part(pair_map(reading, layer, head, None, None, shape, shading, top), 0, parts)
     tables, notes = [Table("edge", EDGE_COLUMNS, _lines(reading, found.strongest))], _notes(reading, found)
     if query is not None:
         read = top_keys(reading, layer, head, query, top, shading)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from engines.torch.eager import eager_attention
-from gemma_tui import paths
-from gemma_tui.errors import GemmaTuiError, UsageError
+from engines import eager_attention
+from gemma_tui.errors import UsageError
 from gemma_tui.figure import Figure, Table
+from gemma_tui.remembered import recall, remember
 from gemma_tui.studies.attention.heads import grid
 from gemma_tui.studies.attention.reading import Reading, View
 
@@ -28,6 +27,7 @@ def parity(reading: Reading) -> View:
     Raises:
         UsageError: an adapter is on the model, or it was trained since it was loaded.
         UnsupportedError: transformers is not installed.
+        GemmaTuiError: the result cannot be kept.
     """
     if reading.facts["adapter"]:
         raise UsageError("the check reads a whole model: fuse the adapter first with `gemma-tui adapters fuse`")
@@ -44,7 +44,7 @@ def parity(reading: Reading) -> View:
             found[layer, head] = np.abs(ours - expected[head]).max()
         yield (layer + 1) / layers
     worst = float(found.max())
-    remember(reading.facts, worst, length)
+    remember(FILE, "the check", {_key(reading.facts): {"worst": worst, "tokens": length}})
     return Figure(
         "check against transformers' eager attention",
         notes=[badge(reading.facts)],
@@ -60,23 +60,10 @@ def badge(facts: dict[str, Any]) -> str:
     if facts["adapter"] or facts["trained"]:
         why = "an adapter is on the model" if facts["adapter"] else "the model was trained since it was loaded"
         return f"weights not checked against transformers (eager): {why}"
-    known = _known().get(_key(facts))
+    known = _known(facts)
     if known is None:
         return "weights not checked against transformers (eager)"
-    return f"weights checked against transformers (eager): max |Δ| {known['worst']:.1e} on T = {known['tokens']:,}"
-
-
-def remember(facts: dict[str, Any], worst: float, length: int) -> None:
-    """Keep the result of a check, for this model, engine and dtype."""
-    known = _known() | {_key(facts): {"worst": worst, "tokens": length}}
-    path = paths.home() / FILE
-    part = path.with_suffix(".part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(json.dumps(known, indent=1))
-        part.replace(path)
-    except OSError as error:
-        raise GemmaTuiError(f"{path} cannot be written ({error.strerror}): the check is not kept") from None
+    return f"weights checked against transformers (eager): max |Δ| {known[0]:.1e} on T = {known[1]:,}"
 
 
 def _key(facts: dict[str, Any]) -> str:
@@ -85,9 +72,10 @@ def _key(facts: dict[str, Any]) -> str:
     return " ".join(str(facts[name]) for name in KEYS) + f" {stamps}"
 
 
-def _known() -> dict[str, dict[str, Any]]:
+def _known(facts: dict[str, Any]) -> tuple[float, int] | None:
+    """The largest difference of a check of the same weights, and the tokens it was taken on."""
     try:
-        known = json.loads((paths.home() / FILE).read_text())
-        return {str(k): {"worst": float(v["worst"]), "tokens": int(v["tokens"])} for k, v in known.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
-        return {}  # never checked, or a file that says nothing
+        found = recall(FILE)[_key(facts)]
+        return float(found["worst"]), int(found["tokens"])
+    except (ValueError, KeyError, TypeError, OverflowError):
+        return None  # never checked, or a file that says nothing

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from engines.inspection import Inspection, Patch, Span
+from engines.edits import Patch, Span
+from engines.inspection import Inspection
 from gemma_tui.errors import UsageError
 from gemma_tui.figure import Figure, Table
 from gemma_tui.heat import Heat

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from engines.inspection import Span
+from engines.edits import Span
 
 POOLINGS = ("max", "mean")
 

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from engines.base import Engine
-from engines.inspection import Edit, Inspection, LayerStatistics
+from engines.edits import Edit
+from engines.inspection import Inspection, LayerStatistics
 from gemma_tui.errors import UsageError
 from gemma_tui.figure import Figure
 from gemma_tui.text import one_line

@@ -26,6 +26,7 @@ from gemma_tui.studies.attention.heads import METRICS, check_metric, grid, head_
 from gemma_tui.studies.attention.reading import read_tokens
 from gemma_tui.studies.data import windows
 from gemma_tui.studies.events import Control, Event, wait_while_paused
+from gemma_tui.studies.loading import load
 from gemma_tui.studies.plan import build, command, option
 from gemma_tui.studies.recording import Recorded, recorded
 from gemma_tui.studies.training import open_model
@@ -241,11 +242,7 @@ def _checkpoints(name: str) -> list[tuple[Run, Path, int]]:
 
 def _open(engine: Engine, plan: HeadStudyPlan, stage: tuple[Run, Path, int] | None) -> Tokenizer:
     if stage is None:
-        model = resolve(plan.model)
-        engine.load(model.folder)
-        if model.adapter is not None:
-            engine.load_adapter(model.adapter)
-        return read_tokenizer(model.folder)
+        return read_tokenizer(load(engine, plan.model).folder)
     run, path, _ = stage
     trained = training_plan_of(run.plan)
     model = resolve(trained.model)
