@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from engines.base import Engine, Progress
-from gemma_tui.hub.models import Model, resolve
+from gemma_tui.hub import models
 
 
-def load(engine: Engine, name: str, dtype: str | None = None, progress: Progress | None = None) -> Model:
+def load(engine: Engine, name: str, dtype: str | None = None, progress: Progress | None = None) -> models.Model:
     """Load what a name stands for, with its adapter if it has one.
 
     Args:
@@ -15,7 +15,7 @@ def load(engine: Engine, name: str, dtype: str | None = None, progress: Progress
     Raises:
         EngineError: it is not there or not usable.
     """
-    model = resolve(name, progress)
+    model = models.resolve(name, progress)
     engine.load(model.folder, dtype, progress)
     if model.adapter is not None:
         engine.load_adapter(model.adapter)

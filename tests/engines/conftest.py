@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from oracles import LORA, random_factors
 
@@ -56,3 +57,9 @@ def adapter(config: Gemma3Config, folder: Path, tmp_path: Path) -> Path:
     target = tmp_path / "adapter"
     write_adapter(target, random_factors(config, LORA), LORA, config, str(folder))
     return target
+
+
+@pytest.fixture
+def text(tokens: Callable[..., np.ndarray]) -> Callable[[int], np.ndarray]:
+    """``text(length)``: int32 ids with many repetitions."""
+    return lambda length: tokens(length)[0] % 24

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Generator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -16,6 +16,8 @@ from engines.gemma3 import Gemma3Config
 from gemma_tui.figure import Figure, Table
 from gemma_tui.studies.attention.reading import Reading, read_tokens
 from gemma_tui.tokenizer import BOS, Tokenizer
+
+T = TypeVar("T")
 
 
 def model(tiny_folder: Callable[..., Path], config: Gemma3Config, tokenizer: Tokenizer, seed: int = 0) -> Path:
@@ -53,18 +55,31 @@ def without_head(folder: Path, target: Path, layer: int, heads: list[int], count
     return target
 
 
-def run(view: Generator[float, None, Figure]) -> tuple[Figure, list[float]]:
-    """The figure, and the shares that were told on the way, which never fall and end in 1."""
+def drained(steps: Generator[float, None, T]) -> tuple[T, list[float]]:
+    """The result of a view, and the shares that were told on the way, which never fall."""
     shares = []
     while True:
         try:
-            shares.append(next(view))
+            shares.append(next(steps))
         except StopIteration as end:
             assert shares == sorted(shares)
-            assert shares[0] > 0
-            assert shares[-1] == 1
-            json.dumps(end.value.facts)
             return end.value, shares
+
+
+def result(steps: Generator[float, None, T]) -> T:
+    """What a view ends with; the shares grow up to 1."""
+    found, shares = drained(steps)
+    assert not shares or (shares[0] > 0 and abs(shares[-1] - 1) < 1e-9)
+    return found
+
+
+def run(view: Generator[float, None, Figure]) -> tuple[Figure, list[float]]:
+    """The figure, and the shares that were told on the way, which end in 1."""
+    figure, shares = drained(view)
+    assert shares[0] > 0
+    assert shares[-1] == 1
+    json.dumps(figure.facts)
+    return figure, shares
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
@@ -94,3 +109,23 @@ def _checked(table: Table) -> list[Any]:
     # Numbers of numpy's do not go into JSON.
     assert all(type(value) in (int, float, str) for row in table.rows for value in row)
     return list(table.rows)
+
+
+def load(engine: Engine, config: Gemma3Config, tokenizer: Tokenizer, tiny_folder: Any, **changes: Any) -> Path:
+    """A tiny model with as many tokens as the tokenizer, on an engine."""
+    folder = tiny_folder(replace(config, vocab_size=tokenizer.size, **changes))
+    engine.load(folder, "float32")
+    return folder
+
+
+def reading(engine: Engine, tokenizer: Tokenizer, length: int, seed: int = 0) -> Reading:
+    """``<bos>`` and random ordinary tokens, of which many come again."""
+    ids = np.random.default_rng(seed).integers(370, 390, length - 1)
+    return read_tokens(engine, tokenizer, [BOS, *ids.tolist()])
+
+
+def dense(found: Reading, layer: int) -> np.ndarray:
+    """float64 ``[heads, T, T]``."""
+    heads = range(found.inspection.config.num_attention_heads)
+    rows = [found.inspection.attention(layer, head, (0, found.length)) for head in heads]
+    return np.stack(rows).astype(np.float64)

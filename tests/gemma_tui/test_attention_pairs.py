@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from inside_a_text import dense, load, reading, run
+from insides import dense, load, reading, result
 
 from engines import open_engine
 from engines.errors import UnsupportedError
@@ -54,7 +54,7 @@ def pooled(values: np.ndarray, found: Any, how: Any) -> np.ndarray:
 @pytest.mark.parametrize("per_row", [False, True])
 def test_a_map_is_the_whole_matrix_pooled(inside, layer, pooling, without_sink, per_row) -> None:
     shading = Shading(pooling, per_row, without_sink, 0.5)
-    found = run(pair_map(inside, layer, HEAD, (3, 149), (2, 141), (20, 33), shading))
+    found = result(pair_map(inside, layer, HEAD, (3, 149), (2, 141), (20, 33), shading))
     assert (found.query_edges[[0, -1]].tolist(), found.key_edges[[0, -1]].tolist()) == ([3, 149], [2, 141])
     assert found.weights.shape == (20, 33)
     whole = shaded(dense(inside, layer)[HEAD], inside.inspection.config.window(layer), shading)
@@ -65,7 +65,7 @@ def test_a_map_is_the_whole_matrix_pooled(inside, layer, pooling, without_sink, 
 
 
 def test_what_a_window_hides_is_missing_and_not_zero(inside) -> None:
-    found = run(pair_map(inside, LOCAL, HEAD, (100, 110), (90, 110), (99, 99)))
+    found = result(pair_map(inside, LOCAL, HEAD, (100, 110), (90, 110), (99, 99)))
     q, k = np.arange(100, 110)[:, None], np.arange(90, 110)
     np.testing.assert_array_equal(np.isfinite(found.weights), (k <= q) & (q - k < 8))
 
@@ -75,7 +75,7 @@ def test_the_strongest_edges_are_those_of_the_whole_matrix(inside, without_sink:
     whole = shaded(dense(inside, GLOBAL)[HEAD], None, Shading(without_sink=without_sink))
     whole[: 1 + without_sink] = np.nan  # they see one key, and have no choice
     shading = Shading(without_sink=without_sink, per_row=True)
-    found = run(pair_map(inside, GLOBAL, HEAD, (0, 140), (1, 150), shading=shading, top=300)).strongest
+    found = result(pair_map(inside, GLOBAL, HEAD, (0, 140), (1, 150), shading=shading, top=300)).strongest
     order = np.argsort(-np.nan_to_num(whole[:140, 1:], nan=-1), axis=None, kind="stable")[:300]
     assert [(e.query, e.key - 1) for e in found] == [divmod(int(place), 149) for place in order]
     assert found[7].weight == pytest.approx(whole[found[7].query, found[7].key])
@@ -83,12 +83,12 @@ def test_the_strongest_edges_are_those_of_the_whole_matrix(inside, without_sink:
 
 def test_keys_and_readers_with_the_mass_of_the_rest(inside) -> None:
     a = dense(inside, GLOBAL)[HEAD]
-    keys, seen = top_keys(inside, GLOBAL, HEAD, 140, 5), run(readers(inside, GLOBAL, HEAD, 20, 5))
+    keys, seen = top_keys(inside, GLOBAL, HEAD, 140, 5), result(readers(inside, GLOBAL, HEAD, 20, 5))
     assert [e.key for e in keys.edges] == np.argsort(-a[140, :141], kind="stable")[:5].tolist()
     assert keys.rest + sum(e.weight for e in keys.edges) == pytest.approx(1, abs=1e-6)
     assert [e.query - 20 for e in seen.edges] == np.argsort(-a[20:, 20], kind="stable")[:5].tolist()
     assert seen.rest + sum(e.weight for e in seen.edges) == pytest.approx(a[:, 20].sum(), rel=1e-9)
-    local = run(readers(inside, LOCAL, HEAD, 20, 99))
+    local = result(readers(inside, LOCAL, HEAD, 20, 99))
     assert sorted(e.query for e in local.edges) == list(range(20, 28))
     without = top_keys(inside, GLOBAL, HEAD, 140, 200, Shading(without_sink=True))
     assert min(e.key for e in without.edges) == 1
@@ -96,7 +96,9 @@ def test_keys_and_readers_with_the_mass_of_the_rest(inside) -> None:
 
 
 def test_a_view_tells_what_was_done(inside) -> None:
-    figure = run(head_view(inside, GLOBAL, HEAD, shape=(10, 12), shading=Shading(gamma=0.5), query=140, key=3, top=4))
+    figure = result(
+        head_view(inside, GLOBAL, HEAD, shape=(10, 12), shading=Shading(gamma=0.5), query=140, key=3, top=4)
+    )
     assert figure.heats[0].values.shape == (10, 12)
     assert figure.heats[0].rows[0] == "0-14"
     assert [table.kind for table in figure.tables] == ["edge", "key", "reader"]
@@ -107,7 +109,7 @@ def test_a_view_tells_what_was_done(inside) -> None:
 
 
 def test_one_token_has_a_map(inside) -> None:
-    found = run(pair_map(inside, GLOBAL, HEAD, (0, 1), (0, 1)))
+    found = result(pair_map(inside, GLOBAL, HEAD, (0, 1), (0, 1)))
     assert found.weights.tolist() == [[1.0]]
     assert found.strongest == []
 
@@ -115,7 +117,7 @@ def test_one_token_has_a_map(inside) -> None:
 def test_both_engines_give_the_map(engine, two_to_one, tokenizer, tiny_folder) -> None:
     load(engine, two_to_one, tokenizer, tiny_folder)
     text = reading(engine, tokenizer, 40)
-    found = run(pair_map(text, LOCAL, HEAD, shape=(7, 9)))
+    found = result(pair_map(text, LOCAL, HEAD, shape=(7, 9)))
     whole = shaded(dense(text, LOCAL)[HEAD], 8, Shading())
     np.testing.assert_allclose(found.weights, pooled(whole, found, np.max), rtol=1e-6)
 
@@ -133,7 +135,7 @@ def test_both_engines_give_the_map(engine, two_to_one, tokenizer, tiny_folder) -
 )
 def test_what_is_not_there_is_refused_in_one_line(inside, error, arguments) -> None:
     with pytest.raises(error) as caught:
-        run(pair_map(inside, **{"layer": GLOBAL, "head": HEAD, **arguments}))
+        result(pair_map(inside, **{"layer": GLOBAL, "head": HEAD, **arguments}))
     assert "\n" not in str(caught.value)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from inside_a_text import dense, load, reading, run
+from insides import dense, load, reading, result
 
 from engines import open_engine
 from engines.inspection import LayerStatistics
@@ -43,7 +43,7 @@ def test_column_mass_is_gus_and_that_of_the_rows_that_see(inside) -> None:
 
 
 def test_shares_count_heads_over_epsilon(inside) -> None:
-    found = run(measure(inside, EPSILON))
+    found = result(measure(inside, EPSILON))
     pairs = [alpha(dense(inside, layer), inside.inspection.config.window(layer)) for layer in range(3)]
     seen, gu = (np.concatenate(parts) for parts in zip(*pairs, strict=True))
     np.testing.assert_allclose(found.share, (seen > EPSILON).mean(0))
@@ -66,7 +66,7 @@ def _with_norms(norms: np.ndarray) -> LayerStatistics:
 
 
 def test_the_stream_is_told_before_each_layer_and_after_the_last(inside) -> None:
-    figure = run(sinks(inside, EPSILON))
+    figure = result(sinks(inside, EPSILON))
     layers, massive = figure.tables[1], figure.tables[2]
     assert [row[0] for row in layers.rows] == ["L0", "L1", "L2", "after L2"]
     assert len(massive.rows) == 4 * 3
@@ -83,7 +83,7 @@ def test_the_stream_is_told_before_each_layer_and_after_the_last(inside) -> None
 
 
 def test_without_bos_is_the_same_text_read_again(inside) -> None:
-    figure = run(sinks(inside, EPSILON, compare=True))
+    figure = result(sinks(inside, EPSILON, compare=True))
     rows = figure.tables[3].rows
     assert [row[:2] for row in rows] == [("with <bos>", inside.labels[0]), ("without <bos>", inside.labels[1])]
     other = inside.engine.inspect(inside.tokens[1:])
@@ -93,7 +93,7 @@ def test_without_bos_is_the_same_text_read_again(inside) -> None:
 
 
 def test_columns_that_few_rows_follow_are_not_ranked(inside) -> None:
-    rows = run(sinks(inside, EPSILON, top=99)).tables[0].rows
+    rows = result(sinks(inside, EPSILON, top=99)).tables[0].rows
     assert rows[0][0] == 0
     assert max(row[0] for row in rows) == LENGTH - 15
     assert [row[3] for row in rows[1:]] == sorted((row[3] for row in rows[1:]), reverse=True)
@@ -108,7 +108,7 @@ def test_a_stream_beyond_fp16_is_told(two_to_one, tokenizer, tiny_folder) -> Non
     arrays["model.embed_tokens.weight"] *= 1e5
     write_arrays(folder / "model.safetensors", arrays)
     engine.load(folder, "float32")
-    assert "fp16 ends at 65,504" in run(sinks(reading(engine, tokenizer, 9))).notes[-1]
+    assert "fp16 ends at 65,504" in result(sinks(reading(engine, tokenizer, 9))).notes[-1]
 
 
 def test_nano_sinks_on_bos_and_less_without_it() -> None:
@@ -116,7 +116,7 @@ def test_nano_sinks_on_bos_and_less_without_it() -> None:
     engine = open_engine("torch")
     engine.load(model.folder, "float32")
     text = read(engine, read_tokenizer(model.folder), "The river ran past the old mill and down to the sea. " * 6)
-    figure = run(sinks(text, 0.3, compare=True))
+    figure = result(sinks(text, 0.3, compare=True))
     with_bos, without = figure.tables[3].rows
     assert with_bos[2] > 0
     assert with_bos[4] > without[4]
@@ -127,4 +127,4 @@ def test_nano_sinks_on_bos_and_less_without_it() -> None:
 @pytest.mark.parametrize("epsilon", [0.0, 1.0, float("nan")])
 def test_an_epsilon_that_means_nothing_is_refused(inside, epsilon: float) -> None:
     with pytest.raises(UsageError, match="between 0 and 1"):
-        run(sinks(inside, epsilon))
+        result(sinks(inside, epsilon))

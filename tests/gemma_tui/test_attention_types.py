@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from inside_a_text import dense, load, run
+from insides import dense, load, result
 
 from engines import open_engine
 from gemma_tui.errors import UsageError
@@ -56,7 +56,7 @@ def test_texts_repeat_ordinary_tokens_after_bos(tokenizer) -> None:
 
 
 def test_local_heads_score_nothing_beyond_their_window(loaded, tokenizer) -> None:
-    figure = run(head_types(loaded, tokenizer, texts=3))
+    figure = result(head_types(loaded, tokenizer, texts=3))
     near, far = figure.arrays["induction_7"], figure.arrays["induction_9"]
     assert near.shape == (3, 3, 4)
     assert (near[:, :2] > 0).all()
@@ -69,8 +69,8 @@ def test_local_heads_score_nothing_beyond_their_window(loaded, tokenizer) -> Non
 
 
 def test_cards_have_the_mean_over_texts_and_its_interval(loaded, tokenizer) -> None:
-    figure = run(head_types(loaded, tokenizer, texts=4, lengths=(7,), seed=3))
-    again = run(head_types(loaded, tokenizer, texts=4, lengths=(7,), seed=3))
+    figure = result(head_types(loaded, tokenizer, texts=4, lengths=(7,), seed=3))
+    again = result(head_types(loaded, tokenizer, texts=4, lengths=(7,), seed=3))
     table = figure.tables[0]
     assert table.rows == again.tables[0].rows
     assert len(table.rows) == 12
@@ -102,7 +102,7 @@ def test_a_short_context_has_no_run_beyond_the_window(two_to_one, tokenizer, tin
     engine = open_engine("torch")
     load(engine, two_to_one, tokenizer, tiny_folder, max_position_embeddings=18)
     assert halves(engine.model().config) == [7]
-    assert "not told apart" in run(head_types(engine, tokenizer, texts=1)).notes[-1]
+    assert "not told apart" in result(head_types(engine, tokenizer, texts=1)).notes[-1]
     load(engine, two_to_one, tokenizer, tiny_folder, max_position_embeddings=19)
     assert halves(engine.model().config) == [7, 9]
 
@@ -110,11 +110,11 @@ def test_a_short_context_has_no_run_beyond_the_window(two_to_one, tokenizer, tin
 @pytest.mark.parametrize("arguments", [{"texts": 0}, {"lengths": (1,)}, {"lengths": (7, 256)}])
 def test_what_measures_nothing_is_refused(loaded, tokenizer, arguments) -> None:
     with pytest.raises(UsageError, match="take"):
-        run(head_types(loaded, tokenizer, **arguments))
+        result(head_types(loaded, tokenizer, **arguments))
 
 
 def test_no_model_is_refused(tokenizer) -> None:
     engine = open_engine("torch")
     engine.unload()
     with pytest.raises(UsageError, match="no model"):
-        run(head_types(engine, tokenizer))
+        result(head_types(engine, tokenizer))

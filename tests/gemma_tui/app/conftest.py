@@ -35,6 +35,8 @@ SMALL_PLAN = {
 
 Size = tuple[int, int]
 
+needs_both = pytest.mark.skipif(len(available_engines()) < 2, reason="MLX is not to be had on this platform")
+
 
 class Opened:
     """A running app and what a test does with it."""

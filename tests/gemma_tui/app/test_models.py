@@ -11,11 +11,11 @@ from textual.widgets import Static
 
 import gemma_tui.hub.models
 import gemma_tui.session
-from engines import ENGINES, available_engines
+from engines import ENGINES
 from engines.torch.engine import TorchEngine
 from gemma_tui import paths
 
-from .conftest import Open, Opened, Size
+from .conftest import Open, Opened, Size, needs_both
 
 
 async def choose(it: Opened, name: str) -> None:
@@ -153,7 +153,7 @@ async def test_a_failing_load_tells_one_line_and_the_next_works(
         await it.loaded(tiny)
 
 
-@pytest.mark.skipif(len(available_engines()) < 2, reason="one engine only")
+@needs_both
 @pytest.mark.parametrize("first", ENGINES)
 async def test_the_other_engine_takes_the_model_over(opened: Open, tiny: str, size: Size, first: str) -> None:
     async with opened(size, model=tiny, engine=first) as it:

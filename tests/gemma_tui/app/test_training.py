@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 from textual.widgets import DataTable
 
-from engines import ENGINES, available_engines
+from engines import ENGINES
 from engines.base import Batch
 from gemma_tui import paths
 from gemma_tui.runs.store import RunStore
 from gemma_tui.widgets.chart import Chart
 from gemma_tui.widgets.plan_form import PlanForm
 
-from .conftest import Open, Size
+from .conftest import Open, Size, needs_both
 from .watching import LONG, headline, listed, log, points
 
 
@@ -302,7 +302,7 @@ async def test_a_name_that_is_none_is_refused_in_one_message(opened: Open, tiny:
         assert not it.app.session.jobs
 
 
-@pytest.mark.skipif(len(available_engines()) < 2, reason="one engine only")
+@needs_both
 async def test_switching_the_engine_leaves_the_run_where_it_is(
     opened: Open, tiny: str, corpus: Path, size: Size
 ) -> None:
