@@ -117,3 +117,28 @@ def command(capsys: pytest.CaptureFixture[str]) -> Commands:
         return code, [json.loads(line) for line in shown.out.splitlines()], shown.err
 
     return run
+
+
+@pytest.fixture
+def spoken(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """``spoken("runs", "list")``: exit code, stdout and stderr as a person sees them."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        capsys.readouterr()
+        try:
+            code = main(arguments)
+        except SystemExit as left:
+            code = int(str(left.code))
+        return code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def empty_hub_cache(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the user has fetched from the hub is not listed."""
+    import huggingface_hub
+
+    real = huggingface_hub.scan_cache_dir
+    (home / "hub").mkdir(parents=True)
+    monkeypatch.setattr(huggingface_hub, "scan_cache_dir", lambda: real(home / "hub"))

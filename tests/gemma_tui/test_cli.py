@@ -12,16 +12,12 @@ from typing import Any
 
 import psutil
 import pytest
-from samples import write_rows
 
 from engines import ENGINES, available_engines
 from gemma_tui import VERSION, paths
 from gemma_tui.cli import main
 from gemma_tui.output import Output
-from gemma_tui.runs.queue import Queue
-from gemma_tui.runs.store import RunStore
 from gemma_tui.studies.events import Event
-from gemma_tui.tokenizer import Tokenizer
 
 Commands = Callable[..., tuple[int, list[dict[str, Any]], str]]
 SHORT = ("--steps", "2", "--batch-size", "2", "--sequence-length", "32")
@@ -30,19 +26,8 @@ SHAPE = shlex.split(
     "--vocab-size 400 --hidden-size 16 --intermediate-size 16 --num-hidden-layers 1 --num-attention-heads 1 "
     "--num-key-value-heads 1 --head-dim 16"
 )
-ESCAPE = "\x1b[2J\x9b31m\x07"
 
 pytestmark = pytest.mark.usefixtures("empty_hub_cache")
-
-
-@pytest.fixture
-def empty_hub_cache(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the user has fetched from the hub is not listed."""
-    import huggingface_hub
-
-    real = huggingface_hub.scan_cache_dir
-    (home / "hub").mkdir(parents=True)
-    monkeypatch.setattr(huggingface_hub, "scan_cache_dir", lambda: real(home / "hub"))
 
 
 @pytest.fixture
@@ -51,21 +36,6 @@ def trained(command: Commands, tiny: str, corpus: Path) -> str:
     code, rows, _ = command("train", "--model", tiny, "--data", str(corpus), *SMALL)
     assert code == 0
     return str(rows[0]["run"])
-
-
-@pytest.fixture
-def spoken(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """``spoken("runs", "list")``: exit code, stdout and stderr as a person sees them."""
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        capsys.readouterr()
-        try:
-            code = main(arguments)
-        except SystemExit as left:
-            code = int(str(left.code))
-        return code, *capsys.readouterr()
-
-    return run
 
 
 def process(*arguments: str, **options: Any) -> subprocess.Popen[str]:
@@ -418,125 +388,6 @@ def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:
         main(["--version"])
     assert (left.value.code, capsys.readouterr().out) == (0, f"gemma-tui {VERSION}\n")
-
-
-def hostile_model() -> list[str]:
-    folder = paths.models() / f"evil{ESCAPE}"
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text('{"model_type": "' + "\\u001b[2J" + '"}')
-    return ["models", "list"]
-
-
-def hostile_run() -> list[str]:
-    store = RunStore()
-    run = store.create("evil", "training", f"torch{ESCAPE}", {"model": f"m{ESCAPE}"}, f"gemma-tui {ESCAPE}", 3)
-    store.record(run.run_id, "warning", 1, {"text": f"careful{ESCAPE}"})
-    store.record(run.run_id, "checkpoint", 1, {"path": f"/somewhere/{ESCAPE}"})
-    store.set_state(run.run_id, "failed", f"because{ESCAPE}")
-    store.close()
-    return ["runs", "show", "evil"]
-
-
-def hostile_list() -> list[str]:
-    hostile_run()
-    return ["runs", "list"]
-
-
-def hostile_queue() -> list[str]:
-    values = [f"model=m{ESCAPE}", f"data={ESCAPE}", f"group=g{ESCAPE}"]
-    queue = Queue()
-    queue.enqueue([dict(value.split("=") for value in values)], f"torch{ESCAPE}", f"/{ESCAPE}")
-    queue.finish(1, "failed", f"because{ESCAPE}")
-    queue.close()
-    return ["queue", "list"]
-
-
-def hostile_sweep() -> list[str]:
-    return ["sweep", "--set", f"model=m{ESCAPE}", "--set", f"data={ESCAPE}", "--group", ESCAPE]
-
-
-def hostile_rows() -> list[str]:
-    path = write_rows(paths.home() / "rows.jsonl", ["fine"])
-    path.write_text(path.read_text() + json.dumps({f"key{ESCAPE}": 1}) + "\n")
-    return ["train", "--model", "tiny", "--data", str(path)]
-
-
-def hostile_tokens() -> list[str]:
-    return ["data", "tiny", "--data", str(write_rows(paths.home() / "rows.jsonl", [f"fine{ESCAPE}", "more"]))]
-
-
-def hostile_template() -> list[str]:
-    (paths.models() / "tiny" / "chat_template.jinja").write_text(f"{{{{ raise_exception('{ESCAPE}') }}}}")
-    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    path = paths.home() / "turns.jsonl"
-    path.write_text(json.dumps({"messages": turns}))
-    return ["data", "tiny", "--data", str(path)]
-
-
-def hostile_folder() -> list[str]:
-    return ["models", "info", f"./none{ESCAPE}"]
-
-
-def hostile_option() -> list[str]:
-    return ["train", f"--{ESCAPE}"]
-
-
-def hostile_debug() -> list[str]:
-    return [*hostile_rows(), "--debug"]
-
-
-@pytest.mark.parametrize("as_json", [[], ["--json"]], ids=["text", "json"])
-@pytest.mark.parametrize(
-    "hostile",
-    [
-        hostile_model,
-        hostile_run,
-        hostile_list,
-        hostile_queue,
-        hostile_sweep,
-        hostile_rows,
-        hostile_tokens,
-        hostile_template,
-        hostile_folder,
-        hostile_option,
-        hostile_debug,
-    ],
-    ids=lambda hostile: hostile.__name__,
-)
-def test_foreign_text_never_reaches_a_terminal_raw(
-    spoken: Callable[..., tuple[int, str, str]], tiny: str, hostile: Callable[[], list[str]], as_json: list[str]
-) -> None:
-    _, text, errors = spoken(*hostile(), *as_json)
-    assert "\x1b" not in text + errors
-    assert "\x9b" not in text + errors
-    assert "\x07" not in text + errors
-    assert any(shown in text + errors for shown in ("␛", "\\u241b", "\\u001b", "\\x1b", "<0x1B>"))
-
-
-@pytest.mark.parametrize("as_json", [[], ["--json"]], ids=["text", "json"])
-def test_what_a_model_writes_never_reaches_a_terminal_raw(
-    spoken: Callable[..., tuple[int, str, str]],
-    monkeypatch: pytest.MonkeyPatch,
-    tiny: str,
-    tokenizer: Tokenizer,
-    as_json: list[str],
-) -> None:
-    class Hostile:
-        name = "torch"
-
-        def load(self, *given: object) -> None: ...
-
-        def generate(self, *given: object) -> list[int]:
-            return tokenizer.encode(f"fox{ESCAPE} dog", bos=False)
-
-    monkeypatch.setattr("gemma_tui.commands.generate.open_engine", lambda name: Hostile())
-    code, text, errors = spoken("generate", tiny, "--prompt", "a", *as_json)
-    assert (code, errors) == (0, "")
-    assert not {"\x1b", "\x9b", "\x07"} & set(text)
-    if as_json:
-        assert json.loads(text.splitlines()[-1])["text"] == f"fox{ESCAPE} dog"
-    else:
-        assert text == "fox␛[2J\ufffd31m␇ dog\n"
 
 
 def test_a_passing_line_gives_way_to_the_next(
