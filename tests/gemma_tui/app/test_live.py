@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import subprocess
 import sys
 import threading
@@ -52,10 +53,13 @@ async def gaps(seconds: float) -> Gaps:
 
 @pytest.fixture
 def quick_switches() -> Any:
-    """As the program itself sets it."""
+    """As the program itself sets it, and without what other tests left: collecting that would hold up the loop."""
     before = sys.getswitchinterval()
     sys.setswitchinterval(SWITCH_INTERVAL)
+    gc.collect()
+    gc.freeze()
     yield
+    gc.unfreeze()
     sys.setswitchinterval(before)
 
 
