@@ -80,7 +80,7 @@ def text_of(plan: AttentionPlan) -> str:
     """
     if not plan.text_file:
         return plan.text
-    if plan.text != SAMPLE:
+    if plan.text not in ("", SAMPLE):
         raise UsageError("text: give --text or --text-file, not both")
     path = Path(plan.text_file).expanduser()
     try:
