@@ -188,7 +188,7 @@ def _score(
     windows, size = measurement.sequences.windows, measurement.plan.batch_size
     pace.step = done
     missing = [part for part in range(len(scores.parts)) if not scores.has(part)]
-    if not missing:
+    if not missing or control.stop.is_set():
         return
     yield Event("load", done, {"model": subject.name})
     scores.claim(subject.name, subject.digest())

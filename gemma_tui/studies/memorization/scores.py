@@ -6,7 +6,6 @@ A part is there whole or not at all, so a measurement that was broken off goes o
 from __future__ import annotations
 
 import json
-import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from engines.base import Engine, TokenScores
 from engines.checkpoints import replacing, write_json
 from gemma_tui.errors import GemmaTuiError
 from gemma_tui.studies.data import PADDING
-from gemma_tui.studies.memorization.sequences import Sequences
+from gemma_tui.studies.memorization.sequences import Sequences, read_kept
 from gemma_tui.studies.turns import Window
 from gemma_tui.tokenizer import PAD
 
@@ -98,21 +97,17 @@ class Scores:
         Raises:
             GemmaTuiError: a part is missing or broken.
         """
-        return np.array(
-            [
-                scored.log_probs[window.supervised[1:]].sum(dtype=np.float64)
-                for window, scored in zip(self.sequences.windows, self.read(), strict=True)
-            ]
-        )
+        found = np.zeros(len(self.sequences))
+        for part, numbers in enumerate(self.parts):
+            for number, scored in zip(numbers, self._read(part, numbers), strict=True):
+                counted = self.sequences.windows[number].supervised[1:]
+                found[number] = scored.log_probs[counted].sum(dtype=np.float64)
+        return found
 
     def _read(self, part: int, numbers: np.ndarray) -> Iterator[TokenScores]:
         path = self._path(part)
         cuts = np.cumsum([len(self.sequences.windows[number]) - 1 for number in numbers])
-        try:
-            with np.load(path, allow_pickle=False) as kept:
-                arrays = [kept[name] for name in FIELDS]
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-            raise GemmaTuiError(f"{path} is missing or broken: start the measurement again") from None
+        arrays = list(read_kept(path, FIELDS).values())
         if any(array.shape != (cuts[-1],) for array in arrays):
             raise GemmaTuiError(f"{path} is of other sequences: start the measurement again")
         for pieces in zip(*(np.split(array, cuts[:-1]) for array in arrays), strict=True):

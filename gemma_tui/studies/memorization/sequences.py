@@ -99,14 +99,24 @@ def read_sequences(folder: Path) -> Sequences:
     Raises:
         GemmaTuiError: the file is missing or broken.
     """
+    kept = read_kept(folder / FILE, ("ids", "supervised", "lengths", "rows", "trained"))
+    cuts = kept["lengths"].cumsum()[:-1]
+    ids, supervised = np.split(kept["ids"], cuts), np.split(kept["supervised"], cuts)
+    windows = [Window(i, s) for i, s in zip(ids, supervised, strict=True)]
+    return Sequences(windows, kept["rows"], int(kept["trained"]))
+
+
+def read_kept(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
+    """Arrays of an ``.npz`` of a run's folder.
+
+    Raises:
+        GemmaTuiError: the file is missing or broken.
+    """
     try:
-        with np.load(folder / FILE, allow_pickle=False) as kept:
-            cuts = kept["lengths"].cumsum()[:-1]
-            ids, supervised = np.split(kept["ids"], cuts), np.split(kept["supervised"], cuts)
-            windows = [Window(i, s) for i, s in zip(ids, supervised, strict=True)]
-            return Sequences(windows, kept["rows"], int(kept["trained"]))
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as kept:
+            return {name: kept[name] for name in names}
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        raise GemmaTuiError(f"{folder / FILE} is missing or broken: start the measurement again") from None
+        raise GemmaTuiError(f"{path} is missing or broken: start the measurement again") from None
 
 
 def make_sequences(
