@@ -246,6 +246,16 @@ def test_what_cannot_be_measured_is_refused_before_a_run_is_made(
         resume_memorization(torch_engine, run, Control(), store)
 
 
+def test_a_model_without_numbers_is_refused(
+    torch_engine: Engine, measured_plan: MemorizationPlan, store: RunStore
+) -> None:
+    broken = copied("broken", lambda weights: {name: array * np.float32(np.nan) for name, array in weights.items()})
+    for values in ({"model": broken}, {"reference": broken}):
+        recorded = record_memorization(torch_engine, replace(measured_plan, **values), Control(), store)
+        with pytest.raises(GemmaTuiError, match="broken gives probabilities that are no numbers"):
+            list(recorded.events)
+
+
 def test_what_a_person_should_know_is_told(
     torch_engine: Engine, measured_plan: MemorizationPlan, store: RunStore, plan: Plan, tmp_path: Path
 ) -> None:

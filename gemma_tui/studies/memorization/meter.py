@@ -169,16 +169,26 @@ def measure(engine: Engine, measurement: Measurement, folder: Path, control: Con
             return
         if subject.key == REFERENCE:
             reference = scores.log_likelihoods()
+            if not np.isfinite(reference).all():
+                raise GemmaTuiError(_broken(subject))
             if measurement.plan.checkpoints and subjects.implied:
                 found = summary(sequences, reference, reference, subjects.parameters, vocabulary)
                 yield Event(STUDY, done, {"target": subject.name, "checkpoint": 0, **found})
             continue
         target = scores.log_likelihoods()
-        if subject is subjects.targets[-1]:
-            rows = sequence_rows(sequences, target, reference, vocabulary, measurement.tokenizer)
-            _write_rows(folder / ROWS_FILE, rows)
+        if not np.isfinite(target).all():
+            if len(subjects.targets) == 1:
+                raise GemmaTuiError(_broken(subject))
+            yield Event("warning", done, {"text": f"{_broken(subject)}; it is left out"})
+            continue
+        rows = sequence_rows(sequences, target, reference, vocabulary, measurement.tokenizer)
+        _write_rows(folder / ROWS_FILE, rows)
         found = summary(sequences, target, reference, subjects.parameters, vocabulary)
         yield Event(STUDY, done, {"target": subject.name, "checkpoint": subject.step, **found})
+
+
+def _broken(subject: Subject) -> str:
+    return f"{subject.name} gives probabilities that are no numbers: its training diverged, or its weights are broken"
 
 
 def _score(
