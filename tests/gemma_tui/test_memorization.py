@@ -97,7 +97,7 @@ def test_a_model_that_knows_nothing_has_no_bits(
 def test_what_is_known_by_heart_has_all_of_its_bits(
     engine: Engine, measured_plan: MemorizationPlan, store: RunStore, plan: Plan, data: str, tokenizer: Tokenizer
 ) -> None:
-    by_heart = {"method": "full", "steps": 90, "batch_size": 4, "sequence_length": 64, "evaluate_every": 0}
+    by_heart = {"method": "full", "steps": 60, "batch_size": 4, "sequence_length": 64, "evaluate_every": 0}
     run = trained(engine, plan(data=data, schedule="constant", **by_heart), store)
     found = measured(engine, replace(measured_plan, model=run), store)
     train, held = (found.summaries[-1][name] for name in ("train", "held_out"))
