@@ -169,9 +169,10 @@ class RunList(RunTable):
 def what_else(run: Run) -> str:
     """What a run is that is no training run, and what can be done with it."""
     again = f"`gemma-tui runs resume {run.run_id}` goes on with it or prints it"
+    known = {"heads": "a study of heads over texts", "memorization": "a measurement of memorization"}
     return (
-        f"{run.run_id} is a study of heads over texts, no training run: {again}"
-        if run.study == "heads"
+        f"{run.run_id} is {known[run.study]}, no training run: {again}"
+        if run.study in known
         else (f"{run.run_id} is a {run.study}, no training run: `gemma-tui runs show {run.run_id}` tells of it")
     )
 
