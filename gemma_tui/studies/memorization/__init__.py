@@ -1,0 +1,1 @@
+"""What a model keeps of its training data: bits, membership, extraction and canaries."""
