@@ -65,6 +65,8 @@ def test_planted_rows_hold_the_data_and_each_canary_as_often_as_asked() -> None:
     spread = [place for places in planted.places for place in places]
     assert min(spread) < 12
     assert max(spread) > 36
+    first = [places[0] for places in planted.places if places]
+    assert first != sorted(first), "canaries do not come in the order they were drawn"
     with pytest.raises(UsageError, match="already"):
         plant([TextRow(planted.canaries[0].text)], SMALL, (0, 1, 5), per_repeat=3, seed=4)
     with pytest.raises(UsageError, match="at least 0"):

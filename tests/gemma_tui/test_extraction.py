@@ -180,6 +180,12 @@ def test_draws_are_the_fewest_that_suffice(p_z: Fraction, chance: float) -> None
     assert extraction.chance_within(log_prob, draws) == pytest.approx(float(1 - (1 - p_z) ** draws), abs=1e-9)
 
 
+@pytest.mark.parametrize(("odds", "draws"), [(3, 3), (5, 5), (10, 4), (100, 2)])
+def test_rounding_asks_for_no_further_draw(odds: int, draws: int) -> None:
+    """Draws that miss once in ``odds``: n of them miss once in odds^n, so n suffice exactly."""
+    assert extraction.draws_for(math.log(1 - 1 / odds), 1 - float(odds) ** -draws) == draws
+
+
 def test_draws_of_tiny_chances_keep_their_digits() -> None:
     """ln(1 − p)/ln(1 − p_z) → −ln(1 − p)/p_z, where 1 − p_z is 1 in floats."""
     tiny = math.log(1e-30)

@@ -255,6 +255,14 @@ def test_baseline_is_silent_on_one_kind_of_text() -> None:
     assert sum(bool(baseline.warning) for baseline in found) <= 1
 
 
+def test_baseline_does_not_warn_of_chance() -> None:
+    found = [shift_baseline(sentences(20, 2 * seed), sentences(20, 2 * seed + 1), resamples=100) for seed in range(8)]
+    intervals = [[baseline.auc, *baseline.parts.values()] for baseline in found]
+    assert [bool(one.warning) for one in found] == [any(part.low > 0.55 for part in parts) for parts in intervals]
+    chance = [one for one, parts in zip(found, intervals, strict=True) if any(part.value > 0.57 for part in parts)]
+    assert any(not one.warning for one in chance), "high by chance, and the interval says so"
+
+
 def test_baseline_warns_of_words_and_of_length() -> None:
     by_word = shift_baseline(sentences(40, 0, "2023"), sentences(40, 1, "2024"))
     assert by_word.parts["words"].low > 0.9

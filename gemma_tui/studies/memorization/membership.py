@@ -19,7 +19,7 @@ SHARE = 0.2
 """Min-K % takes this share of the tokens, as the published code does."""
 
 MIN_ERRORS = 2
-"""EZ-MIA is not defined by fewer wrong predictions than this."""
+"""EZ-MIA needs as many wrong predictions."""
 
 TINY_DEVIATION = 1e-12
 """Keeps Min-K %++ finite where a distribution is one-hot or uniform: 0 at its mean, instead of 0/0."""
@@ -162,9 +162,9 @@ def error_zone(evidence: Evidence) -> float:
     Raises:
         UsageError: there is no reference.
     """
-    shifts = _shifts(evidence)[1:][~evidence.best[1:]]
-    up, down = _up_and_down(shifts)
-    return 0.0 if len(shifts) < MIN_ERRORS or down == 0 else up / down
+    # One wrong prediction is either up or down, and 0 in both cases.
+    up, down = _up_and_down(_shifts(evidence)[1:][~evidence.best[1:]])
+    return up / down if down else 0.0
 
 
 def error_zone_repaired(evidence: Evidence) -> float:
