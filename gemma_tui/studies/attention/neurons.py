@@ -24,7 +24,10 @@ DEFINITION = (
     "the pairs sum to the score before the softmax"
 )
 
-SHARE = "cov(c_p, score) / var(score) over all visible pairs of the text; the shares of a head sum to 1"
+SHARE = (
+    "cov(c_p, score) / var(score) over all visible pairs of the text; the shares of a head sum to 1, "
+    "and a pair that works against the others has a negative one"
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -266,7 +269,7 @@ def _kinds(config: Gemma3Config, sums: list[RotarySums]) -> Table:
         own, share = np.floor(np.log10(wavelengths(config, layer))), found.share.mean(0)
         kind = "local" if config.is_local(layer) else "global"
         rows.append((f"L{layer}", kind, *(float(share[own == decade].sum()) for decade in decades)))
-    return Table("decade", ("place", "layer", *(f"1e{d} to 1e{d + 1}" for d in decades)), rows)
+    return Table("layer", ("place", "layer", *(f"1e{d} to 1e{d + 1}" for d in decades)), rows)
 
 
 def _every_wavelength(config: Gemma3Config) -> np.ndarray:
