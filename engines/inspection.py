@@ -71,8 +71,8 @@ def check_ids(config: Gemma3Config, *tokens: np.ndarray) -> None:
 def check_circuit(config: Gemma3Config, tokens: np.ndarray, count: int, edits: Sequence[Edit]) -> None:
     """Refuse tokens or a count that are not there, and an edited text."""
     check_ids(config, tokens)
-    if not 1 <= count <= config.vocab_size:
-        raise UnsupportedError(f"{count} tokens cannot be listed: take 1 to {config.vocab_size:,}")
+    if not 0 <= count <= config.vocab_size:
+        raise UnsupportedError(f"{count} tokens cannot be listed: take 0 to {config.vocab_size:,}")
     if edits:
         raise UnsupportedError("circuits are those of the model itself: take the edits away")
 

@@ -76,6 +76,7 @@ def test_circuits_are_those_of_the_formula(
         assert np.array_equal(found.rank, (wanted > own).sum(-1))
         assert (np.diff(found.raised_by) <= 0).all()
         assert np.array_equal(found.lowered_by, found.raised_by[..., ::-1])
+        assert np.array_equal(inspection.circuit(layer, tokens, POSITION, 0).rank, found.rank)
         few = inspection.circuit(layer, tokens[:3], POSITION, 5)
         assert np.array_equal(few.raised, found.raised[:, :3, :5])
         assert np.array_equal(few.lowered, found.lowered[:, :3, :5])
@@ -162,7 +163,7 @@ def test_what_is_not_there_is_refused(engine: Engine, config: Gemma3Config, fold
         lambda: inspection.circuit(0, ids, 10, 1),
         lambda: inspection.circuit(0, ids[:0], 0, 1),
         lambda: inspection.circuit(0, ids + config.vocab_size, 0, 1),
-        lambda: inspection.circuit(0, ids, 0, 0),
+        lambda: inspection.circuit(0, ids, 0, -1),
         lambda: inspection.circuit(0, ids, 0, config.vocab_size + 1),
         lambda: engine.inspect(text(10), [Ablation(0, (0,))]).circuit(0, ids, 0, 1),
         lambda: inspection.token_scores(0, ids, ids - 4),

@@ -14,7 +14,7 @@ from gemma_tui.figure import Figure, Table
 from gemma_tui.heat import Heat
 from gemma_tui.studies.attention.attribution import resolved
 from gemma_tui.studies.attention.heads import head_name
-from gemma_tui.studies.attention.lens import check_token
+from gemma_tui.studies.attention.lens import check_token, columns
 from gemma_tui.studies.attention.reading import Reading, View, label
 
 TOP = 10
@@ -56,14 +56,15 @@ def circuits_view(reading: Reading, layer: int, position: int, token: int | None
         yield (done + 1) / (2 * config.num_hidden_layers)
     count = min(TOP, config.vocab_size)
     one = reading.inspection.circuit(layer, np.array([token], np.int32), position, count)
-    tried = sample(reading.tokens)
+    places = sample(reading.tokens)
+    tried = reading.tokens[places]
     own, rank, spread = yield from copying(reading, layer, position, tried)
     scores = reading.inspection.token_scores(layer, np.array([token], np.int32), tried)[:, 0]
     shown = label(reading.tokenizer, token)
     return Figure(
         f"circuits of layer {layer}, {'local' if config.is_local(layer) else 'global'}: {shown}",
         notes=_notes(reading, position, tried),
-        heats=[_heat(reading, layer, tried, rank)],
+        heats=[_heat(reading, layer, places, rank)],
         tables=[
             _copying_table(layer, own, rank, spread),
             _output_table(reading, layer, one),
@@ -77,10 +78,10 @@ def circuits_view(reading: Reading, layer: int, position: int, token: int | None
 
 
 def sample(tokens: np.ndarray) -> np.ndarray:
-    """Distinct tokens of a text in their order, int32; at most 64, spread evenly."""
-    distinct = tokens[np.sort(np.unique(tokens, return_index=True)[1])]
-    count = min(SAMPLE, len(distinct))
-    return distinct[np.arange(count) * len(distinct) // count].astype(np.int32)
+    """Where distinct tokens of a text first are, in their order; at most 64, spread evenly."""
+    first = np.sort(np.unique(tokens, return_index=True)[1])
+    count = min(SAMPLE, len(first))
+    return first[np.arange(count) * len(first) // count]
 
 
 def copying(
@@ -89,7 +90,7 @@ def copying(
     """What heads do to the token that they attend to: own, rank and spread of ``Circuit``, ``[heads, tokens]``."""
     found: list[Circuit] = []
     for start in range(0, len(tokens), BLOCK):
-        found.append(reading.inspection.circuit(layer, tokens[start : start + BLOCK], position, 1))
+        found.append(reading.inspection.circuit(layer, tokens[start : start + BLOCK], position, 0))
         yield (1 + min(1.0, (start + BLOCK) / len(tokens))) / 2
     own, rank, spread = (
         np.concatenate([getattr(part, name) for part in found], 1) for name in ("own", "rank", "spread")
@@ -112,8 +113,8 @@ def _notes(reading: Reading, position: int, tried: np.ndarray) -> list[str]:
     return notes
 
 
-def _heat(reading: Reading, layer: int, tried: np.ndarray, rank: np.ndarray) -> Heat:
-    names = [label(reading.tokenizer, int(token)) for token in tried]
+def _heat(reading: Reading, layer: int, places: np.ndarray, rank: np.ndarray) -> Heat:
+    names = columns(reading, places.tolist())
     heads = [head_name(layer, head) for head in range(len(rank))]
     return Heat("rank of the token that a head attends to, from 1", heads, names, rank + 1.0, log=True)
 
@@ -128,25 +129,26 @@ def _copying_table(layer: int, own: np.ndarray, rank: np.ndarray, spread: np.nda
         )
         for head in range(len(own))
     ]  # fmt: skip
-    columns = ("head", "raised", "in_top_10", "mean_rank", "median_rank", "deviations")
-    return Table("copying", columns, sorted(rows, key=lambda row: row[3]))
+    names = ("head", "raised", "in_top_10", "mean_rank", "median_rank", "deviations")
+    return Table("copying", names, sorted(rows, key=lambda row: row[3]))
 
 
 def _output_table(reading: Reading, layer: int, one: Circuit) -> Table:
+    """The first of every head, then the second of every head."""
     rows = []
-    for head in range(len(one.own)):
-        for at in range(one.raised.shape[2]):
-            up, down = (label(reading.tokenizer, int(ids[head, 0, at])) for ids in (one.raised, one.lowered))
-            by = float(one.raised_by[head, 0, at]), float(one.lowered_by[head, 0, at])
-            rows.append((head_name(layer, head), at + 1, up, by[0], down, by[1]))
+    for place, head in np.ndindex(one.raised.shape[2], len(one.own)):
+        up, down = (label(reading.tokenizer, int(ids[head, 0, place])) for ids in (one.raised, one.lowered))
+        by = float(one.raised_by[head, 0, place]), float(one.lowered_by[head, 0, place])
+        rows.append((head_name(layer, head), place + 1, up, by[0], down, by[1]))
     return Table("ov", ("head", "place", "raised", "raised_by", "lowered", "lowered_by"), rows)
 
 
 def _query_table(reading: Reading, layer: int, tried: np.ndarray, scores: np.ndarray) -> Table:
-    """Tokens of the text that a head looks for most, from the token as query."""
+    """Tokens of the text that each head looks for most, from the token as query."""
+    order = np.argsort(-scores, axis=1, kind="stable")[:, :TOP]
     rows = [
         (head_name(layer, head), place + 1, label(reading.tokenizer, int(tried[at])), float(scores[head, at]))
-        for head in range(len(scores))
-        for place, at in enumerate(np.argsort(-scores[head], kind="stable")[:TOP])
+        for place, column in enumerate(order.T)
+        for head, at in enumerate(column)
     ]
     return Table("qk", ("head", "place", "key", "score"), rows)
