@@ -23,7 +23,7 @@ TOP = 10
 SAMPLE = 64
 """Tokens of a text that heads are tried with at most."""
 
-BLOCK = 8
+BLOCK = 32
 """Of these at a time."""
 
 DEFINITION = (
