@@ -92,6 +92,8 @@ def _implied(args: argparse.Namespace, plan: AttentionPlan) -> AttentionPlan:
         return plan
     if "ablate" in given:
         return replace(plan, view="ablation")
+    if "key" in given:
+        return replace(plan, view="neurons")
     if "layer" in given or "head" in given:
         return replace(plan, view="head")
     return plan

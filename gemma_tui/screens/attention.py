@@ -39,7 +39,7 @@ EXPORT = Option("export", str, "attention.html", "file to write: .html, .svg, .n
 HEAD = re.compile(r"[lL]?(\d{1,3})\.[hH]?(\d{1,3})")
 LAYER = re.compile(r"[lL](\d{1,3})")
 NUMBER = re.compile(r"\d{1,9}")
-WITH_POSITION = ("lens", "attribution")
+WITH_POSITION = ("lens", "attribution", "neurons", "circuits", "rollout")
 """Views of a position of the text, beside that of one head."""
 
 KEYS = (
@@ -49,6 +49,9 @@ KEYS = (
     ("k", "view('sinks')", "Sinks", True, "Sinks and massive activations"),
     ("n", "view('lens')", "Lens", False, "Logit lens, layer by position"),
     ("a", "view('attribution')", "Attribution", False, "What each part of the model adds to a logit"),
+    ("E", "view('neurons')", "Neurons", False, "A score by rotary pair, and which wavelengths heads read by"),
+    ("C", "view('circuits')", "Circuits", False, "What each head of a layer does with a token alone"),
+    ("r", "view('rollout')", "Rollout", False, "Where the weights lead back to, through all layers"),
     ("t", "view('types')", "Types", False, "Types of heads, on repeated random tokens"),
     ("s", "view('scan')", "Scan", False, "Each head ablated in turn"),
     ("b", "ablate", "Ablate", False, "Take away the head under the cursor"),
