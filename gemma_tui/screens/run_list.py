@@ -168,9 +168,8 @@ class RunList(RunTable):
 
 def what_else(run: Run) -> str:
     """What a run is that is no training run, and what can be done with it."""
-    again = f"`gemma-tui runs resume {run.run_id}` goes on with it or prints it"
     return (
-        f"{run.run_id} is a study of heads over texts, no training run: {again}"
+        f"{run.run_id} is a study of heads over texts, no training run: u in the list goes on with it and shows it"
         if run.study == "heads"
         else (f"{run.run_id} is a {run.study}, no training run: `gemma-tui runs show {run.run_id}` tells of it")
     )

@@ -36,6 +36,11 @@ class AttentionPlan:
         "position that is looked at: a number or a token of the text; empty for the last",
         views=("head", "lens", "attribution"),
     )
+    key_position: str = option(
+        "", "token whose readers are shown, as position is given; empty for position itself", views=("head",)
+    )
+    queries: str = option("", "queries of a head's map: 100:400 is 100 to 399; empty for all", views=("head",))
+    keys: str = option("", "keys of a head's map, as queries are given; empty for all", views=("head",))
     token: str = option(
         "",
         "token whose logit is split or followed; empty for the most probable",

@@ -17,12 +17,12 @@ from gemma_tui.runs.store import RunStore
 from gemma_tui.screens import head_study
 from gemma_tui.screens.attention import AttentionScreen
 from gemma_tui.screens.comparison import ComparisonScreen
-from gemma_tui.screens.head_study import bundled_texts
+from gemma_tui.screens.head_study import StudyDialog, bundled_texts
 from gemma_tui.studies.attention import survey
 from gemma_tui.studies.attention.heads import METRICS
 from gemma_tui.studies.attention.survey import read_study, study_figure, study_of
 from gemma_tui.widgets.figure_view import FigureView
-from gemma_tui.widgets.plan_form import Field, PlanForm
+from gemma_tui.widgets.plan_form import PlanForm
 
 from .conftest import Open, Opened, Size
 from .watching import listed
@@ -68,7 +68,7 @@ async def begun(it: Opened, model: str, texts: Path) -> str:
     await it.mode("4", "attention")
     await it.until(lambda: screen(it).board.figure is not None and not it.app.session.jobs, "the first view")
     await it.press("y")
-    await it.until(lambda: isinstance(it.app.screen, Field), "the question for a file")
+    await it.until(lambda: isinstance(it.app.screen, StudyDialog), "the question for a file")
     field = it.app.screen.query_one(Input)
     assert field.value == bundled_texts()
     field.value = str(texts)
@@ -187,7 +187,7 @@ async def test_a_file_that_is_not_there_is_told_and_the_model_stays(opened: Open
         await it.mode("4", "attention")
         await it.until(lambda: screen(it).board.figure is not None and not it.app.session.jobs, "the first view")
         await it.press("y")
-        await it.until(lambda: isinstance(it.app.screen, Field), "the question for a file")
+        await it.until(lambda: isinstance(it.app.screen, StudyDialog), "the question for a file")
         it.app.screen.query_one(Input).value = str(tmp_path / "nowhere.jsonl")
         await it.press("enter")
         await it.until(lambda: "nowhere.jsonl" in it.told(), "what is wrong")
@@ -210,7 +210,7 @@ async def test_other_screens_and_commands_know_what_it_is(
         assert run not in it.static("#headline")
         table = await listed(it, run)
         assert isinstance(table, DataTable)
-        for key in ("enter", "u", "i", "m"):
+        for key in ("enter", "i", "m"):
             it.app.clear_notifications()
             await it.press(key)
             assert f"{run} is a study of heads over texts" in it.told(), key
