@@ -22,7 +22,7 @@ from gemma_tui.studies.attention.heads import head_grid
 from gemma_tui.studies.attention.lens import lens_view
 from gemma_tui.studies.attention.locality import local_global
 from gemma_tui.studies.attention.neurons import neurons_view
-from gemma_tui.studies.attention.pairs import Shading, head_view
+from gemma_tui.studies.attention.pairs import Shading, head_view, span_of
 from gemma_tui.studies.attention.parity import badge, parity
 from gemma_tui.studies.attention.patching import patching_view
 from gemma_tui.studies.attention.plan import AttentionPlan, text_of
@@ -189,7 +189,7 @@ def _view(desk: Desk, reading: Reading, plan: AttentionPlan, cells: Cells) -> Vi
         case "differences":
             return _differences(desk, plan)
         case "neurons":
-            key = position_of(reading, plan.key) if plan.key else None
+            key = position_of(reading, plan.key_position) if plan.key_position else None
             return neurons_view(reading, plan.layer, plan.head, _position(reading, plan), key)
         case "circuits":
             return circuits_view(reading, plan.layer, _position(reading, plan), _token(desk, plan.token))
@@ -201,9 +201,11 @@ def _view(desk: Desk, reading: Reading, plan: AttentionPlan, cells: Cells) -> Vi
 
 
 def _head(reading: Reading, plan: AttentionPlan, cells: Cells) -> View:
-    position = _position(reading, plan) if plan.position else None
+    query = position_of(reading, plan.position) if plan.position else None
+    key = position_of(reading, plan.key_position) if plan.key_position else query
     shading = Shading(plan.pooling, plan.per_row, plan.without_sink, plan.gamma)
-    return head_view(reading, plan.layer, plan.head, shape=cells, shading=shading, query=position, key=position)
+    queries, keys = (span_of(getattr(plan, name), name, reading.length) for name in ("queries", "keys"))
+    return head_view(reading, plan.layer, plan.head, cells, shading, query, key, queries=queries, keys=keys)
 
 
 def _position(reading: Reading, plan: AttentionPlan) -> int:

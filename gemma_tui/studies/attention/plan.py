@@ -38,11 +38,14 @@ class AttentionPlan:
         "position that is looked at: a number or a token of the text; empty for the last",
         views=("head", "lens", "attribution", "neurons", "circuits", "rollout"),
     )
-    key: str = option(
+    key_position: str = option(
         "",
-        "key of the score that is split: a position or a token; empty for the one with the largest weight",
-        views=("neurons",),
+        "key, as position is given: token whose readers are shown, empty for position itself; or of the score that is "
+        "split, empty for the largest weight",
+        views=("head", "neurons"),
     )
+    queries: str = option("", "queries of a head's map: 100:400 is 100 to 399; empty for all", views=("head",))
+    keys: str = option("", "keys of a head's map, as queries are given; empty for all", views=("head",))
     token: str = option(
         "",
         "token whose logit is split or followed, empty for the most probable; that circuits begin with, empty for the "

@@ -61,10 +61,17 @@ def record_heads(engine: Engine, plan: HeadStudyPlan, control: Control, store: R
 
 
 def resume_heads(engine: Engine, run: Run, control: Control, store: RunStore) -> Recorded:
-    """Go on with a study after the last text it has."""
-    done = texts_of(store, run)
+    """Go on with a study after the last text it has.
+
+    Raises:
+        UsageError: it is another study, or was begun on another engine.
+        GemmaTuiError: another process computes it.
+    """
+    plan, done = plan_of(run), texts_of(store, run)
+    if run.engine != engine.name:
+        raise UsageError(f"{run.run_id} was computed with {run.engine}: go on with it there, not with {engine.name}")
     run = store.adopt(run.run_id)
-    return Recorded(run, recorded(store, run, lambda _: study_heads(engine, plan_of(run), control, done), control))
+    return Recorded(run, recorded(store, run, lambda _: study_heads(engine, plan, control, done), control))
 
 
 def texts_of(store: RunStore, run: Run) -> int:
