@@ -248,7 +248,10 @@ MISTAKES = {
     "token not in the text": (("--text", TEXT, "--view", "lens", "--position", "7x"), "7x"),
     "position not in the text": (("--text", TEXT, "--view", "lens", "--position", "999"), "999"),
     "no such layer": (("--layer", "9"), "9"),
-    "a key that is not seen": (("--view", "neurons", "--key-position", "3", "--position", "2"), "position 2 does not see position 3"),
+    "a key that is not seen": (
+        ("--view", "neurons", "--key-position", "3", "--position", "2"),
+        "position 2 does not see position 3",
+    ),
     "no such head": (("--head", "9"), "9"),
     "ablation of nothing": (("--view", "ablation", "--ablate", ""), "name what is taken away"),
     "ablation of nothing alone": (("--ablate", ""), "name what is taken away"),
