@@ -147,7 +147,10 @@ def show_chart(run_id: str) -> None:
 
 
 def show_memorized(run_id: str, output: Output) -> None:
-    """Print what a run has memorised at each measurement, and what that tells; nothing where none was made."""
+    """Print what a run has memorised at each measurement, and what that tells; nothing where none was made.
+
+    Bits are clipped (also per trained parameter) and signed; the loss is that of the held-out sequences.
+    """
     from gemma_tui.studies.memorization.history import told
 
     with closing(RunStore()) as store:
@@ -155,6 +158,7 @@ def show_memorized(run_id: str, output: Output) -> None:
     if not rows:
         return
     measures = {m: heading for m, heading in _MEMORIZED.items() if m in rows[0].values}
+    output.say("\nmemorised bits of sequences that are trained on, and the loss of held-out ones")
     output.table(
         ("step", *measures.values()),
         [(str(row.step), *(_number(row.values.get(m)) for m in measures)) for row in rows],
@@ -167,12 +171,12 @@ def show_memorized(run_id: str, output: Output) -> None:
 
 
 _MEMORIZED = {
-    "memorized_bits": "memorised bits",
+    "memorized_bits": "bits",
     "memorized_signed_bits": "signed",
-    "memorized_bits_per_parameter": "per trained parameter",
+    "memorized_bits_per_parameter": "per trained",
     "held_out_bits": "held-out bits",
-    "held_out_loss": "held-out loss",
-    "generalisation": "its decrease",
+    "held_out_loss": "loss",
+    "generalisation": "decrease",
 }
 
 

@@ -184,7 +184,10 @@ class Compared:
         recent = smooth(loss[-TELLING * window :], window)
         best, speed, memory, ranks, bits = (
             values[np.isfinite(values)]
-            for values in (valid, *map(self._values, ("tokens_per_second", "memory", "effective_rank", "memorized_bits")))
+            for values in (
+                valid,
+                *map(self._values, ("tokens_per_second", "memory", "effective_rank", "memorized_bits")),
+            )
         )
         return Result(
             run=self.run.run_id,

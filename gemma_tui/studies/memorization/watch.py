@@ -24,7 +24,6 @@ from gemma_tui.studies.events import Control, Event, Pace, wait_while_paused
 from gemma_tui.studies.memorization.bits import sequence_bits, uniform
 from gemma_tui.studies.memorization.scores import score
 from gemma_tui.studies.memorization.sequences import (
-    FILE,
     HELD_OUT,
     TRAIN,
     Sequences,
