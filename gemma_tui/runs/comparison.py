@@ -128,9 +128,9 @@ COLUMNS: Mapping[str, tuple[str, Callable[[Any], str]]] = {
     "optimizer_bytes": ("optimizer", bytes_text),
     "effective_rank": ("rank", lambda value: f"{value:.4g}"),
     "best_valid_loss": ("best valid", _loss),
-    "memorized_bits": ("bits", _whole),
     "tokens": ("tokens", count_text),
     "trainable": ("trainable", count_text),
+    "memorized_bits": ("memorised bits", lambda value: f"{value:,.1f}"),
 }
 """The columns of a table of results, those that fit into 80 characters first: heading, and how a value is written."""
 
@@ -218,7 +218,7 @@ class Compared:
             self._step = row.step
             # The seconds of an evaluation are its own; it stands where its step stands.
             self._tokens, self._seconds = (_number(row.values.get(axis)) for axis in ("tokens", "seconds"))
-        elif row.step == 0:
+        elif row.step == 0 and math.isnan(self._tokens):
             self._tokens = self._seconds = 0.0
         for measure, value in row.values.items():
             if measure not in AXES and (value is None or _is_number(value)):

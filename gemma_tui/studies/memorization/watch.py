@@ -18,7 +18,6 @@ import numpy as np
 from engines.base import Engine
 from engines.checkpoints import replacing
 from gemma_tui.errors import GemmaTuiError
-from gemma_tui.output import duration
 from gemma_tui.studies.data import Splits, trained_windows, unpacked
 from gemma_tui.studies.events import Control, Event, Pace, wait_while_paused
 from gemma_tui.studies.memorization.bits import sequence_bits, uniform
@@ -195,9 +194,10 @@ def in_words(values: Mapping[str, Any]) -> str:
     parts[0] += f", {each:.3g} per trained parameter)" if (each := values.get("memorized_bits_per_parameter")) else ")"
     if "held_out_bits" in values:
         parts.append(f"held-out bits {values['held_out_bits']:,.1f}")
-        parts.append(f"held-out loss {values['held_out_loss']:.4f} ({-values['generalisation']:+.4f} since step 0)")
+        parts.append(f"held-out loss {values['held_out_loss']:.4f} ({0 - values['generalisation']:+.4f} since step 0)")
     share = values.get("memorization_share")
-    parts.append(duration(values["memorization_seconds"]) + ("" if share is None else f", {share:.0%} of the time"))
+    took = f"{values['memorization_seconds']:.2g} s"
+    parts.append(took if share is None else f"{took}, measuring takes {share:.0%} of the time")
     return "  ".join(parts)
 
 
