@@ -18,7 +18,7 @@ from gemma_tui.errors import UsageError
 from gemma_tui.output import Output
 from gemma_tui.plots import Series, draw, legend
 from gemma_tui.runs.comparison import AXES, COLUMNS, Comparison, cells, differences, option_text, title
-from gemma_tui.runs.store import Row, Run, RunStore
+from gemma_tui.runs.store import METRIC_KINDS, Row, Run, RunStore
 from gemma_tui.text import one_line
 
 ROWS = 2000
@@ -145,7 +145,7 @@ def _write_csv(file: TextIO, run: Run, metrics: Sequence[Row], events: Sequence[
     table = csv.DictWriter(file, ["kind", "step", "time", *(f"metric.{m}" for m in measures), "event"])
     table.writeheader()
     for row in sorted([*metrics, *events], key=lambda row: row.time):
-        is_metric = row.kind in ("step", "evaluation")
+        is_metric = row.kind in METRIC_KINDS
         facts = {f"metric.{k}": v for k, v in row.values.items()} if is_metric else {"event": json.dumps(row.values)}
         table.writerow({"kind": row.kind, "step": row.step, "time": row.time, **facts})
 

@@ -47,6 +47,8 @@ def show(args: argparse.Namespace, output: Output) -> int:
                 output.say(f"step {event.step}: {event.values.get('path') or event.values.get('text')}")
         for metric in store.metrics(run.run_id):
             output.row(metric.kind, step=metric.step, **metric.values)
+        if not output.as_json:
+            show_memorized(run.run_id, output)
         output.row("end", status="done")
         return 0
 
@@ -142,6 +144,44 @@ def show_chart(run_id: str) -> None:
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     size = shutil.get_terminal_size((80, 24))
     print(draw([train, valid], min(size.columns, 100), 16, "loss, nats per token", colour=colour))
+
+
+def show_memorized(run_id: str, output: Output) -> None:
+    """Print what a run has memorised at each measurement, and what that tells; nothing where none was made.
+
+    Bits are clipped (also per trained parameter) and signed; the loss is that of the held-out sequences.
+    """
+    from gemma_tui.studies.memorization.history import told
+
+    with closing(RunStore()) as store:
+        rows = [row for row in store.metrics(run_id) if row.kind == "memorized"]
+    if not rows:
+        return
+    measures = {m: heading for m, heading in _MEMORIZED.items() if m in rows[0].values}
+    output.say("\nmemorised bits of sequences that are trained on, and the loss of held-out ones")
+    output.table(
+        ("step", *measures.values()),
+        [(str(row.step), *(_number(row.values.get(m)) for m in measures)) for row in rows],
+    )
+    known = [row for row in rows if all(row.values.get(m) is not None for m in measures)]
+    steps, bits = [row.step for row in known], [row.values["memorized_bits"] for row in known]
+    held_out = [row.values["held_out_loss"] for row in known] if "held_out_loss" in measures else None
+    for sentence in told(steps, bits, held_out, "measurement") if len(known) > 1 else ():
+        output.say(sentence)
+
+
+_MEMORIZED = {
+    "memorized_bits": "bits",
+    "memorized_signed_bits": "signed",
+    "memorized_bits_per_parameter": "per trained",
+    "held_out_bits": "held-out bits",
+    "held_out_loss": "loss",
+    "generalisation": "decrease",
+}
+
+
+def _number(value: float | None) -> str:
+    return "—" if value is None else f"{value:.4g}"
 
 
 def _facts(run: Run) -> dict[str, object]:

@@ -15,6 +15,7 @@ from gemma_tui.output import Output, bytes_text
 from gemma_tui.runs.processes import start
 from gemma_tui.runs.store import RunStore
 from gemma_tui.studies.events import PASSING, Control, Event, passing
+from gemma_tui.studies.memorization.watch import in_words
 from gemma_tui.studies.plan import read_toml
 from gemma_tui.studies.queueing import check, detached
 from gemma_tui.studies.recording import Recorded, record_training
@@ -55,9 +56,10 @@ def follow(recorded: Recorded, control: Control, plan: TrainingPlan, output: Out
             elif doing := passing(event):
                 output.passing(f"       {doing}")
     if not output.as_json and not quiet:
-        from gemma_tui.commands.runs import show_chart
+        from gemma_tui.commands.runs import show_chart, show_memorized
 
         show_chart(recorded.run.run_id)
+        show_memorized(recorded.run.run_id, output)
         output.say(f"`gemma-tui generate {recorded.run.run_id} --prompt ...` lets the result write")
     if came:
         return 128 + came[0]
@@ -108,6 +110,11 @@ def _say(output: Output, event: Event, plan: TrainingPlan) -> None:
             )
             output.say(f"training {v['trainable']:,} parameters, {share:.2%} of the model's number")
             output.say(f"memory: {v['estimated']}")
+            if "memorization_reference" in v:
+                output.say(
+                    f"memorised bits of {v['memorization_train']} sequences that are trained on and "
+                    f"{v['memorization_held_out']} held-out ones, against the {v['memorization_reference']}"
+                )
         case "step":
             left = (plan.steps - event.step) * v["seconds"] / event.step
             output.say(
@@ -126,6 +133,8 @@ def _say(output: Output, event: Event, plan: TrainingPlan) -> None:
         case "diagnosis":
             shown = {name: value for name, value in v.items() if isinstance(value, float)}
             output.say("       " + "  ".join(f"{n.replace('_', ' ')} {value:.3g}" for n, value in shown.items()))
+        case "memorized":
+            output.say(f"       {in_words(v)}")
         case "best":
             output.say(f"       the best so far, kept at {v['path']}")
         case "early_stop":

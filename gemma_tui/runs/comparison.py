@@ -24,6 +24,10 @@ TITLES = {
     "tokens_per_second": "tokens per second",
     "memory": "memory, bytes",
     "effective_rank": "rank of the accumulated update",
+    "memorized_bits": "memorised bits",
+    "memorized_bits_per_parameter": "memorised bits per trained parameter",
+    "held_out_loss": "loss of the measured held-out sequences, nats per token",
+    "generalisation": "decrease of the held-out loss since step 0, nats per token",
 }
 """What the known measures are called; a run may have others, which go by their own names."""
 
@@ -90,6 +94,7 @@ class Result:
         tokens_per_second: the median over the steps.
         memory: the most bytes seen in use after a step.
         effective_rank: the latest that was measured, of the accumulated update.
+        memorized_bits: the latest that were measured.
     """
 
     run: str
@@ -103,6 +108,7 @@ class Result:
     optimizer_bytes: int | None
     trainable: int | None
     effective_rank: float | None
+    memorized_bits: float | None
 
 
 def _whole(value: float) -> str:
@@ -124,6 +130,7 @@ COLUMNS: Mapping[str, tuple[str, Callable[[Any], str]]] = {
     "best_valid_loss": ("best valid", _loss),
     "tokens": ("tokens", count_text),
     "trainable": ("trainable", count_text),
+    "memorized_bits": ("memorised bits", lambda value: f"{value:,.1f}"),
 }
 """The columns of a table of results, those that fit into 80 characters first: heading, and how a value is written."""
 
@@ -175,9 +182,12 @@ class Compared:
         valid, loss = self._values("valid_loss"), self._values("loss")
         # What lies further back weighs less than a double tells.
         recent = smooth(loss[-TELLING * window :], window)
-        best, speed, memory, ranks = (
+        best, speed, memory, ranks, bits = (
             values[np.isfinite(values)]
-            for values in (valid, *map(self._values, ("tokens_per_second", "memory", "effective_rank")))
+            for values in (
+                valid,
+                *map(self._values, ("tokens_per_second", "memory", "effective_rank", "memorized_bits")),
+            )
         )
         return Result(
             run=self.run.run_id,
@@ -191,6 +201,7 @@ class Compared:
             optimizer_bytes=_integer(self.start.get("optimizer_bytes")),
             trainable=_integer(self.start.get("trainable")),
             effective_rank=_last(ranks),
+            memorized_bits=_last(bits),
         )
 
     def _values(self, measure: str) -> np.ndarray:
@@ -207,6 +218,8 @@ class Compared:
             self._step = row.step
             # The seconds of an evaluation are its own; it stands where its step stands.
             self._tokens, self._seconds = (_number(row.values.get(axis)) for axis in ("tokens", "seconds"))
+        elif row.step == 0 and math.isnan(self._tokens):
+            self._tokens = self._seconds = 0.0
         for measure, value in row.values.items():
             if measure not in AXES and (value is None or _is_number(value)):
                 self._point(measure, row.step, value, evaluated)

@@ -22,8 +22,8 @@ from gemma_tui.runs.database import Database
 from gemma_tui.runs.processes import alive, own_start
 
 ACTIVE = ("running", "paused")
-METRIC_KINDS = ("step", "evaluation", "diagnosis")
-KIND_KEYS = {"valid_loss": "evaluation", "diagnosis_seconds": "diagnosis"}
+METRIC_KINDS = ("step", "evaluation", "diagnosis", "memorized")
+KIND_KEYS = {"valid_loss": "evaluation", "diagnosis_seconds": "diagnosis", "memorized_bits": "memorized"}
 """What tells the kinds of metrics apart: trackio's layout has no place for a kind."""
 REQUESTS = ("pause", "resume", "stop")
 RUN_NAME = re.compile(r"\w[\w.\-]{0,95}")
@@ -128,7 +128,7 @@ class RunStore(Database):
         return self.run(run.run_id)
 
     def record(self, run_id: str, kind: str, step: int, values: Mapping[str, Any]) -> None:
-        """Append a metric (``step``, ``evaluation``) or an event; on disk when this returns."""
+        """Append a metric (``METRIC_KINDS``) or an event; on disk when this returns."""
         now = time.time()
         with self._guard(), self._transaction():
             if kind in METRIC_KINDS:

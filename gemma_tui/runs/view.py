@@ -20,6 +20,8 @@ DIAGNOSED = (
     "rank1_energy", "gradient_stable_rank", "drift", "effective_rank", "relative_update", "predicted", "measured",
 )  # fmt: skip
 """Of a diagnosis; the one at the end of a run has only some."""
+MEMORIZED = ("memorized_bits", "held_out_bits", "memorized_loss", "held_out_loss", "generalisation")
+"""Of a measurement of memorised bits; there is nothing held out in some runs."""
 
 
 @dataclass
@@ -58,8 +60,8 @@ class RunView:
         return taken
 
     def _add(self, step: int, values: Mapping[str, Any], kind: str) -> None:
-        if kind == "diagnosis":
-            for measure in DIAGNOSED:
+        if kind in ("diagnosis", "memorized"):
+            for measure in DIAGNOSED if kind == "diagnosis" else MEMORIZED:
                 if measure in values:
                     self._point(measure, step, values[measure])
             return

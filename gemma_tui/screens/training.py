@@ -66,7 +66,7 @@ class TrainingScreen(Workbench):
         Binding("l", "pane('runs')", "Runs", id="training.runs", show=False),
         Binding("y", "log_axis", "Log", id="training.log", show=False, tooltip="Logarithmic or linear loss"),
         Binding("t", "turn_charts", "Turn", id="training.turn", show=False,
-                tooltip="What the small charts show: the run's pace, or its diagnoses"),
+                tooltip="What the small charts show: the run's pace, its diagnoses, what it memorised"),
     ]  # fmt: skip
 
     def __init__(self) -> None:
@@ -261,7 +261,8 @@ class TrainingScreen(Workbench):
     def action_turn_charts(self) -> None:
         """Show other measures in the small charts."""
         if not self.query_one(SmallCharts).turn():
-            self.bench.tell("there are no diagnoses here: start a run with diagnose_every", "warning")
+            text = "there are no diagnoses here: start a run with diagnose_every, or with memorization_every"
+            self.bench.tell(text, "warning")
 
     def on_data_table_row_selected(self, event: DataTable.RowSelected) -> None:
         """Open the run under the cursor."""

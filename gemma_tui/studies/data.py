@@ -208,6 +208,15 @@ def _packed(row: Sequence[Window]) -> Window:
     )
 
 
+def unpacked(window: Window) -> list[Window]:
+    """The windows that were packed into one; itself where none were."""
+    if window.segments is None:
+        return [window]
+    cuts = np.flatnonzero(np.diff(window.segments)) + 1
+    pieces = zip(np.split(window.ids, cuts), np.split(window.supervised, cuts), strict=True)
+    return [Window(ids, supervised) for ids, supervised in pieces]
+
+
 def supervised_tokens(sequences: Sequence[Window]) -> int:
     """How many tokens the loss counts."""
     return sum(int(window.supervised.sum()) for window in sequences)
@@ -245,6 +254,17 @@ def training_batches(sequences: Sequence[Window], size: int, seed: int, start: i
         for index in range(first, per_epoch):
             yield make_batch([sequences[i] for i in order[index]])
             position += 1
+
+
+def trained_windows(sequences: Sequence[Window], size: int, seed: int, batches: int) -> list[Window]:
+    """The windows that the first so many of ``training_batches`` come to, in their order."""
+    size = min(size, len(sequences))
+    per_epoch = len(sequences) // size
+    lengths, seen, epoch = [len(s) for s in sequences], set[int](), 0
+    while batches > 0 and len(seen) < len(sequences):
+        seen.update(_epoch_order(lengths, size, per_epoch, seed, epoch)[:batches].reshape(-1).tolist())
+        batches, epoch = batches - per_epoch, epoch + 1
+    return [sequences[i] for i in sorted(seen)]
 
 
 def evaluation_windows(sequences: Sequence[Window], size: int, limit: int) -> list[list[Window]]:

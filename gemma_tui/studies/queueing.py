@@ -36,6 +36,10 @@ def check(plan: TrainingPlan) -> None:
     check_honoured(plan)
     if plan.method == "rank1" and plan.mode in FOUND and not plan.rest and plan.optimizer != TrainingPlan().optimizer:
         raise UsageError("optimizer: rank-1 updates have none; give --rest to train what is no target with it")
+    if plan.memorization_rows != TrainingPlan.memorization_rows and not plan.memorization_every:
+        raise UsageError(
+            "memorization_rows: nothing is measured without --memorization-every: give it, or leave this out"
+        )
     check_name(plan.name or plan.method)
 
 

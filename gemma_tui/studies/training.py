@@ -26,6 +26,7 @@ from gemma_tui.studies.data import (
 from gemma_tui.studies.diagnosis import Diagnoses, UpdateFacts, gradient_row, matrices_of, measured_decrease, update_row
 from gemma_tui.studies.estimate import checkpoint_bytes, estimate
 from gemma_tui.studies.events import Control, Event, Pace, wait_while_paused
+from gemma_tui.studies.memorization.watch import Watch, watch_of
 from gemma_tui.studies.methods import after_step
 from gemma_tui.studies.training_plan import WHOLE, TrainingPlan, plan_config, settings
 from gemma_tui.tokenizer import read_tokenizer
@@ -60,9 +61,14 @@ def train(
     found = checkpoints.latest(folder / "checkpoints")
     at = Progress(**found.checkpoint.state) if found.checkpoint else Progress()
     trainable = engine.start_training(settings_at(plan, at.step))
-    yield Event("start", values=_facts(engine, plan, model, splits, trainable, memory_ratio))
-    for text in (*found.problems, *warnings(splits, model.folder)):
+    watch = _watch(plan, model, splits, folder, at)
+    facts = _facts(engine, plan, model, splits, trainable, memory_ratio)
+    yield Event("start", values=facts | (watch.facts if watch else {}))
+    for text in (*found.problems, *warnings(splits, model.folder), *(watch.warnings if watch else ())):
         yield Event("warning", at.step, {"text": text})
+    if watch is not None:
+        yield from watch.begin(engine, control, at.step, trainable)
+        at.measuring = watch.seconds
     if found.checkpoint is not None:
         engine.load_state(found.checkpoint.path)
         yield Event("resumed", at.step, {"path": str(found.checkpoint.path)})
@@ -75,7 +81,7 @@ def train(
             break
         if at.step and at.step == plan.full_rank_steps:
             engine.stop_training()
-            engine.start_training(chosen)
+            trainable = engine.start_training(chosen)
         at.step += 1
         began, rate = time.perf_counter(), plan.rate(at.step)
         observe = plan.diagnose_every > 0 and at.step % plan.diagnose_every == 0
@@ -100,6 +106,8 @@ def train(
                 f"{MAX_SKIPPED} gradients in a row were not finite, the last in micro-batch {first}: "
                 "lower the learning rate"
             )
+        if watch is not None and watch.due(at.step):
+            yield from _look(watch, engine, control, at, trainable)
         last = at.step == plan.steps
         if plan.evaluate_every and (at.step % plan.evaluate_every == 0 or last) and splits.valid:
             values = yield from _evaluate(engine, plan, splits, control, at.step)
@@ -115,6 +123,8 @@ def train(
             yield _saved(engine, saver, at)
         elif not plan.save_every and saver.cheap():
             saver.save(at)
+    if watch is not None and at.step and watch.last != at.step and not control.stop.is_set():
+        yield from _look(watch, engine, control, at, trainable)
     if plan.diagnose_every and at.step and not control.stop.is_set():
         yield from _last_look(engine, diagnoses, control, at.step)
     yield _saved(engine, saver, at)
@@ -134,6 +144,7 @@ class Progress:
         stale: evaluations since then.
         halvings: how often the micro-batch was halved for want of memory.
         turn: the matrix whose spectrum is next.
+        measuring: seconds spent on measuring memorised bits.
     """
 
     step: int = 0
@@ -144,6 +155,7 @@ class Progress:
     stale: int = 0
     halvings: int = 0
     turn: int = 0
+    measuring: float = 0.0
 
     def better(self, loss: float) -> bool:
         """Take an evaluation in; whether it is the best so far."""
@@ -209,6 +221,18 @@ def _last_look(engine: Engine, diagnoses: Diagnoses, control: Control, step: int
     row = {**update_row(diagnoses.updates), "diagnosis_seconds": time.perf_counter() - began}
     yield Event("diagnosis", step, row)
     yield Event("matrices", step, {"gradients": {}, "updates": {n: asdict(f) for n, f in fresh.items()}})
+
+
+def _watch(plan: TrainingPlan, model: Model, splits: Splits, folder: Path, at: Progress) -> Watch | None:
+    """What measures memorised bits, if the plan asks for it."""
+    if not plan.memorization_every:
+        return None
+    return watch_of(plan, splits, model.config().vocab_size, folder, at.measuring)
+
+
+def _look(watch: Watch, engine: Engine, control: Control, at: Progress, trainable: int) -> Iterator[Event]:
+    yield from watch.look(engine, control, at.step, trainable, at.seconds)
+    at.measuring = watch.seconds
 
 
 def _saved(engine: Engine, saver: _Saver, at: Progress) -> Event:

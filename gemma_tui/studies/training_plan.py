@@ -158,6 +158,14 @@ class TrainingPlan:
         None, "steps between saves", low=1, group="Watching", open_means="as often as takes 5 % of the time at most"
     )
     diagnose_every: int = option(0, "steps between looks at gradients and updates; 0 for none", low=0, group="Watching")
+    memorization_every: int = option(
+        0, "steps between measurements of memorised bits, also before the first step and after the last; 0 for none",
+        low=0, group="Watching",
+    )  # fmt: skip
+    memorization_rows: int = option(
+        64, "sequences that bits are measured of, of those trained on and of the held-out ones each; 0 for all",
+        low=0, high=10_000_000, group="Watching",
+    )  # fmt: skip
     patience: int = option(0, "evaluations without a better loss before the end; 0 for none", low=0, group="Watching")
     keep_best: bool = option(False, "also keep the result of the best evaluation", group="Watching")
     keep: int = option(2, "checkpoints that are kept", low=1, high=1000, group="Watching")

@@ -144,13 +144,14 @@ class TestResult:
         store.record(run.run_id, "step", 5, {"loss": 2.0, "tokens": 50, "effective_rank": None, "memory": 800})
         for step, loss in ((2, 2.0), (5, 2.5)):
             store.record(run.run_id, "evaluation", step, {"valid_loss": loss, "seconds": 0.1})
+        store.record(run.run_id, "memorized", 5, {"memorized_bits": 1234.56})
         store.set_state(run.run_id, "done")
         result = read(store, run).runs[0].result(3)
         assert (result.state, result.valid_loss, result.best_valid_loss) == ("done", 2.5, 2.0)
         assert result.loss == pytest.approx(reference(np.array([4.0, 2.0, 3.0, 1.0, 2.0]), 3)[-1])
         assert (result.tokens, result.tokens_per_second, result.memory) == (50, 22.0, 1003)
         assert (result.optimizer_bytes, result.trainable, result.effective_rank) == (12_000_000, 1_500_000, 7.5)
-        numbers = ["2.5000", f"{result.loss:.4f}", "22", "1 KB", "12.0 MB", "7.5", "2.0000", "50", "1.5M"]
+        numbers = ["2.5000", f"{result.loss:.4f}", "22", "1 KB", "12.0 MB", "7.5", "2.0000", "50", "1.5M", "1,234.6"]
         assert cells(result) == ["done", *numbers]
 
     def test_the_end_of_a_long_run_is_that_of_the_whole_mean(self, store: RunStore) -> None:

@@ -102,7 +102,7 @@ def test_an_optimizer_heeds_the_options_that_the_form_shows_for_it_and_no_others
 
 
 def test_the_four_methods_fill_a_table_of_results(engine: Engine, plan: Plan, store: RunStore) -> None:
-    runs = [finished(engine, varied, store)[0] for varied in method_variations(plan(steps=4))]
+    runs = [finished(engine, varied, store)[0] for varied in method_variations(plan(steps=4, memorization_every=4))]
     comparison = Comparison([store.run(run) for run in runs])
     comparison.read_all(store)
     for compared in comparison.runs:

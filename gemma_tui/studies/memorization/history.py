@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 SMALL = 0.01
@@ -26,22 +27,38 @@ def best(steps: Sequence[int], losses: Sequence[float]) -> int:
     return steps[min(range(len(steps)), key=lambda i: losses[i])]
 
 
-def told(steps: Sequence[int], bits: Sequence[float], held_out: Sequence[float] | None) -> list[str]:
+def marks(steps: Sequence[int], bits: Sequence[float], held_out: Sequence[float]) -> tuple[int | None, int | None]:
+    """Where memorising is over and where the held-out loss is lowest, for a chart; None where it is not known yet.
+
+    Args:
+        bits, held_out: at each step, the latter empty where nothing is held out; what is not finite is left out.
+    """
+    grown = [(step, value) for step, value in zip(steps, bits, strict=True) if math.isfinite(value)]
+    end = settled(*zip(*grown, strict=True)) if grown else None
+    lost = [(step, value) for step, value in zip(steps, held_out, strict=False) if math.isfinite(value)]
+    low = best(*zip(*lost, strict=True)) if len(lost) > 1 else None
+    return end, None if lost and low == lost[-1][0] else low
+
+
+def told(
+    steps: Sequence[int], bits: Sequence[float], held_out: Sequence[float] | None, each: str = "checkpoint"
+) -> list[str]:
     """Sentences for a person, with the rules they follow.
 
     Args:
         bits: of the training set, at each step.
         held_out: the held-out loss at each, nats per token.
+        each: what there is at each step, for a person.
     """
     if len(steps) < 2:
         return ["one checkpoint tells nothing of growth: train with --keep N and --save-every M"]
     end = settled(steps, bits)
     if max(bits) <= 0:
-        found = ["nothing is memorised at any checkpoint"]
+        found = [f"nothing is memorised at any {each}"]
     elif end is None:
-        found = [f"memorising goes on at step {steps[-1]}: the last checkpoint adds {SMALL:.0%} of the bits or more"]
+        found = [f"memorising goes on at step {steps[-1]}: the last {each} adds {SMALL:.0%} of the bits or more"]
     else:
-        found = [f"memorising is over at step {end}: no later checkpoint adds {SMALL:.0%} of the most bits"]
+        found = [f"memorising is over at step {end}: no later {each} adds {SMALL:.0%} of the most bits"]
     if held_out is not None:
         low = best(steps, held_out)
         found.append(

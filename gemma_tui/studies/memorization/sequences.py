@@ -136,7 +136,7 @@ def make_sequences(
         whole = render(row, tokenizer, prompts)
         window = Window(whole.ids[: max_tokens + 1], whole.supervised[: max_tokens + 1])
         counts.cut += len(window) < len(whole)
-        key = window.ids.tobytes() + window.supervised.tobytes()
+        key = _key(window)
         if not window.supervised.any():
             counts.masked += 1
         elif key in known:
@@ -146,6 +146,19 @@ def make_sequences(
         else:
             found[key] = (number, window)
     return found, counts
+
+
+def distinct(windows: Sequence[Window], known: Container[bytes] = frozenset()) -> dict[bytes, tuple[int, Window]]:
+    """The different ones of a set's windows with their numbers, but for those that are of another set."""
+    found: dict[bytes, tuple[int, Window]] = {}
+    for number, window in enumerate(windows):
+        if (key := _key(window)) not in known:
+            found.setdefault(key, (number, window))
+    return found
+
+
+def _key(window: Window) -> bytes:
+    return window.ids.tobytes() + window.supervised.tobytes()
 
 
 def draw(found: dict[bytes, tuple[int, Window]], limit: int, seed: int) -> list[tuple[int, Window]]:

@@ -146,6 +146,24 @@ async def test_t_turns_the_small_charts_to_the_diagnoses(opened: Open, tiny: str
         await it.until(lambda: it.sees("learning rate", "gradient norm", "tokens/s"), "the pace again")
 
 
+async def test_t_turns_the_small_charts_to_what_is_memorised(opened: Open, tiny: str, corpus: Path, size: Size) -> None:
+    async with opened(size) as it:
+        plan = {"memorization_every": 1, "memorization_rows": 2, "learning_rate": 0.0, "method": "full"}
+        run = await it.started(tiny, corpus, steps=3, **plan)
+        await it.until(lambda: f"{run}  done" in headline(it), "the end")
+        await it.press("t")
+        await it.until(lambda: it.sees("memorised bits", "held-out loss", "held-out gain, nats"), "bits")
+        assert points(it, "generalisation") == 4
+        bits = it.app.screen.query_one("#memorized_bits", Chart).series
+        assert [(line.label, len(line.x)) for line in bits] == [("trained on", 4), ("held out", 4)]
+        marked = it.app.screen.query_one("#held_out_loss", Chart).series
+        assert [(line.label, list(line.x)) for line in marked] == [
+            ("held out", [0, 1, 2, 3]), ("trained on", [0, 1, 2, 3]), ("lowest at 0", [0, 0]),
+        ]  # fmt: skip
+        await it.press("t")
+        await it.until(lambda: it.sees("learning rate", "gradient norm", "tokens/s"), "the pace again")
+
+
 async def test_both_lines_of_the_decrease_are_named(opened: Open, tiny: str, corpus: Path) -> None:
     async with opened((120, 40)) as it:
         run = await it.started(tiny, corpus, steps=4, diagnose_every=2)
