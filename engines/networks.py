@@ -124,7 +124,7 @@ class NetworkTraining:
     optimizer: str = "soap"
     betas: tuple[float, float] = (0.9, 0.99)
     epsilon: float = 1e-8
-    floor: float = 1e-3
+    floor: float = 1e-4
     renew_every: int = 4
     dtype: str = "float32"
 
