@@ -51,6 +51,35 @@ class Sampling:
     seed: int = 0
     stop_ids: tuple[int, ...] = ()
 
+    def check_scored(self) -> None:
+        """Whether the probability of a token under the scheme can be told.
+
+        Raises:
+            UnsupportedError: it has a nucleus.
+        """
+        if self.top_p < 1:
+            raise UnsupportedError("the probability of a token is told without a nucleus: leave top_p at 1")
+
+
+@dataclass(frozen=True, eq=False)
+class TokenScores:
+    """What a model makes of each token of a text but the first; p is the distribution it predicts there.
+
+    Attributes:
+        log_probs: float32, ln p of the token.
+        means: float32, the mean of ln p under p, that is minus the entropy; nats.
+        deviations: float32, the standard deviation of ln p under p.
+        best: bool, whether the token is the one that greedy decoding takes; of equals the lowest id.
+        sampled: float32, ln of the probability with which a decoding scheme draws the token, -inf where it cannot;
+            None where no scheme was given.
+    """
+
+    log_probs: np.ndarray
+    means: np.ndarray
+    deviations: np.ndarray
+    best: np.ndarray
+    sampled: np.ndarray | None = None
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -313,6 +342,19 @@ class Engine(Protocol):
 
     def log_probs(self, tokens: np.ndarray) -> np.ndarray:
         """``log p(tokens[:, t + 1] | tokens[:, :t + 1])`` in nats: float32 ``[batch, length - 1]``."""
+
+    def token_scores(self, tokens: np.ndarray, sampling: Sampling | None = None) -> TokenScores:
+        """What the model makes of ``tokens[:, 1:]``, int32 ``[batch, length]``: arrays ``[batch, length - 1]``.
+
+        Padding on the right changes nothing before it. The logits of all positions are never there at once.
+
+        Args:
+            sampling: the scheme of ``sampled``: temperature, then the ``top_k`` most probable tokens, of equals the
+                lowest ids, whose probabilities are made to sum to one again.
+
+        Raises:
+            UnsupportedError: the scheme has a nucleus (``top_p``).
+        """
 
     def inspect(self, tokens: np.ndarray, edits: Sequence[Edit] = (), base: Inspection | None = None) -> Inspection:
         """Look into how the model reads int32 ``[T]``; nothing is computed before it is asked for.

@@ -60,6 +60,29 @@ def check_tokens(config: Gemma3Config, tokens: np.ndarray) -> None:
         raise UnsupportedError(f"the text has a token outside the vocabulary of {config.vocab_size:,}")
 
 
+def check_ids(config: Gemma3Config, *tokens: np.ndarray) -> None:
+    """Refuse no tokens, and ids outside the vocabulary."""
+    if not all(len(ids) and ids.min() >= 0 and ids.max() < config.vocab_size for ids in tokens):
+        raise UnsupportedError(
+            f"tokens are missing or outside the vocabulary of {config.vocab_size:,}: name some in it"
+        )
+
+
+def check_circuit(config: Gemma3Config, tokens: np.ndarray, count: int, edits: Sequence[Edit]) -> None:
+    """Refuse tokens or a count that are not there, and an edited text."""
+    check_ids(config, tokens)
+    if not 0 <= count <= config.vocab_size:
+        raise UnsupportedError(f"{count} tokens cannot be listed: take 0 to {config.vocab_size:,}")
+    if edits:
+        raise UnsupportedError("circuits are those of the model itself: take the edits away")
+
+
+def check_mass(rows: np.ndarray, length: int) -> None:
+    """Refuse rows that are not of the first positions of a text."""
+    if rows.ndim != 2 or not 1 <= rows.shape[1] <= length:
+        raise UnsupportedError(f"rows {rows.shape} are not of the first positions of a text of {length:,} tokens")
+
+
 @dataclass(frozen=True)
 class LayerStatistics:
     """The attention of one layer, A ``[heads, T, T]``, in sums that need no more than a tile of it at a time.
@@ -158,6 +181,31 @@ class Attribution:
 
 
 @dataclass(frozen=True)
+class Circuit:
+    """What each head of a layer adds to the logits when it attends to one bare token alone; ``[heads, tokens]`` first.
+
+    The token's embedding goes through the layer's input norm, the value and output maps, and then through the
+    post-attention norm and the final norm with the scales that these have at one position of the run. All are in
+    logits less their mean over the vocabulary, which no probability depends on.
+
+    Attributes:
+        raised, lowered: int32 ``[heads, tokens, count]``, the most raised and lowered tokens, the farthest first.
+        raised_by, lowered_by: float32, by how much.
+        own: float32, of the token that is attended to.
+        rank: int32, tokens that are raised more than that one.
+        spread: float32, the standard deviation over the vocabulary.
+    """
+
+    raised: np.ndarray
+    raised_by: np.ndarray
+    lowered: np.ndarray
+    lowered_by: np.ndarray
+    own: np.ndarray
+    rank: np.ndarray
+    spread: np.ndarray
+
+
+@dataclass(frozen=True)
 class Effect:
     """What edits did to the predictions; an entry per position.
 
@@ -234,6 +282,32 @@ class Inspection(Protocol):
 
     def attribution(self, position: int, token: int, contrast: int | None = None) -> Attribution:
         """Where the logit of ``token`` after a position comes from, less that of ``contrast``."""
+
+    def carried(self, layer: int, rows: np.ndarray) -> np.ndarray:
+        """``rows · A`` with A the mean of the heads' weights, float32 ``[n, S]``.
+
+        Args:
+            rows: float32 ``[n, S]``, over the first S positions.
+        """
+
+    def circuit(self, layer: int, tokens: np.ndarray, position: int, count: int) -> Circuit:
+        """The output-value circuit of every head, for bare tokens.
+
+        Args:
+            tokens: int32 ``[tokens]``, each attended to alone.
+            position: where the scales of the post-attention norm and the final norm are taken from.
+            count: tokens that are listed on either side.
+        """
+
+    def token_scores(self, layer: int, queries: np.ndarray, keys: np.ndarray) -> np.ndarray:
+        """Scores before the softmax between bare tokens at one place, where no rotation tells them apart.
+
+        Args:
+            queries, keys: int32, whose embeddings are the stream before the layer.
+
+        Returns:
+            float32 ``[heads, queries, keys]``.
+        """
 
     def effect(self, base: Inspection, positions: Span, targets: np.ndarray) -> Effect:
         """How the predictions differ from those of ``base``, a text of the same length on the same model.

@@ -220,7 +220,8 @@ class GemmaTui(App[None]):
         elif job.kind == "train":
             self.tell(f"{job.run} has ended and is saved; the tuned model is loaded")
         elif job.kind == "study":
-            stopped = f"; `gemma-tui runs resume {job.run}` goes on with it" if job.control.stop.is_set() else ""
+            again = f"; y with its name, or `gemma-tui runs resume {job.run}`, goes on with it"
+            stopped = again if job.control.stop.is_set() else ""
             self.tell(f"{job.run} has ended and is kept{stopped}")
 
     def _answered(self, answer: str | None) -> None:
@@ -253,7 +254,8 @@ class GemmaTui(App[None]):
 
             store = RunStore()
             for job in unfinished:
-                store.set_state(job.run, "stopped", "left during a step; the last save holds the steps before")
+                if store.run(job.run).active:
+                    store.set_state(job.run, "stopped", "left during a step; the last save holds the steps before")
             store.close()
 
     def _signalled(self, number: int) -> None:

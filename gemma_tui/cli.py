@@ -24,7 +24,7 @@ OUT_OF_MEMORY = "not enough memory: choose a smaller model, batch or sequence le
 FRAMES_PER_SECOND = "120"
 """Textual draws at fixed ticks and a key passes through two of them; at its usual 60 that alone is 33 ms."""
 
-COMMANDS = "models list, generate, data, train, attention, adapters list, runs list, doctor"
+COMMANDS = "models list, generate, data, train, attention, memorization, adapters list, runs list, doctor"
 
 
 class Parser(argparse.ArgumentParser):
@@ -104,6 +104,7 @@ def _parser(given: Sequence[str]) -> Parser:
     _data(groups, wanted="data" in given)
     _train(groups, wanted="train" in given)
     _attention(groups, wanted="attention" in given)
+    _memorization(groups, wanted="memorization" in given)
     _adapters(groups)
     _runs(groups)
     _queue(groups)
@@ -204,6 +205,18 @@ def _attention(groups: argparse._SubParsersAction, wanted: bool) -> None:
 
         add_options(command, AttentionPlan)
         add_options(command.add_argument_group("heads over many texts"), HeadStudyPlan, ("model", "seed"))
+
+
+def _memorization(groups: argparse._SubParsersAction, wanted: bool) -> None:
+    help = "how many bits of its training data a model has memorised, against a reference"
+    command = _command(groups, "memorization", help, "memorization:memorization")
+    command.add_argument("model", metavar="M", help="name, folder, run or hub id")
+    _engine_option(command)
+    if wanted:
+        from gemma_tui.commands.plans import add_options
+        from gemma_tui.studies.memorization.plan import MemorizationPlan
+
+        add_options(command, MemorizationPlan, ("model",))
 
 
 def _adapters(groups: argparse._SubParsersAction) -> None:

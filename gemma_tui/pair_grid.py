@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -165,6 +166,17 @@ class PairGrid:
             levels = np.clip(shades / np.float32(self.highest or 1.0), 0, 1) * count
             steps = np.minimum(np.nan_to_num(levels), count - 1).astype(np.uint8)
         return np.where(np.isnan(shades), count + self._hidden, steps).astype(np.uint8)
+
+
+def zoomed(span: tuple[int, int], around: int, factor: float, length: int) -> tuple[int, int]:
+    """``factor`` times the positions of a span, ``around`` in the middle as far as there are as many on both sides.
+
+    They lie in the span where they are fewer than its own, else in a text of ``length`` tokens.
+    """
+    first, end = span if factor < 1 else (0, length)
+    size = max(1, min(length, math.ceil((span[1] - span[0]) * factor)))
+    begin = max(first, min(around - size // 2, end - size))
+    return begin, begin + size
 
 
 @lru_cache(maxsize=4096)

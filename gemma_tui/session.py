@@ -81,6 +81,18 @@ class Place:
         self.desk = None
         engine.unload()
 
+    def settle(self, engine: Engine, name: str, anew: bool) -> None:
+        """Say which model a study left on the engine, or load it again after others; runs on the engine's thread."""
+        from gemma_tui.studies.loading import load
+
+        self.desk = None
+        if not name:
+            engine.unload()
+        elif anew:
+            load(engine, name)
+        self.info = engine.model()
+        self.model = name if self.info is not None else ""
+
 
 class Session:
     """The engines of one app, and which of them new jobs go to."""
@@ -268,25 +280,60 @@ class Session:
         return self._start(Job("look", plan.view, self.engine), work)
 
     def study(self, plan: HeadStudyPlan) -> Job:
-        """Study the heads of the loaded model over many texts, as a run; the model stays loaded.
+        """Study the heads of the loaded model, or of a run's checkpoints, over many texts, as a run.
+
+        The model that is loaded is so afterwards, too.
 
         Raises:
-            UnsupportedError: the engine is busy, or no model is loaded.
+            UnsupportedError: the engine is busy, or no model is loaded and no run is named.
         """
-        place = self._loaded()
+        if not plan.over:
+            self._loaded()
+
+        def begin(engine: Engine, control: Control, store: RunStore) -> Recorded:
+            from gemma_tui.studies.attention.survey import record_heads
+
+            return record_heads(engine, plan, control, store)
+
+        return self._study(begin)
+
+    def resume_study(self, run: str) -> Job:
+        """Go on with a study of heads on the chosen engine; the model that it is of stays loaded.
+
+        Raises:
+            UnsupportedError: the engine is busy.
+        """
+
+        def begin(engine: Engine, control: Control, store: RunStore) -> Recorded:
+            from gemma_tui.studies.attention.survey import resume_heads
+
+            return resume_heads(engine, store.run(run), control, store)
+
+        return self._study(begin)
+
+    def _study(self, begin: Callable[[Engine, Control, RunStore], Recorded]) -> Job:
+        """Let a study of heads take its course."""
+        place = self.place
 
         def work(engine: Engine, job: Job) -> None:
             from gemma_tui.runs.store import RunStore
-            from gemma_tui.studies.attention.survey import record_heads
+            from gemma_tui.studies.attention.survey import plan_of
 
-            total = plan.rows
+            held = engine.model()
             with closing(RunStore()) as store:
-                recorded = record_heads(engine, plan, job.control, store)
+                recorded = begin(engine, job.control, store)
+                plan, total = plan_of(recorded.run), recorded.run.steps
                 job.run = job.label = recorded.run.run_id
-                for event in recorded.events:
-                    total = event.values["texts"] if event.kind == "start" else total
-                    job.share, job.detail = event.step / total, f"text {event.step:,}/{total:,}"
-                    place.info, place.memory = engine.model(), engine.memory()
+                try:
+                    for event in recorded.events:
+                        if event.kind == "start":
+                            place.model = place.model if plan.over else plan.model
+                            total = event.values["texts"] * max(1, event.values["checkpoints"])
+                        job.share, job.detail = event.step / total, f"text {event.step:,}/{total:,}"
+                        place.info, place.memory = engine.model(), engine.memory()
+                finally:
+                    if engine.model() is not held:
+                        place.settle(engine, place.model if plan.over else plan.model, bool(plan.over))
 
         return self._start(Job("study", "heads", self.engine), work)
 

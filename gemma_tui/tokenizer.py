@@ -90,6 +90,10 @@ class Tokenizer:
         """One token as it stands in the vocabulary; not cleaned."""
         return self.backend.id_to_token(token) or ""
 
+    def vocabulary(self) -> dict[str, int]:
+        """Every token with its id, added tokens included; not cleaned."""
+        return self.backend.get_vocab()
+
     @property
     def size(self) -> int:
         """Number of ids, added tokens included."""

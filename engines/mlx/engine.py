@@ -23,6 +23,7 @@ from engines.base import (
     Progress,
     Sampling,
     StepResult,
+    TokenScores,
     TrainingSettings,
 )
 from engines.checkpoints import as_bfloat16, iterate_model, write_json, write_safetensors
@@ -32,7 +33,7 @@ from engines.gemma3 import Gemma3Config, read_config
 from engines.initialisation import gemma3_weights
 from engines.inspection import Inspection
 from engines.memory import ensure_memory, training_bytes
-from engines.mlx import adapters, decoding, device, merging, optimizers, rank1, state, training
+from engines.mlx import adapters, decoding, device, merging, optimizers, rank1, scoring, state, training
 from engines.mlx.inspection import MLXInspection
 from engines.mlx.model import Gemma3
 from engines.mlx.networks import MLXNetworks
@@ -41,7 +42,6 @@ from engines.origin import first_weights
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16}
-LOG_PROBS_ROWS = 64
 
 
 class MLXEngine:
@@ -92,16 +92,12 @@ class MLXEngine:
         return np.array(model.logits(model(mx.array(tokens))).astype(mx.float32))
 
     def log_probs(self, tokens: np.ndarray) -> np.ndarray:
-        model = self._loaded().eval()
-        hidden = model(mx.array(tokens))[:, :-1].reshape(-1, model.config.hidden_size)
-        targets = mx.array(tokens[:, 1:].reshape(-1, 1))
-        parts = []
-        for start in range(0, hidden.shape[0], LOG_PROBS_ROWS):
-            logits = model.logits(hidden[start : start + LOG_PROBS_ROWS]).astype(mx.float32)
-            scores = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-            parts.append(mx.take_along_axis(scores, targets[start : start + LOG_PROBS_ROWS], axis=1))
-            mx.eval(parts[-1])
-        return np.array(mx.concatenate(parts)).reshape(tokens.shape[0], -1)
+        return scoring.log_probs(self._loaded().eval(), tokens)
+
+    def token_scores(self, tokens: np.ndarray, sampling: Sampling | None = None) -> TokenScores:
+        if sampling is not None:
+            sampling.check_scored()
+        return scoring.token_scores(self._loaded().eval(), tokens, sampling)
 
     def inspect(self, tokens: np.ndarray, edits: Sequence[Edit] = (), base: Inspection | None = None) -> MLXInspection:
         return MLXInspection(self._loaded(), tokens, edits, base)

@@ -22,18 +22,22 @@ from engines.edits import (
 from engines.errors import UnsupportedError
 from engines.inspection import (
     Attribution,
+    Circuit,
     Effect,
     Inspection,
     LayerStatistics,
     LensRows,
     ResidualFacts,
     check_base,
+    check_circuit,
+    check_ids,
+    check_mass,
     check_tokens,
     first_key,
     no_tick,
     spans,
 )
-from engines.mlx import tiles
+from engines.mlx import circuits, tiles
 from engines.mlx.attention import attention
 from engines.mlx.device import number
 from engines.mlx.model import Block, Gemma3, Linear, RMSNorm, rotations
@@ -138,6 +142,26 @@ class MLXInspection:
         sources = np.array(mx.stack([heads for heads, _ in layers]))
         return Attribution(sources, np.array([mlp for _, mlp in layers], np.float32), embedding, number(logit))
 
+    def carried(self, layer: int, rows: np.ndarray) -> np.ndarray:
+        check_layer(self.config, layer)
+        check_mass(rows, len(self.tokens))
+        return np.array(tiles.carried(self._layer(layer), mx.array(rows)))
+
+    def circuit(self, layer: int, tokens: np.ndarray, position: int, count: int) -> Circuit:
+        check_layer(self.config, layer)
+        check_span((position, position + 1), len(self.tokens))
+        check_circuit(self.config, tokens, count, self.edits)
+        block, norm = self._block(layer), self._model.model.norm
+        end = self._stream(self.config.num_hidden_layers)[position]
+        toward = _through(norm, end, mx.ones(end.shape))
+        scale = _through(block.post_attention_layernorm, self._row(layer, position)[2], toward)
+        return circuits.circuit(self._model, layer, mx.array(tokens), scale, count, self.tick)
+
+    def token_scores(self, layer: int, queries: np.ndarray, keys: np.ndarray) -> np.ndarray:
+        check_layer(self.config, layer)
+        check_ids(self.config, queries, keys)
+        return np.array(circuits.scores(self._model, layer, mx.array(queries), mx.array(keys)))
+
     def effect(self, base: Inspection, positions: Span, targets: np.ndarray) -> Effect:
         if not isinstance(base, MLXInspection):
             raise UnsupportedError("the other text is on another engine: inspect both on one")
@@ -220,16 +244,19 @@ class MLXInspection:
             self._known = positions, self._logits(positions, self.config.num_hidden_layers)
         return self._known[1]
 
+    def _row(self, index: int, position: int) -> tuple[tiles.Tile, mx.array, mx.array]:
+        """The attention of one query: weights, values ``[heads, keys, head_dim]``, what ``o_proj`` makes of them."""
+        layer, made = self._block(index), self._layer(index)
+        weights = next(tiles.tiles(made, (position, position + 1)))
+        values = mx.repeat(made.v[:, weights.first : position + 1], made.q.shape[0] // made.k.shape[0], axis=0)
+        return weights, values, layer.self_attn.join((weights.weights @ values)[None].astype(self._model.dtype))[0, 0]
+
     def _layer_parts(self, index: int, position: int, toward: mx.array) -> tuple[mx.array, float]:
         """A layer's shares of ``<toward, residual>`` at a position: heads by source ``[heads, position + 1]``; MLP."""
         layer, x = self._block(index), self._stream(index)
-        made = self._layer(index)
-        heads, group = made.q.shape[0], made.q.shape[0] // made.k.shape[0]
-        weights = next(tiles.tiles(made, (position, position + 1)))
-        values = mx.repeat(made.v[:, weights.first : position + 1], group, axis=0)
-        z = weights.weights @ values
-        y = layer.self_attn.join(z[None].astype(x.dtype))[0, 0]
-        back = _transposed(layer.self_attn.o_proj, _through(layer.post_attention_layernorm, y, toward), z.size)
+        weights, values, y = self._row(index, position)
+        heads, inner = values.shape[0], values.shape[0] * values.shape[2]
+        back = _transposed(layer.self_attn.o_proj, _through(layer.post_attention_layernorm, y, toward), inner)
         sources = mx.zeros((heads, position + 1))
         sources[:, weights.first :] = weights.weights[:, 0] * (values @ back.reshape(heads, -1, 1))[..., 0]
         after = x[position] + layer.post_attention_layernorm(y)

@@ -23,6 +23,7 @@ from engines.base import (
     Progress,
     Sampling,
     StepResult,
+    TokenScores,
     TrainingSettings,
 )
 from engines.checkpoints import as_bfloat16, iterate_model, write_json, write_safetensors
@@ -34,14 +35,13 @@ from engines.inspection import Inspection
 from engines.memory import ensure_memory, training_bytes
 from engines.networks import NetworkShape, NetworkTraining
 from engines.origin import first_weights
-from engines.torch import adapters, decoding, device, merging, optimizers, rank1, state, training
+from engines.torch import adapters, decoding, device, merging, optimizers, rank1, scoring, state, training
 from engines.torch.inspection import TorchInspection
 from engines.torch.model import Gemma3
 from engines.torch.networks import TorchNetworks
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-LOG_PROBS_ROWS = 64
 
 
 class TorchEngine:
@@ -93,15 +93,12 @@ class TorchEngine:
             return model.logits(model(self._tokens(tokens))).float().cpu().numpy()
 
     def log_probs(self, tokens: np.ndarray) -> np.ndarray:
-        model = self._loaded().eval()
-        with torch.inference_mode():
-            ids = self._tokens(tokens)
-            hidden, targets = model(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
-            parts = [
-                model.logits(rows).float().log_softmax(-1).gather(1, target[:, None])
-                for rows, target in zip(hidden.split(LOG_PROBS_ROWS), targets.split(LOG_PROBS_ROWS), strict=True)
-            ]
-            return torch.cat(parts).view(tokens.shape[0], -1).cpu().numpy()
+        return scoring.log_probs(self._loaded().eval(), tokens)
+
+    def token_scores(self, tokens: np.ndarray, sampling: Sampling | None = None) -> TokenScores:
+        if sampling is not None:
+            sampling.check_scored()
+        return scoring.token_scores(self._loaded().eval(), tokens, sampling)
 
     def inspect(
         self, tokens: np.ndarray, edits: Sequence[Edit] = (), base: Inspection | None = None

@@ -24,18 +24,22 @@ from engines.edits import (
 from engines.errors import UnsupportedError
 from engines.inspection import (
     Attribution,
+    Circuit,
     Effect,
     Inspection,
     LayerStatistics,
     LensRows,
     ResidualFacts,
     check_base,
+    check_circuit,
+    check_ids,
+    check_mass,
     check_tokens,
     first_key,
     no_tick,
     spans,
 )
-from engines.torch import tiles
+from engines.torch import circuits, tiles
 from engines.torch.attention import attention
 from engines.torch.model import Block, Gemma3, RMSNorm, rotations
 
@@ -145,6 +149,31 @@ class TorchInspection:
         sources = torch.stack([heads for heads, _ in layers]).cpu().numpy()
         return Attribution(sources, np.array([mlp for _, mlp in layers], np.float32), embedding, float(logit))
 
+    def carried(self, layer: int, rows: np.ndarray) -> np.ndarray:
+        check_layer(self.config, layer)
+        check_mass(rows, len(self.tokens))
+        with torch.no_grad():
+            return tiles.carried(self._layer(layer), torch.from_numpy(rows).to(self._ids.device)).cpu().numpy()
+
+    def circuit(self, layer: int, tokens: np.ndarray, position: int, count: int) -> Circuit:
+        check_layer(self.config, layer)
+        check_span((position, position + 1), len(self.tokens))
+        check_circuit(self.config, tokens, count, self.edits)
+        block, norm = self._block(layer), self._model.model.norm
+        with torch.no_grad():
+            end = self._stream(self.config.num_hidden_layers)[position]
+            toward = _through(norm, end, torch.ones_like(end, dtype=torch.float32))
+            scale = _through(block.post_attention_layernorm, self._row(layer, position)[2], toward)
+            ids = torch.from_numpy(tokens).to(self._ids.device, torch.long)
+            return circuits.circuit(self._model, layer, ids, scale, count, self.tick)
+
+    def token_scores(self, layer: int, queries: np.ndarray, keys: np.ndarray) -> np.ndarray:
+        check_layer(self.config, layer)
+        check_ids(self.config, queries, keys)
+        ids = (torch.from_numpy(tokens).to(self._ids.device, torch.long) for tokens in (queries, keys))
+        with torch.no_grad():
+            return circuits.scores(self._model, layer, *ids).cpu().numpy()
+
     def effect(self, base: Inspection, positions: Span, targets: np.ndarray) -> Effect:
         if not isinstance(base, TorchInspection):
             raise UnsupportedError("the other text is on another engine: inspect both on one")
@@ -228,17 +257,20 @@ class TorchInspection:
             self._known = positions, self._logits(positions, self.config.num_hidden_layers)
         return self._known[1]
 
+    def _row(self, index: int, position: int) -> tuple[tiles.Tile, Tensor, Tensor]:
+        """The attention of one query: weights, values ``[heads, keys, head_dim]``, what ``o_proj`` makes of them."""
+        layer, made = self._block(index), self._layer(index)
+        weights = next(tiles.tiles(made, (position, position + 1)))
+        values = made.v[:, weights.first : position + 1].repeat_interleave(made.q.shape[0] // made.k.shape[0], 0)
+        return weights, values, layer.self_attn.join((weights.weights @ values)[None].to(self._model.dtype))[0, 0]
+
     def _layer_parts(self, index: int, position: int, toward: Tensor) -> tuple[Tensor, float]:
         """A layer's shares of ``<toward, residual>`` at a position: heads by source ``[heads, position + 1]``; MLP."""
         layer, x = self._block(index), self._stream(index)
-        made = self._layer(index)
-        heads, group = made.q.shape[0], made.q.shape[0] // made.k.shape[0]
-        weights = next(tiles.tiles(made, (position, position + 1)))
-        values = made.v[:, weights.first : position + 1].repeat_interleave(group, 0)
-        z = weights.weights @ values
-        y = layer.self_attn.join(z[None].to(x.dtype))[0, 0]
-        back = _transposed(layer.self_attn.o_proj, _through(layer.post_attention_layernorm, y, toward), z.numel())
-        sources = made.q.new_zeros(heads, position + 1)
+        weights, values, y = self._row(index, position)
+        heads, inner = values.shape[0], values.shape[0] * values.shape[2]
+        back = _transposed(layer.self_attn.o_proj, _through(layer.post_attention_layernorm, y, toward), inner)
+        sources = values.new_zeros(heads, position + 1)
         sources[:, weights.first :] = weights.weights[:, 0] * (values @ back.view(heads, -1, 1))[..., 0]
         after = x[position] + layer.post_attention_layernorm(y)
         m = layer.mlp(layer.pre_feedforward_layernorm(after[None]))[0]

@@ -158,6 +158,14 @@ def rows(layer: Layer, head: int, span: Span) -> np.ndarray:
     return found
 
 
+def carried(layer: Layer, mass: Tensor) -> Tensor:
+    """``mass · A`` with A the mean of the heads' weights; float32 ``[n, S]``, over the first S positions."""
+    found = torch.zeros_like(mass)
+    for tile in tiles(layer, (0, mass.shape[1])):
+        found[:, tile.first : tile.stop] += mass[:, tile.start : tile.stop] @ tile.weights.mean(0)
+    return found
+
+
 def divergence(layer: Layer, other: Layer) -> np.ndarray:
     """Jensen-Shannon divergence of the rows of two layers, float32 ``[heads, T]``, nats (Lin, 1991)."""
     found = []

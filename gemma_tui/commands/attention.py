@@ -43,6 +43,9 @@ ROWS = 20
 LABELS = 16
 """Columns of a map that its labels take."""
 
+OF_A_HEAD = {"layer", "head", "key_position", "queries", "keys"}
+"""Options that imply the view of a head."""
+
 INTERRUPTED = 130
 
 
@@ -92,7 +95,7 @@ def _implied(args: argparse.Namespace, plan: AttentionPlan) -> AttentionPlan:
         return plan
     if "ablate" in given:
         return replace(plan, view="ablation")
-    if "layer" in given or "head" in given:
+    if given.keys() & OF_A_HEAD:
         return replace(plan, view="head")
     return plan
 

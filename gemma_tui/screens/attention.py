@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from textual.binding import Binding
 from textual.events import Resize
@@ -19,7 +19,8 @@ from textual.widgets import DataTable, Static
 from engines.errors import EngineError
 from gemma_tui.errors import UsageError
 from gemma_tui.exports import export
-from gemma_tui.screens.head_study import TEXTS, FollowedStudy, bundled_texts, small_plan
+from gemma_tui.pair_grid import PairGrid, zoomed
+from gemma_tui.screens.head_study import FollowedStudy, StudyDialog, is_study, small_plan
 from gemma_tui.screens.workbench import Workbench
 from gemma_tui.session import NO_MODEL
 from gemma_tui.studies.attention.heads import METRICS, head_name
@@ -33,13 +34,24 @@ from gemma_tui.widgets.heatmap import HeatMap
 from gemma_tui.widgets.pair_map import PairMap
 from gemma_tui.widgets.plan_form import Field, PlanForm
 
+if TYPE_CHECKING:
+    from gemma_tui.session import Job
+
 SECONDS = 0.2
 JUMP = Option("jump", str, "", "a layer (L5), a head (L5.H1), a position (34) or a token of the text")
 EXPORT = Option("export", str, "attention.html", "file to write: .html, .svg, .npz or .json")
 HEAD = re.compile(r"[lL]?(\d{1,3})\.[hH]?(\d{1,3})")
 LAYER = re.compile(r"[lL](\d{1,3})")
 NUMBER = re.compile(r"\d{1,9}")
-WITH_POSITION = ("lens", "attribution")
+WHOLE = {"queries": "", "keys": ""}
+"""A head's map of the whole text."""
+
+NOWHERE = {"position": "", "key_position": ""}
+READ = "table key"
+"""The part with what a query reads, before the one with who reads a key."""
+
+GAMMAS = (1.0, 0.5, 0.25)
+WITH_POSITION = ("lens", "attribution", "neurons", "circuits", "rollout")
 """Views of a position of the text, beside that of one head."""
 
 KEYS = (
@@ -49,6 +61,9 @@ KEYS = (
     ("k", "view('sinks')", "Sinks", True, "Sinks and massive activations"),
     ("n", "view('lens')", "Lens", False, "Logit lens, layer by position"),
     ("a", "view('attribution')", "Attribution", False, "What each part of the model adds to a logit"),
+    ("E", "view('neurons')", "Neurons", False, "A score by rotary pair, and which wavelengths heads read by"),
+    ("C", "view('circuits')", "Circuits", False, "What each head of a layer does with a token alone"),
+    ("r", "view('rollout')", "Rollout", False, "Where the weights lead back to, through all layers"),
     ("t", "view('types')", "Types", False, "Types of heads, on repeated random tokens"),
     ("s", "view('scan')", "Scan", False, "Each head ablated in turn"),
     ("b", "ablate", "Ablate", False, "Take away the head under the cursor"),
@@ -58,6 +73,11 @@ KEYS = (
     ("u", "view('check')", "Check", False, "Hold the weights against transformers' eager attention"),
     ("m", "metric(1)", "Metric", False, "Colour the heads by the next metric"),
     ("f", "filter", "Filter", False, "Keep the heads for which an expression holds"),
+    ("z", "zoom(1)", "Zoom in", False, "A head: half the queries and keys, around the cursor"),
+    ("Z", "zoom(-1)", "Zoom out", False, "A head: twice the queries and keys"),
+    ("R", "shade('per_row')", "Rows", False, "A head: weights over the largest of their row, or as they are"),
+    ("0", "shade('without_sink')", "Sink out", False, "A head: take position 0 out of the map, or put it back"),
+    ("G", "gamma", "Gamma", False, "A head: weights to the power 1, 0.5 or 0.25, which lifts the small ones"),
     ("v", "turn", "Part", True, "The next map, chart or table of the view"),
     ("slash", "jump", "Jump", True, "Go to a layer, head, position or token"),
     ("left_square_bracket", "step(-1)", "Head before", False, "The head before this one"),
@@ -103,6 +123,8 @@ class AttentionScreen(Workbench):
         self._position: int | None = None
         """Where the cursor goes once the head is shown."""
         self._study: FollowedStudy | None = None
+        self._job: Job | None = None
+        """Of the study that was followed last."""
 
     def body(self) -> Iterable[Widget]:
         """What is looked at, the figure, and the form, which is hidden at first."""
@@ -121,7 +143,10 @@ class AttentionScreen(Workbench):
         self.set_interval(SECONDS, self._follow)
 
     def on_screen_resume(self) -> None:
-        """Look at once, where there is a model that was not looked at yet."""
+        """Look at once, where there is a model that was not looked at yet, or a study that began elsewhere."""
+        for job in self.bench.session.jobs:
+            if job.kind == "study" and job is not self._job:
+                self._begin_to_follow(job)
         self._look_at_new()
 
     def on_resize(self, event: Resize) -> None:
@@ -144,7 +169,7 @@ class AttentionScreen(Workbench):
     def action_head(self) -> None:
         """Show the head that the cursor is on."""
         layer, head = self._under_cursor()
-        self._set(view="head", layer=layer, head=head, position="")
+        self._set(view="head", layer=layer, head=head, **NOWHERE, **WHOLE)
 
     def action_ablate(self) -> None:
         """Take away the head that the cursor is on, and see what that does."""
@@ -160,23 +185,67 @@ class AttentionScreen(Workbench):
         else:
             self._set(view="heads", metric=following if self.board.plan.view == "heads" else names[0])
 
-    def action_study(self) -> None:
-        """Study the heads over many texts; if that goes on already, show it."""
-        session = self.bench.session
-        going_on = [job for job in session.jobs if job.kind == "study"]
-        if going_on:
-            self._study = self._study or FollowedStudy(going_on[0], going_on[0].run)
+    def action_zoom(self, by: int) -> None:
+        """Show half as many queries and keys around the cursor (1), or twice as many (-1)."""
+        if (grid := self._pairs()) is None:
             return
+        if by > 0 and not grid.pooled:
+            self.bench.tell("each cell is one query and one key already")
+            return
+        length, pair = len(self.board.labels), self.query_one(PairMap).pair
+        spans = [(int(edges[0]), int(edges[-1])) for edges in (grid.row_edges, grid.column_edges)]
+        if by < 0 and all(span == (0, length) for span in spans):
+            self.bench.tell("this is the whole text already")
+            return
+        found = [zoomed(span, at, 0.5**by, length) for span, at in zip(spans, pair, strict=True)]
+        queries, keys = ("" if (a, b) == (0, length) else f"{a}:{b}" for a, b in found)
+        self._set(view="head", queries=queries, keys=keys)
 
-        def named(texts: str | None) -> None:
-            if texts:
-                self.bench.attempt(lambda: begin(texts.strip()))
+    def action_shade(self, name: str) -> None:
+        """Turn on or off what changes the values of a head's map."""
+        if self._pairs() is not None:
+            self._set(view="head", **{name: not self._form.values[name]})
 
-        def begin(texts: str) -> None:
-            self._study = FollowedStudy(session.study(small_plan(session.place.model, texts)), texts)
-            self._tell()
+    def action_gamma(self) -> None:
+        """Show the weights of a head to the next power."""
+        if self._pairs() is not None:
+            now = self._form.values["gamma"]
+            place = GAMMAS.index(now) + 1 if now in GAMMAS else 0
+            self._set(view="head", gamma=GAMMAS[place % len(GAMMAS)])
 
-        self.app.push_screen(Field(TEXTS, bundled_texts()), named)
+    def _pairs(self) -> PairGrid | None:
+        """The map of the head that is shown; where none is, that is told."""
+        grid = self.board.pairs()
+        if grid is None:
+            self.bench.tell("this key is for one head: press h first", "warning")
+        return grid
+
+    def action_study(self) -> None:
+        """Study the heads over many texts, or go on with that; if it goes on already, show it."""
+        session = self.bench.session
+        for job in session.jobs:
+            if job.kind == "study":
+                if self._study is None:
+                    self._begin_to_follow(job)
+                return
+
+        def named(answer: tuple[str, str] | None) -> None:
+            if answer is not None and answer[0]:
+                self.bench.attempt(lambda: begin(*answer))
+
+        def begin(texts: str, over: str) -> None:
+            if not is_study(texts):
+                self._begin_to_follow(session.study(small_plan(session.place.model, texts, over)))
+            elif over:
+                raise UsageError(f"over: {texts} goes on as it was begun: leave the run out")
+            else:
+                self._begin_to_follow(session.resume_study(texts))
+
+        self.app.push_screen(StudyDialog(), named)
+
+    def _begin_to_follow(self, job: Job) -> None:
+        self._study, self._job = FollowedStudy(job), job
+        self._tell()
 
     def action_step(self, by: int) -> None:
         """The next head, or the one before, going on to other layers."""
@@ -200,7 +269,9 @@ class AttentionScreen(Workbench):
 
         def changed(text: str | None) -> None:
             if text is not None:
-                self._set(**{**({"text_file": ""} if name == "text" else {}), name: text, **also})
+                # Positions are those of the text before.
+                anew = {"text_file": "", **NOWHERE, **WHOLE} if name == "text" else {}
+                self._set(**{**anew, name: text, **also})
 
         self.app.push_screen(Field(self._form.options[name], self._form.values[name]), changed)
 
@@ -274,6 +345,7 @@ class AttentionScreen(Workbench):
 
     def on_attention_screen_looked(self, message: Looked) -> None:
         """Show what was found."""
+        before, plan = self.board.plan, message.board.plan
         self.board, figure, self._study = message.board, message.board.figure, None
         if figure is None:
             return
@@ -281,14 +353,25 @@ class AttentionScreen(Workbench):
         self._figure.show(figure, pairs)
         if pairs is not None and self._position is not None:
             self._go(self._position)
+        elif before.view == plan.view and plan.key_position and _read(plan) != _read(before):
+            self._figure.turn_to(READ)
         self._position = None
         self._tell()
+
+    def on_pair_map_chosen(self, message: PairMap.Chosen) -> None:
+        """Show what a query reads, and who reads a key."""
+        pair = str(message.query), str(message.key)
+        if _read(self.board.plan) == pair:
+            self._figure.turn_to(READ)
+            self._tell()
+        else:
+            self._set(view="head", position=pair[0], key_position=pair[1])
 
     def on_data_table_row_selected(self, event: DataTable.RowSelected) -> None:
         """Open the head of a row."""
         row = event.data_table.get_row(event.row_key)
         if found := HEAD.fullmatch(str(row[0])):
-            self._set(view="head", layer=int(found[1]), head=int(found[2]), position="")
+            self._set(view="head", layer=int(found[1]), head=int(found[2]), **NOWHERE, **WHOLE)
 
     def on_plan_form_explained(self, event: PlanForm.Explained) -> None:
         """What the option under the cursor does."""
@@ -376,16 +459,16 @@ class AttentionScreen(Workbench):
             raise UsageError("nothing is shown yet: press g to look at all heads")
         layer, head = self._under_cursor()
         if found := HEAD.fullmatch(text):
-            self._set(view="head", position="", **self._there(int(found[1]), int(found[2])))
+            self._set(view="head", **NOWHERE, **self._there(int(found[1]), int(found[2])))
         elif found := LAYER.fullmatch(text):
-            self._set(view="head", position="", **self._there(int(found[1]), head))
+            self._set(view="head", **NOWHERE, **self._there(int(found[1]), head))
         elif self.board.plan.view == "head":
             self._go(self._place(text))
         elif self.board.plan.view in WITH_POSITION:
             self._set(position=str(self._place(text)))
         else:
             self._position = self._place(text)
-            self._set(view="head", position="", **self._there(layer, head))
+            self._set(view="head", **NOWHERE, **WHOLE, **self._there(layer, head))
 
     def _there(self, layer: int, head: int) -> dict[str, int]:
         """A head of the model that is shown."""
@@ -402,13 +485,19 @@ class AttentionScreen(Workbench):
             return int(text)
         pairs = self.query_one(PairMap)
         try:
-            return find_token(labels, text, int(pairs.grid.row_edges[pairs.row]))
+            return find_token(labels, text, pairs.pair[0])
         except UsageError:
             return find_token(labels, text)  # round the end
 
     def _go(self, position: int) -> None:
+        """Put the cursor on a query; if the part that is shown has it not, on the whole text."""
         pairs = self.query_one(PairMap)
-        row = int(pairs.grid.row_edges.searchsorted(position, side="right")) - 1
+        first, *_, end = pairs.grid.row_edges
+        if not first <= position < end:
+            self._position = position
+            self._set(view="head", **WHOLE)
+            return
+        row, _ = pairs.grid.cell_of(position, 0)
         pairs.go(row, pairs.column)
         pairs.focus()
 
@@ -428,3 +517,8 @@ class AttentionScreen(Workbench):
             parts += [board.figure.title, self._figure.place, f"{len(board.labels):,} tokens", text]
             line = " · ".join(part for part in parts if part)
         self.query_one("#looked", Static).update(one_line(line, 200), layout=False)
+
+
+def _read(plan: AttentionPlan) -> tuple[str, str]:
+    """The query and the key whose tables are shown."""
+    return plan.position, plan.key_position

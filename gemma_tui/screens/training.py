@@ -162,7 +162,11 @@ class TrainingScreen(Workbench):
             return
 
         def go_on() -> None:
-            if (run := store.run(name)).study != "training":
+            if (run := store.run(name)).study == "heads":
+                self.bench.session.resume_study(name)
+                self.call_later(self.bench.action_switch_mode, "attention")  # which follows it
+                return
+            if run.study != "training":
                 self.bench.tell(what_else(run), "warning")
                 return
             self._started = self.bench.session.resume(name)

@@ -11,9 +11,9 @@ from typing import Any
 from gemma_tui.output import duration
 
 PACE_SECONDS = 1.0
-PASSING = ("waiting", "evaluating", "diagnosing")
-"""Kinds that tell only what a study is at between two steps: a pause, an evaluation, the spectra of all matrices. They
-are shown and not kept."""
+PASSING = ("waiting", "evaluating", "diagnosing", "scoring")
+"""Kinds that tell only what a study is at between two steps: a pause, an evaluation, the spectra of all matrices, the
+scores of sequences. They are shown and not kept."""
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,8 @@ class Event:
 
     Attributes:
         kind: ``run``, ``load``, ``start``, ``resumed``, ``step``, ``merge``, ``diagnosis``, ``matrices``,
-            ``evaluation``, ``best``, ``early_stop``, ``checkpoint``, ``heads``, ``pause``, ``resume``, ``warning``,
-            ``end``; or one of ``PASSING``.
+            ``evaluation``, ``best``, ``early_stop``, ``checkpoint``, ``heads``, ``scored``, ``memorization``,
+            ``pause``, ``resume``, ``warning``, ``end``; or one of ``PASSING``.
         step: the optimizer step it belongs to, 0 before the first.
         values: numbers and plain texts, ready for JSON.
     """

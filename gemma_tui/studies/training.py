@@ -59,9 +59,7 @@ def train(
     checkpoints.hold_ballast(folder / "checkpoints")
     found = checkpoints.latest(folder / "checkpoints")
     at = Progress(**found.checkpoint.state) if found.checkpoint else Progress()
-    # A checkpoint of the warm start's last step is still one of full-rank training.
-    warming = 0 < plan.full_rank_steps >= at.step
-    trainable = engine.start_training(_full_rank(chosen) if warming else chosen)
+    trainable = engine.start_training(settings_at(plan, at.step))
     yield Event("start", values=_facts(engine, plan, model, splits, trainable, memory_ratio))
     for text in (*found.problems, *warnings(splits, model.folder)):
         yield Event("warning", at.step, {"text": text})
@@ -218,9 +216,12 @@ def _saved(engine: Engine, saver: _Saver, at: Progress) -> Event:
     return Event("checkpoint", at.step, {"path": str(path), "optimizer_bytes": engine.optimizer_bytes()})
 
 
-def _full_rank(chosen: TrainingSettings) -> TrainingSettings:
-    """The settings of a warm start."""
-    return replace(chosen, lora=None, rank1=None, rest=False, merging=False)
+def settings_at(plan: TrainingPlan, step: int) -> TrainingSettings:
+    """The settings that the checkpoint of a step was made with; that of a warm start's last is still full-rank."""
+    chosen = settings(plan)
+    if 0 < plan.full_rank_steps >= step:
+        return replace(chosen, lora=None, rank1=None, rest=False, merging=False)
+    return chosen
 
 
 def evaluate(

@@ -84,6 +84,12 @@ class FigureView(Vertical):
             self.part = (self.part + 1) % self.count
             self._fill()
 
+    def turn_to(self, name: str) -> None:
+        """Show the part of a name, as ``place`` tells it, if there is one."""
+        if name in self._names():
+            self.part = self._names().index(name)
+            self._fill()
+
     def relayout(self) -> None:
         """Another width shows more or less side by side."""
         self._arrange()

@@ -61,7 +61,9 @@ class PairMap(ScrollView, can_focus=True):
         Binding("end", "edge(-1)", "Last key the query sees", id="pairs.last_key", show=False),
         Binding("ctrl+home", "move(-1000000, 0)", "First query", id="pairs.first_query", show=False),
         Binding("ctrl+end", "move(1000000, 0)", "Last query", id="pairs.last_query", show=False),
-    ]
+        Binding("enter", "read", "Read", id="pairs.read", show=False,
+                tooltip="What the cursor's query reads, and who reads its key"),
+    ]  # fmt: skip
 
     class Moved(Message):
         """The cursor is on another cell."""
@@ -75,11 +77,21 @@ class PairMap(ScrollView, can_focus=True):
             """Only the last of several moves matters."""
             return isinstance(message, PairMap.Moved) and message._sender is self._sender
 
+    class Chosen(Message):
+        """A query and a key, by their positions, are to be read."""
+
+        def __init__(self, query: int, key: int) -> None:
+            super().__init__()
+            self.query = query
+            self.key = key
+
     def __init__(self, grid: PairGrid, id: str | None = None) -> None:
         super().__init__(id=id)
         self.grid = grid
         self.row = 0
         self.column = 0
+        self.pair = 0, 0
+        """The query and the key that the cursor keeps to, whichever cells they are in; of a cell the first ones."""
 
     @property
     def room(self) -> Size:
@@ -107,10 +119,8 @@ class PairMap(ScrollView, can_focus=True):
 
     def show(self, grid: PairGrid) -> None:
         """Show another grid; the cursor stays on its query and key as far as they are in it."""
-        query = int(self.grid.row_edges[self.row])
-        key = int(self.grid.column_edges[self.column])
         self.grid = grid
-        self._put(*grid.cell_of(query, key))
+        self._put(*grid.cell_of(*self.pair))
         self._measure()
 
     def go(self, row: int, column: int) -> None:
@@ -136,6 +146,11 @@ class PairMap(ScrollView, can_focus=True):
         seen = np.flatnonzero(~np.isnan(self.grid.weights[self.row]))
         if seen.size:
             self.go(self.row, int(seen[end]))
+
+    def action_read(self) -> None:
+        """Ask for what the query under the cursor reads, and for who reads the key."""
+        if self.grid.weights.size:
+            self.post_message(self.Chosen(*self.pair))
 
     def on_click(self, event: Click) -> None:
         """Put the cursor where the mouse is; a click where it is already takes the other half of the line."""
@@ -237,6 +252,8 @@ class PairMap(ScrollView, can_focus=True):
         before = self.row, self.column
         self.row = max(0, min(row, self.grid.rows - 1))
         self.column = max(0, min(column, self.grid.columns - 1))
+        query, key = self.pair
+        self.pair = _kept(self.grid.row_edges, self.row, query), _kept(self.grid.column_edges, self.column, key)
         if (self.row, self.column) != before:
             self.post_message(self.Moved(self.row, self.column))
 
@@ -264,6 +281,12 @@ class PairMap(ScrollView, can_focus=True):
 
     def _line(self, row: int) -> int:
         return TOP + row // self.rows_per_line - self.scroll_offset.y
+
+
+def _kept(edges: np.ndarray, index: int, position: int) -> int:
+    """A position that is in a cell, or the cell's first."""
+    first = int(edges[index])
+    return position if first <= position < edges[min(index + 1, len(edges) - 1)] else first
 
 
 @lru_cache(maxsize=STATES * STATES + 2)

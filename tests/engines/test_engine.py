@@ -169,6 +169,7 @@ def test_a_dtype_that_gemma_does_not_run_in_is_refused(
 USES: dict[str, Callable[[Engine, Path], Any]] = {
     "logits": lambda engine, path: engine.logits(np.zeros((1, 2), np.int32)),
     "log_probs": lambda engine, path: engine.log_probs(np.zeros((1, 2), np.int32)),
+    "token_scores": lambda engine, path: engine.token_scores(np.zeros((1, 2), np.int32)),
     "generate": lambda engine, path: next(engine.generate([2], Sampling())),
     "loss": lambda engine, path: engine.loss(batch()),
     "start_training": lambda engine, path: engine.start_training(TrainingSettings(None)),
@@ -201,7 +202,7 @@ def test_an_unknown_engine_is_refused() -> None:
 def test_log_probs_are_those_of_the_logits(
     engine: Engine, folder: Path, tokens: Tokens, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(inside.module(engine, "engine"), "LOG_PROBS_ROWS", 7)
+    monkeypatch.setattr(inside.module(engine, "scoring"), "ROWS", 7)
     text = tokens(13, batch=3)
     engine.load(folder, "float32")
     scores = log_softmax(engine.logits(text))[:, :-1]

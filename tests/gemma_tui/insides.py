@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import pytest
 
 from engines.base import Engine
 from engines.checkpoints import write_arrays
@@ -129,3 +130,25 @@ def dense(found: Reading, layer: int) -> np.ndarray:
     heads = range(found.inspection.config.num_attention_heads)
     rows = [found.inspection.attention(layer, head, (0, found.length)) for head in heads]
     return np.stack(rows).astype(np.float64)
+
+
+def transformers_attention(folder: Path, ids: Sequence[int]) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """What transformers' eager attention has in every layer, float64: weights ``[heads, T, T]``; queries and keys
+    ``[heads or kv_heads, T, head_dim]``, normalised and rotated.
+    """
+    import torch
+    from transformers import Gemma3ForCausalLM
+    from transformers.models.gemma3 import modeling_gemma3
+
+    network = Gemma3ForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float64).eval()
+    found, real = [], modeling_gemma3.eager_attention_forward
+
+    def seen(module: Any, query: Any, key: Any, *rest: Any, **named: Any) -> Any:
+        out, weights = real(module, query, key, *rest, **named)
+        found.append(tuple(part[0].numpy() for part in (weights, query, key)))
+        return out, weights
+
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(modeling_gemma3, "eager_attention_forward", seen)
+        network.model(torch.tensor([list(ids)]))
+    return found

@@ -107,6 +107,7 @@ def test_stats_are_every_heads_metrics_and_the_engines_agree(command: Commands, 
         (("--ablate", "beyond"), "ablation"),
         (("--layer", "1"), "head"),
         (("--head", "1"), "head"),
+        (("--queries", "2:5"), "head"),
         (("--head", "1", "--view", "attribution"), "attribution"),
         (("--where", "local"), "heads"),
     ],
@@ -134,6 +135,37 @@ def test_files_are_whole_and_need_nothing_else(command: Commands, tiny: str, tmp
         assert json.loads(str(arrays["facts"]))["model_sha256"] == model_digest(resolve(tiny).folder)
         assert arrays.files
     assert {path.name for path in tmp_path.iterdir() if path.is_file()} == {"a.html", "a.svg", "a.npz"}
+
+
+def test_a_part_of_a_heads_map_with_two_tokens(command: Commands, tiny: str, tmp_path: Path) -> None:
+    words = (
+        "attention",
+        tiny,
+        "--text",
+        TEXT,
+        "--layer",
+        "1",
+        "--head",
+        "1",
+        "--position",
+        "-1",
+        "--key-position",
+        "2",
+    )
+    maps = {}
+    for part in ((), ("--queries", "4:9", "--keys", "2:6")):
+        path = tmp_path / f"{len(part)}.npz"
+        code, rows, err = command(*words, *part, "--npz", str(path))
+        assert (code, err) == (0, "")
+        length = figure(rows)["facts"]["tokens"]
+        assert {row["query"] for row in rows if row["kind"] == "key"} == {length - 1}
+        assert {row["key"] for row in rows if row["kind"] == "reader"} == {2}
+        with np.load(path) as arrays:
+            maps[part] = arrays["weights"]
+    assert figure(rows)["title"] == "L1.H1, global, queries 4-8, keys 2-5"
+    assert all(4 <= row["query"] < 9 and 2 <= row["key"] < 6 for row in rows if row["kind"] == "edge")
+    whole, shown = maps.values()
+    np.testing.assert_array_equal(shown, whole[4:9, 2:6])
 
 
 @pytest.fixture
@@ -216,6 +248,10 @@ MISTAKES = {
     "token not in the text": (("--text", TEXT, "--view", "lens", "--position", "7x"), "7x"),
     "position not in the text": (("--text", TEXT, "--view", "lens", "--position", "999"), "999"),
     "no such layer": (("--layer", "9"), "9"),
+    "a key that is not seen": (
+        ("--view", "neurons", "--key-position", "3", "--position", "2"),
+        "position 2 does not see position 3",
+    ),
     "no such head": (("--head", "9"), "9"),
     "ablation of nothing": (("--view", "ablation", "--ablate", ""), "name what is taken away"),
     "ablation of nothing alone": (("--ablate", ""), "name what is taken away"),
@@ -237,6 +273,11 @@ MISTAKES = {
     "an option of another view": (("--view", "sinks", "--gamma", "0.5"), "--gamma makes no difference"),
     "statistics and a view": (("--stats", "--view", "lens"), "--stats"),
     "statistics and an ablation": (("--stats", "--ablate", "L0"), "--ablate makes no difference"),
+    "queries that are not there": (("--text", TEXT, "--queries", "3:999"), "queries: 3:999 is not there"),
+    "keys that are no span": (("--text", TEXT, "--keys", "7"), "keys: '7' cannot be read"),
+    "a span with control bytes": (("--text", TEXT, "--keys", "0:\x1b[2J\n5"), "cannot be read"),
+    "a part of another view": (("--view", "sinks", "--keys", "0:4"), "--keys makes no difference"),
+    "readers of no token of the text": (("--text", TEXT, "--key-position", "999"), "999"),
     "rows without a study": (("--rows", "3"), "without --study"),
     "a view of a study": (("--study", "texts.jsonl", "--view", "lens"), "with --study"),
     "a dtype of a study": (("--study", "texts.jsonl", "--dtype", "bfloat16"), "with --study"),

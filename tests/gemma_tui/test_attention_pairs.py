@@ -11,7 +11,7 @@ from insides import dense, load, reading, result
 from engines import open_engine
 from engines.errors import UnsupportedError
 from gemma_tui.errors import UsageError
-from gemma_tui.studies.attention.pairs import Shading, find_token, head_view, pair_map, readers, top_keys
+from gemma_tui.studies.attention.pairs import Shading, find_token, head_view, pair_map, readers, span_of, top_keys
 from gemma_tui.studies.attention.reading import read
 
 LOCAL, GLOBAL, HEAD, LENGTH = 0, 2, 1, 150
@@ -106,6 +106,47 @@ def test_a_view_tells_what_was_done(inside) -> None:
     assert {"layer": 2, "head": 1, "kind": "global", "gamma": 0.5}.items() <= figure.facts.items()
     assert any("15 × 13" in note for note in figure.notes)
     assert figure.arrays["weights"].shape == (10, 12)
+
+
+def test_a_view_of_a_part_has_its_map_and_its_edges_and_reads_the_whole_text(inside) -> None:
+    figure = result(
+        head_view(inside, GLOBAL, HEAD, (99, 99), Shading(), query=149, key=3, top=9, queries=(30, 90), keys=(10, 60))
+    )
+    whole = shaded(dense(inside, GLOBAL)[HEAD], None, Shading())
+    np.testing.assert_allclose(figure.arrays["weights"], whole[30:90, 10:60], rtol=1e-6)
+    assert figure.arrays["query_edges"].tolist() == list(range(30, 91))
+    assert figure.arrays["key_edges"].tolist() == list(range(10, 61))
+    assert figure.title == "L2.H1, global, queries 30-89, keys 10-59"
+    assert figure.heats[0].title.endswith("(across), queries 30-89, keys 10-59")
+    assert (figure.heats[0].rows[0].split()[0], figure.heats[0].columns[-1].split()[0]) == ("30", "59")
+    edges, keys, seen = (table.rows for table in figure.tables)
+    order = np.argsort(-np.nan_to_num(whole[30:90, 10:60], nan=-1), axis=None, kind="stable")[:9]
+    assert [(row[0], row[2]) for row in edges] == [(30 + int(i) // 50, 10 + int(i) % 50) for i in order]
+    assert [row[2] for row in keys] == np.argsort(-whole[149], kind="stable")[:9].tolist()
+    assert [row[0] for row in seen] == (3 + np.argsort(-whole[3:, 3], kind="stable")[:9]).tolist()
+    assert {"queries": (30, 90), "keys": (10, 60)}.items() <= figure.facts.items()
+
+
+def test_a_view_of_the_whole_text_says_nothing_of_parts(inside) -> None:
+    assert result(head_view(inside, GLOBAL, HEAD, (9, 9), Shading(), queries=(0, LENGTH))).title == "L2.H1, global"
+
+
+@pytest.mark.parametrize(
+    ("text", "span"), [("", None), ("3:9", (3, 9)), (" 0:150 ", (0, 150)), (":9", (0, 9)), ("149:", (149, 150))]
+)
+def test_a_span_is_read_as_it_is_typed(text: str, span: Any) -> None:
+    assert span_of(text, "keys", LENGTH) == span
+
+
+@pytest.mark.parametrize(
+    "text", ["9:3", "3:3", "0:151", "150:", ":0", "7", "-3:9", "3-9", "a:b", "1:2:3", "1_0:20", "²:9", "9" * 5000 + ":",
+             "3:9\n\x1b[2J", " "],
+)  # fmt: skip
+def test_a_span_that_is_not_there_is_refused_in_one_line(text: str) -> None:
+    with pytest.raises(UsageError, match=r"^keys: ") as caught:
+        span_of(text, "keys", LENGTH)
+    assert len(str(caught.value)) < 200
+    assert not set(str(caught.value)) & {"\n", "\x1b"}
 
 
 def test_one_token_has_a_map(inside) -> None:

@@ -16,15 +16,18 @@ from gemma_tui.hub.models import resolve
 from gemma_tui.pair_grid import PairGrid
 from gemma_tui.studies.attention.attribution import attribution_view, position_of, token_id
 from gemma_tui.studies.attention.causal import ablation_scan, causal_view, parse_target
+from gemma_tui.studies.attention.circuits import circuits_view
 from gemma_tui.studies.attention.differences import Kept, divergence_view, keep
 from gemma_tui.studies.attention.heads import head_grid
 from gemma_tui.studies.attention.lens import lens_view
 from gemma_tui.studies.attention.locality import local_global
-from gemma_tui.studies.attention.pairs import Shading, head_view
+from gemma_tui.studies.attention.neurons import neurons_view
+from gemma_tui.studies.attention.pairs import Shading, head_view, span_of
 from gemma_tui.studies.attention.parity import badge, parity
 from gemma_tui.studies.attention.patching import patching_view
 from gemma_tui.studies.attention.plan import AttentionPlan, text_of
 from gemma_tui.studies.attention.reading import Reading, View, read
+from gemma_tui.studies.attention.rollout import rollout_view
 from gemma_tui.studies.attention.sinks import sinks
 from gemma_tui.studies.attention.types import head_types
 from gemma_tui.studies.loading import load
@@ -185,15 +188,24 @@ def _view(desk: Desk, reading: Reading, plan: AttentionPlan, cells: Cells) -> Vi
             return patching_view(reading, other, plan.patch, _answers(desk, plan))
         case "differences":
             return _differences(desk, plan)
+        case "neurons":
+            key = position_of(reading, plan.key_position) if plan.key_position else None
+            return neurons_view(reading, plan.layer, plan.head, _position(reading, plan), key)
+        case "circuits":
+            return circuits_view(reading, plan.layer, _position(reading, plan), _token(desk, plan.token))
+        case "rollout":
+            return rollout_view(reading, _position(reading, plan))
         case "check":
             return parity(reading)
     raise UsageError(f"view {plan.view[:40]!r} is not there")
 
 
 def _head(reading: Reading, plan: AttentionPlan, cells: Cells) -> View:
-    position = _position(reading, plan) if plan.position else None
+    query = position_of(reading, plan.position) if plan.position else None
+    key = position_of(reading, plan.key_position) if plan.key_position else query
     shading = Shading(plan.pooling, plan.per_row, plan.without_sink, plan.gamma)
-    return head_view(reading, plan.layer, plan.head, shape=cells, shading=shading, query=position, key=position)
+    queries, keys = (span_of(getattr(plan, name), name, reading.length) for name in ("queries", "keys"))
+    return head_view(reading, plan.layer, plan.head, cells, shading, query, key, queries=queries, keys=keys)
 
 
 def _position(reading: Reading, plan: AttentionPlan) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -19,6 +20,7 @@ from gemma_tui.studies.attention.pooling import POOLINGS, Pool, cells
 from gemma_tui.studies.attention.reading import Reading, View, window_notes
 from gemma_tui.text import one_line
 
+SPAN = re.compile(r"([0-9]{0,9}):([0-9]{0,9})")
 EDGE_COLUMNS = ("query", "query_token", "key", "key_token", "distance", "weight")
 
 
@@ -201,6 +203,23 @@ def find_token(labels: Sequence[str], text: str, after: int = -1) -> int:
     return int(np.searchsorted(starts, place, "right")) - 1
 
 
+def span_of(text: str, name: str, length: int) -> Span | None:
+    """Positions as they are typed: ``100:400`` are 100 to 399, ``100:`` all from there on; None where nothing is.
+
+    Raises:
+        UsageError: it is not written like that, or the text has no such positions; ``name`` is the option's.
+    """
+    if not text:
+        return None
+    shown, found = one_line(text, 40), SPAN.fullmatch(text.strip())
+    if found is None:
+        raise UsageError(f"{name}: {shown!r} cannot be read: write 100:400 for positions 100 to 399, 100: or :400")
+    first, end = int(found[1] or 0), int(found[2] or length)
+    if not first < end <= length:
+        raise UsageError(f"{name}: {shown} is not there: the text has positions 0 to {length - 1}, the smaller first")
+    return first, end
+
+
 def head_view(
     reading: Reading,
     layer: int,
@@ -210,10 +229,16 @@ def head_view(
     query: int | None = None,
     key: int | None = None,
     top: int = 10,
+    queries: Span | None = None,
+    keys: Span | None = None,
 ) -> View:
-    """The pooled map of a head, its strongest edges, and if asked what one query reads and who reads one key."""
+    """The pooled map of a head, its strongest edges, and if asked what one query reads and who reads one key.
+
+    Args:
+        queries, keys: the part of the text that the map and the edges are of; None for all.
+    """
     parts = 1 if key is None else 2
-    found = yield from part(pair_map(reading, layer, head, None, None, shape, shading, top), 0, parts)
+    found = yield from part(pair_map(reading, layer, head, queries, keys, shape, shading, top), 0, parts)
     tables, notes = [Table("edge", EDGE_COLUMNS, _lines(reading, found.strongest))], _notes(reading, found)
     if query is not None:
         read = top_keys(reading, layer, head, query, top, shading)
@@ -225,10 +250,12 @@ def head_view(
         notes.append(f"position {key} {reading.labels[key]}: weight from queries not listed {seen.rest:.4g}")
     config = reading.inspection.config
     kind = "local" if config.is_local(layer) else "global"
+    spans = [(int(edges[0]), int(edges[-1])) for edges in (found.query_edges, found.key_edges)]
+    shown = _part(reading, spans)
     return Figure(
-        f"{head_name(layer, head)}, {kind}",
+        f"{head_name(layer, head)}, {kind}{shown}",
         notes=notes,
-        heats=[_heat(reading, f"{head_name(layer, head)}: query (down) by key (across)", found)],
+        heats=[_heat(reading, f"{head_name(layer, head)}: query (down) by key (across){shown}", found)],
         tables=tables,
         arrays={
             "weights": found.weights,
@@ -236,8 +263,16 @@ def head_view(
             "query_edges": found.query_edges,
             "key_edges": found.key_edges,
         },
-        facts={**reading.facts, "layer": layer, "head": head, "kind": kind, **vars(shading)},
-    )
+        facts={**reading.facts, "layer": layer, "head": head, "kind": kind, **vars(shading), "queries": spans[0],
+               "keys": spans[1]},
+    )  # fmt: skip
+
+
+def _part(reading: Reading, spans: Sequence[Span]) -> str:
+    """Which queries and keys, where they are not those of the whole text."""
+    if all(span == (0, reading.length) for span in spans):
+        return ""
+    return "".join(f", {name} {a}-{b - 1}" for name, (a, b) in zip(("queries", "keys"), spans, strict=True))
 
 
 def _lines(reading: Reading, edges: list[Edge]) -> list[tuple[int, str, int, str, int, float]]:

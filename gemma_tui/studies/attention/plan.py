@@ -10,7 +10,7 @@ from gemma_tui.studies.plan import option
 
 VIEWS = (
     "heads", "head", "local-global", "sinks", "types", "lens", "attribution", "ablation", "scan", "patching",
-    "differences", "check",
+    "differences", "neurons", "circuits", "rollout", "check",
 )  # fmt: skip
 MAX_TEXT_BYTES = 16 << 20
 SAMPLE = (
@@ -29,17 +29,28 @@ class AttentionPlan:
     view: str = option("heads", "what is shown", choices=VIEWS)
     metric: str = option("entropy", "what heads are coloured and sorted by", views=("heads",))
     where: str = option("", "heads that are kept, as sink > 0.3 and local", views=("heads",))
-    layer: int = option(0, "layer of the head that is looked at", low=0, high=1000, views=("head", "attribution"))
-    head: int = option(0, "the head", low=0, high=1000, views=("head", "attribution"))
+    layer: int = option(
+        0, "layer of the head that is looked at", low=0, high=1000, views=("head", "attribution", "neurons", "circuits")
+    )
+    head: int = option(0, "the head", low=0, high=1000, views=("head", "attribution", "neurons"))
     position: str = option(
         "",
         "position that is looked at: a number or a token of the text; empty for the last",
-        views=("head", "lens", "attribution"),
+        views=("head", "lens", "attribution", "neurons", "circuits", "rollout"),
     )
+    key_position: str = option(
+        "",
+        "key, as position is given: token whose readers are shown, empty for position itself; or of the score that is "
+        "split, empty for the largest weight",
+        views=("head", "neurons"),
+    )
+    queries: str = option("", "queries of a head's map: 100:400 is 100 to 399; empty for all", views=("head",))
+    keys: str = option("", "keys of a head's map, as queries are given; empty for all", views=("head",))
     token: str = option(
         "",
-        "token whose logit is split or followed; empty for the most probable",
-        views=("lens", "attribution", "patching"),
+        "token whose logit is split or followed, empty for the most probable; that circuits begin with, empty for the "
+        "one at the position",
+        views=("lens", "attribution", "patching", "circuits"),
     )
     contrast: str = option("", "token whose logit is taken off; empty for none", views=("attribution", "patching"))
     pooling: str = option("max", "how pairs share a cell of a map", choices=("max", "mean"), views=("head",))

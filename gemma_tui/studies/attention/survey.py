@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,10 +17,8 @@ from engines.base import Engine
 from engines.gemma3 import Gemma3Config, parse_config
 from gemma_tui.errors import GemmaTuiError, UsageError
 from gemma_tui.figure import Figure, LineChart, Table
-from gemma_tui.hub.models import resolve
 from gemma_tui.plots import Series
 from gemma_tui.rows import read_sources
-from gemma_tui.runs import checkpoints
 from gemma_tui.runs.store import Row, Run, RunStore
 from gemma_tui.studies.attention.heads import METRICS, check_metric, grid, head_metrics, head_name
 from gemma_tui.studies.attention.reading import read_tokens
@@ -29,9 +27,7 @@ from gemma_tui.studies.events import Control, Event, wait_while_paused
 from gemma_tui.studies.loading import load
 from gemma_tui.studies.plan import build, command, option
 from gemma_tui.studies.recording import Recorded, recorded
-from gemma_tui.studies.training import open_model
-from gemma_tui.studies.training_plan import plan_of as training_plan_of
-from gemma_tui.studies.training_plan import settings
+from gemma_tui.studies.run_checkpoints import RunCheckpoint, kept_checkpoints, load_checkpoint
 from gemma_tui.text import one_line
 from gemma_tui.tokenizer import Tokenizer, read_tokenizer
 
@@ -65,10 +61,17 @@ def record_heads(engine: Engine, plan: HeadStudyPlan, control: Control, store: R
 
 
 def resume_heads(engine: Engine, run: Run, control: Control, store: RunStore) -> Recorded:
-    """Go on with a study after the last text it has."""
-    done = texts_of(store, run)
+    """Go on with a study after the last text it has.
+
+    Raises:
+        UsageError: it is another study, or was begun on another engine.
+        GemmaTuiError: another process computes it.
+    """
+    plan, done = plan_of(run), texts_of(store, run)
+    if run.engine != engine.name:
+        raise UsageError(f"{run.run_id} was computed with {run.engine}: go on with it there, not with {engine.name}")
     run = store.adopt(run.run_id)
-    return Recorded(run, recorded(store, run, lambda _: study_heads(engine, plan_of(run), control, done), control))
+    return Recorded(run, recorded(store, run, lambda _: study_heads(engine, plan, control, done), control))
 
 
 def texts_of(store: RunStore, run: Run) -> int:
@@ -225,30 +228,13 @@ def _mean(values: np.ndarray) -> float | None:
     return float(found.mean()) if found.size else None
 
 
-def _checkpoints(name: str) -> list[tuple[Run, Path, int]]:
-    """The whole checkpoints of a training run, the oldest first."""
-    store = RunStore()
-    try:
-        run = store.run(name)
-    finally:
-        store.close()
-    if run.study != "training":
-        raise UsageError(f"{run.run_id} is no training run: name one that is")
-    found = [(run, path, step) for path, step in checkpoints.whole(run.folder / "checkpoints")]
-    if not found:
-        raise GemmaTuiError(f"{run.run_id} has no checkpoint: train with --keep N and --save-every M")
-    return found
+def _checkpoints(name: str) -> list[RunCheckpoint]:
+    with closing(RunStore()) as store:
+        return kept_checkpoints(store, name)
 
 
-def _open(engine: Engine, plan: HeadStudyPlan, stage: tuple[Run, Path, int] | None) -> Tokenizer:
-    if stage is None:
-        return read_tokenizer(load(engine, plan.model).folder)
-    run, path, _ = stage
-    trained = training_plan_of(run.plan)
-    model = resolve(trained.model)
-    open_model(engine, model, trained)
-    engine.start_training(settings(trained))
-    engine.load_state(path)
+def _open(engine: Engine, plan: HeadStudyPlan, stage: RunCheckpoint | None) -> Tokenizer:
+    model = load(engine, plan.model) if stage is None else load_checkpoint(engine, stage)
     return read_tokenizer(model.folder)
 
 
@@ -265,7 +251,7 @@ def _texts(plan: HeadStudyPlan, tokenizer: Tokenizer) -> list[np.ndarray]:
 
 def _looked(
     engine: Engine, tokenizer: Tokenizer, ids: Sequence[int] | np.ndarray, number: int,
-    stage: tuple[Run, Path, int] | None,
+    stage: RunCheckpoint | None,
 ) -> dict[str, Any]:  # fmt: skip
     """The event of one text."""
     began = time.perf_counter()
@@ -276,7 +262,7 @@ def _looked(
         "text": one_line(tokenizer.decode([int(i) for i in ids[:SHOWN]]), SHOWN),
         "number": number,
         "tokens": len(ids),
-        "checkpoint": stage[2] if stage else None,
+        "checkpoint": stage.step if stage else None,
         "seconds": time.perf_counter() - began,
         "metrics": {name: _numbers(found) for name, found in metrics.items()},
     }

@@ -43,7 +43,7 @@ async def test_every_key_does_what_it_says(opened: Open, tiny: str, size: Size) 
         await looked(it, tiny)
         for key, view in (
             ("l", "local-global"), ("k", "sinks"), ("n", "lens"), ("a", "attribution"), ("t", "types"), ("s", "scan"),
-            ("g", "heads"),
+            ("E", "neurons"), ("C", "circuits"), ("r", "rollout"), ("g", "heads"),
         ):  # fmt: skip
             await it.press(key)
             await shown(it, view)
@@ -141,6 +141,9 @@ async def test_c_shows_the_command_of_the_view(opened: Open, tiny: str) -> None:
             ("b", "ablation"),
             ("s", "scan"),
             ("d", "differences"),
+            ("E", "neurons"),
+            ("C", "circuits"),
+            ("r", "rollout"),
         ):
             await it.press(key)
             await shown(it, view)

@@ -13,21 +13,27 @@ import pytest
 from samples import TEXTS
 from textual.widgets import DataTable, Input
 
+from engines import open_engine
 from gemma_tui.runs.store import RunStore
 from gemma_tui.screens import head_study
 from gemma_tui.screens.attention import AttentionScreen
 from gemma_tui.screens.comparison import ComparisonScreen
-from gemma_tui.screens.head_study import bundled_texts
+from gemma_tui.screens.head_study import StudyDialog, bundled_texts
 from gemma_tui.studies.attention import survey
 from gemma_tui.studies.attention.heads import METRICS
 from gemma_tui.studies.attention.survey import read_study, study_figure, study_of
+from gemma_tui.studies.events import Control
+from gemma_tui.studies.recording import record_training
+from gemma_tui.studies.training_plan import TrainingPlan
 from gemma_tui.widgets.figure_view import FigureView
-from gemma_tui.widgets.plan_form import Field, PlanForm
+from gemma_tui.widgets.plan_form import PlanForm
 
-from .conftest import Open, Opened, Size
+from .conftest import Open, Opened, Size, needs_both
+from .test_screens import _layout_faults
 from .watching import listed
 
 Commands = Callable[..., tuple[int, list[dict[str, Any]], str]]
+Plan = Callable[..., TrainingPlan]
 
 
 @pytest.fixture
@@ -67,14 +73,31 @@ async def begun(it: Opened, model: str, texts: Path) -> str:
     await it.loaded(model)
     await it.mode("4", "attention")
     await it.until(lambda: screen(it).board.figure is not None and not it.app.session.jobs, "the first view")
+    assert (await asked(it, str(texts)))[0] == bundled_texts()
+    return await followed(it)
+
+
+async def asked(it: Opened, texts: str, over: str = "") -> list[str]:
+    """Press the key, and fill in the dialog; returns what stood there."""
+    before = screen(it)._job
     await it.press("y")
-    await it.until(lambda: isinstance(it.app.screen, Field), "the question for a file")
-    field = it.app.screen.query_one(Input)
-    assert field.value == bundled_texts()
-    field.value = str(texts)
+    await it.until(lambda: isinstance(it.app.screen, StudyDialog), "the question for texts")
+    lines = list(it.app.screen.query(Input))
+    offered = [line.value for line in lines]
+    lines[0].value = texts
+    if over:
+        await it.press("down", *over)
     await it.press("enter")
-    await it.until(lambda: it.app.session.jobs and it.app.session.jobs[0].run, "the run")
-    return it.app.session.jobs[0].run
+    await it.until(lambda: screen(it)._job is not before or it.told(), "the job")
+    return offered
+
+
+async def followed(it: Opened) -> str:
+    """The run of the study that is shown, once it is there."""
+    await it.until(lambda: (job := screen(it)._job) is not None and job.run, "the run")
+    job = screen(it)._job
+    assert job is not None
+    return job.run
 
 
 def screen(it: Opened) -> AttentionScreen:
@@ -164,6 +187,117 @@ async def test_x_stops_it_and_the_command_goes_on(
     assert store.run(run).state == "done"
 
 
+async def test_one_that_was_stopped_goes_on_from_the_app(
+    opened: Open, tiny: str, texts: Path, store: RunStore, gate: Gate, size_and_engine: tuple[Size, str]
+) -> None:
+    size, engine = size_and_engine
+    from_the_list = engine == "torch"
+    async with opened(size, engine=engine) as it:
+        run = await begun(it, tiny, texts)
+        gate.let(1)
+        await it.until(lambda: shown(it) == "entropy over 1 texts", "a text")
+        await it.press("x")
+        gate.let(1)
+        await it.until(lambda: f"y with its name, or `gemma-tui runs resume {run}`" in it.told(), "how it goes on")
+        assert store.run(run).state == "stopped"
+    async with opened(size, engine=engine) as it:
+        if from_the_list:
+            await it.mode("2", "training")
+            await listed(it, run)
+            await it.press("u")
+            await it.until(lambda: it.app.current_mode == "attention", "the screen that shows it")
+        else:
+            await it.mode("4", "attention")
+            await asked(it, run)
+        assert await followed(it) == run
+        await it.until(lambda: shown(it) == "entropy over 2 texts", "what was found before")
+        assert str(texts).startswith(it.static("#looked").split(" · ")[-1][:20])
+        gate.let(3)
+        await it.until(lambda: shown(it) == "entropy over 5 texts", "all texts")
+        await it.loaded(tiny)
+        assert store.run(run).state == "done"
+        await it.press("k")
+        await it.until(lambda: screen(it).board.plan.view == "sinks", "the model is there for other views")
+        await it.mode("2", "training")
+        await it.mode("4", "attention")
+        assert screen(it)._study is None, "an ended study does not come back"
+
+
+async def test_it_goes_over_the_checkpoints_of_a_run(
+    opened: Open, tiny: str, texts: Path, plan: Plan, store: RunStore, size_and_engine: tuple[Size, str]
+) -> None:
+    size, name = size_and_engine
+    engine = open_engine(name)
+    recorded = record_training(
+        engine, plan(steps=4, save_every=2, keep=5, evaluate_every=0, learning_rate=0.1), Control(), store
+    )
+    assert list(recorded.events)
+    over = recorded.run.run_id
+    async with opened(size, model=tiny, engine=name) as it:
+        await it.loaded(tiny)
+        await it.mode("4", "attention")
+        await it.until(lambda: screen(it).board.figure is not None and not it.app.session.jobs, "the first view")
+        before = screen(it).board.figure
+        assert before is not None
+        await asked(it, str(texts), over)
+        run = await followed(it)
+        await it.until(lambda: shown(it) == "entropy over 10 texts", "each text at each checkpoint")
+        assert not _layout_faults(it)
+        await it.loaded(tiny)
+        study = read_study(store, store.run(run))
+        assert study.steps == [2] * 5 + [4] * 5
+        assert not np.allclose(study.values["entropy"][:5], study.values["entropy"][5:], atol=1e-5)
+        assert f"--over {over}" in screen(it).command() == store.run(run).command
+        figure = screen(it).board.figure
+        assert figure is not None
+        assert [table.kind for table in figure.tables] == ["moved", "head"]
+        await it.press("g")
+        await it.until(lambda: screen(it).board.plan.view == "heads" and not it.app.session.jobs, "the model's heads")
+        again = screen(it).board.figure
+        assert again is not None
+        assert again is not before
+        np.testing.assert_array_equal(again.arrays["entropy"], before.arrays["entropy"])
+
+
+async def test_what_the_dialog_cannot_use_is_told_in_a_line(
+    opened: Open, tiny: str, texts: Path, store: RunStore, corpus: Path
+) -> None:
+    async with opened((80, 24)) as it:
+        run = await begun(it, tiny, texts)
+        await it.loaded(tiny)
+        await it.until(lambda: shown(it) == "entropy over 5 texts", "all texts")
+        for study, over, words in (
+            (run, "lora-1", f"over: {run} goes on as it was begun: leave the run out"),
+            (str(texts), run, f"{run} is no training run"),
+            (str(texts), "lora-9", "no run 'lora-9'"),
+        ):
+            it.app.clear_notifications()
+            await asked(it, study, over)
+            await it.until(lambda words=words: words in it.told(), words)
+            assert all("\n" not in notice.message for notice in it.app._notifications)
+            await it.loaded(tiny)
+        await it.press("y")
+        await it.until(lambda: isinstance(it.app.screen, StudyDialog), "the dialog")
+        assert not _layout_faults(it)
+        await it.press("escape")
+        assert not it.app.session.jobs
+        assert len(store.runs(10)) == 1, "nothing else was begun"
+
+
+@needs_both
+async def test_one_of_another_engine_is_refused_and_stays_as_it_is(
+    opened: Open, tiny: str, texts: Path, store: RunStore
+) -> None:
+    async with opened() as it:
+        run = await begun(it, tiny, texts)
+        await it.until(lambda: shown(it) == "entropy over 5 texts", "all texts")
+    async with opened(engine="mlx") as it:
+        await it.mode("4", "attention")
+        await asked(it, run)
+        await it.until(lambda: f"{run} was computed with torch: go on with it there" in it.told(), "why not")
+    assert store.run(run).state == "done"
+
+
 async def test_quitting_asks_and_keeps_what_was_found(
     opened: Open, tiny: str, texts: Path, store: RunStore, gate: Gate
 ) -> None:
@@ -187,7 +321,7 @@ async def test_a_file_that_is_not_there_is_told_and_the_model_stays(opened: Open
         await it.mode("4", "attention")
         await it.until(lambda: screen(it).board.figure is not None and not it.app.session.jobs, "the first view")
         await it.press("y")
-        await it.until(lambda: isinstance(it.app.screen, Field), "the question for a file")
+        await it.until(lambda: isinstance(it.app.screen, StudyDialog), "the question for a file")
         it.app.screen.query_one(Input).value = str(tmp_path / "nowhere.jsonl")
         await it.press("enter")
         await it.until(lambda: "nowhere.jsonl" in it.told(), "what is wrong")
@@ -210,7 +344,7 @@ async def test_other_screens_and_commands_know_what_it_is(
         assert run not in it.static("#headline")
         table = await listed(it, run)
         assert isinstance(table, DataTable)
-        for key in ("enter", "u", "i", "m"):
+        for key in ("enter", "i", "m"):
             it.app.clear_notifications()
             await it.press(key)
             assert f"{run} is a study of heads over texts" in it.told(), key

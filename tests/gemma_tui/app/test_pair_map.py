@@ -15,7 +15,7 @@ from textual.app import App, ComposeResult
 from textual.strip import Strip
 
 from gemma_tui.heat import RAMP, VIRIDIS
-from gemma_tui.pair_grid import LONGEST, MARKS, PairGrid, fit, token
+from gemma_tui.pair_grid import LONGEST, MARKS, PairGrid, fit, token, zoomed
 from gemma_tui.widgets.pair_map import BOTTOM, CURSOR, LOWER, NEITHER, TOP, UPPER, PairMap, _halves
 
 from .conftest import SECONDS
@@ -41,12 +41,16 @@ class OneMap(App[None]):
         super().__init__()
         self.map = PairMap(shown)
         self.moves: list[tuple[int, int]] = []
+        self.chosen: list[tuple[int, int]] = []
 
     def compose(self) -> ComposeResult:
         yield self.map
 
     def on_pair_map_moved(self, event: PairMap.Moved) -> None:
         self.moves.append((event.row, event.column))
+
+    def on_pair_map_chosen(self, event: PairMap.Chosen) -> None:
+        self.chosen.append((event.query, event.key))
 
     def lines(self) -> list[Strip]:
         return self.map.render_lines(self.map.room.region)
@@ -140,6 +144,25 @@ class TestGrid:
             PairGrid(np.zeros((1, 1), np.float32), np.array([0, 3]), np.array([0, 2]), **facts)
         with pytest.raises(ValueError, match="ascend"):
             PairGrid(np.zeros((2, 1), np.float32), np.array([0, 1, 1]), np.array([0, 2]), **facts)
+
+    def test_a_zoom_halves_around_a_position_and_doubles_again(self) -> None:
+        assert zoomed((0, 100), 50, 0.5, 100) == (25, 75)
+        assert zoomed((0, 100), 0, 0.5, 100) == (0, 50)
+        assert zoomed((20, 41), 40, 0.5, 100) == (30, 41)
+        assert zoomed((25, 75), 30, 2, 90) == (0, 90)
+        assert zoomed((30, 50), 49, 2, 100) == (29, 69)
+        for around in range(37):
+            span, steps = (0, 37), 0
+            while span[1] - span[0] > 1:
+                inner = zoomed(span, around, 0.5, 37)
+                assert span[0] <= inner[0] <= around < inner[1] <= span[1]
+                span, steps = inner, steps + 1
+            assert steps == 6, "37 19 10 5 3 2 1"
+            while span != (0, 37):
+                outer = zoomed(span, around, 2, 37)
+                assert 0 <= outer[0] <= span[0] < span[1] <= outer[1] <= 37
+                span, steps = outer, steps - 1
+            assert steps == 0
 
     @pytest.mark.parametrize("label", HOSTILE.values(), ids=HOSTILE)
     def test_a_token_has_the_width_that_is_counted(self, label: str) -> None:
@@ -328,6 +351,24 @@ class TestKeys:
             await pilot.pause()
             assert app.moves[-1] == (9, 9)
             assert app.text()[-1] == app.map.reading
+
+    async def test_the_cursor_keeps_to_its_tokens_through_coarser_cells(self) -> None:
+        app = OneMap(grid(dense(64)))
+        async with app.run_test(size=(80, 24)) as pilot:
+            app.map.go(45, 19)
+            for coarse in (8, 16):
+                app.map.show(pooled(64, coarse))
+                assert app.at == (45 // coarse, 19 // coarse)
+            app.map.show(grid(dense(64)))
+            assert app.at == app.map.pair == (45, 19)
+            app.map.show(pooled(64, 8))
+            await pilot.press("up", "enter")
+            await pilot.pause()
+            assert app.chosen == [(32, 19)], "of a cell it went to, the first"
+            app.map.show(grid(np.full((0, 0), 0.0), LABELS))
+            await pilot.press("enter")
+            await pilot.pause()
+            assert len(app.chosen) == 1
 
     async def test_a_click_puts_the_cursor_there(self) -> None:
         app = OneMap(grid(dense(10)))

@@ -1,0 +1,109 @@
+"""``gemma-tui memorization``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+from contextlib import closing
+from dataclasses import replace
+
+from engines import open_engine
+from gemma_tui.commands.plans import plan_from
+from gemma_tui.commands.train import INTERRUPTED, stop_on_signal
+from gemma_tui.exports.data import plain
+from gemma_tui.figure import Figure, Table
+from gemma_tui.figure_text import cell_text, figure_text
+from gemma_tui.output import Output
+from gemma_tui.runs.store import RunStore
+from gemma_tui.studies.events import PASSING, Control, Event, passing
+from gemma_tui.studies.memorization.meter import STUDY, record_memorization, resume_memorization
+from gemma_tui.studies.memorization.plan import MemorizationPlan
+from gemma_tui.studies.memorization.results import memorization_figure, read_measured
+from gemma_tui.studies.recording import Recorded
+
+WIDEST = 100
+ROWS = 20
+"""Sequences that a person is shown; JSON and the run's folder have all."""
+
+
+def memorization(args: argparse.Namespace, output: Output) -> int:
+    """Measure what a model has memorised of its training data."""
+    plan = plan_from(MemorizationPlan, args, {"model": args.model}, "memorization")
+    engine, control = open_engine(args.engine), Control()
+    with closing(RunStore()) as store:
+        return follow(record_memorization(engine, plan, control, store), control, output, store)
+
+
+def resume(run_name: str, output: Output) -> int:
+    """Go on with a measurement, or print it again."""
+    with closing(RunStore()) as store:
+        run, control = store.run(run_name), Control()
+        return follow(resume_memorization(open_engine(run.engine), run, control, store), control, output, store)
+
+
+def follow(recorded: Recorded, control: Control, output: Output, store: RunStore) -> int:
+    """Let a measurement take its course and tell what it found; returns the exit code."""
+    run = recorded.run
+    with stop_on_signal(control) as came, closing(recorded.events) as events, output.progress("scoring") as progress:
+        for event in events:
+            progress(event.step / max(1, run.steps), passing(event) or f"{event.step:,}/{run.steps:,} sequences")
+            _tell(event, output)
+    stopped = control.stop.is_set()
+    if not stopped:
+        _show(memorization_figure(read_measured(store, run)), output)
+    output.say(f"kept as {run.run_id}" + (f": `gemma-tui runs resume {run.run_id}` goes on" if stopped else ""))
+    output.row("end", status="stopped" if stopped else "done", run=run.run_id)
+    if came:
+        return 128 + came[0]
+    return INTERRUPTED if stopped else 0
+
+
+def _tell(event: Event, output: Output) -> None:
+    if event.kind in (*PASSING, "end"):
+        return
+    row = event.row()
+    output.row(row.pop("kind"), **row)
+    values = event.values
+    if event.kind == "start":
+        for name, counts in values["rows"].items():
+            output.say(rows_text(name.replace("_", "-"), counts))
+    elif event.kind == "warning":
+        output.say(f"warning: {values['text']}")
+    elif event.kind == STUDY and values["checkpoint"] is not None:
+        output.say(f"step {values['checkpoint']}: loss {values['train']['loss']:.4f}")
+
+
+def rows_text(name: str, counts: dict[str, int]) -> str:
+    """What became of the rows of a set, for a person."""
+    kinds = {
+        "cut": "lost their end",
+        "repeated": "are there before",
+        "shared": "are in the training set",
+        "empty": "hold no text",
+        "masked": "have nothing supervised left",
+    }
+    rest = [f"{counts[kind]:,} {words}" for kind, words in kinds.items() if counts[kind]]
+    text = f"{name}: {counts['drawn']:,} sequences of {counts['rows']:,} rows"
+    return f"{text} ({', '.join(rest)})" if rest else text
+
+
+def _show(figure: Figure, output: Output) -> None:
+    if output.as_json:
+        output.row("figure", title=figure.title, notes=list(figure.notes), facts=plain(figure.facts))
+        for table in figure.tables:
+            for row in table.rows:
+                output.row(table.kind, **dict(zip(table.columns, plain(row), strict=True)))
+        return
+    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    print(figure_text(replace(figure, tables=()), min(WIDEST, shutil.get_terminal_size((80, 24)).columns), colour))
+    for table in figure.tables:
+        _table(table, output)
+
+
+def _table(table: Table, output: Output) -> None:
+    output.table(list(table.columns), [[cell_text(cell) for cell in row] for row in table.rows[:ROWS]])
+    if len(table.rows) > ROWS:
+        output.say(f"… {len(table.rows) - ROWS:,} more in the run's folder")
+    output.say("")

@@ -1,0 +1,1 @@
+"""How many bits a model has memorised of its training data, against a reference."""

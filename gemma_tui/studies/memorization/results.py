@@ -1,0 +1,156 @@
+"""What a measurement has found, read back from the run store and the run's folder, and as a figure."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from engines.base import TokenScores
+from gemma_tui.errors import GemmaTuiError
+from gemma_tui.figure import Figure, LineChart, Table
+from gemma_tui.plots import Series
+from gemma_tui.runs.store import Run, RunStore
+from gemma_tui.studies.memorization.history import told
+from gemma_tui.studies.memorization.meter import ROWS_FILE, SCORES, STUDY, plan_of
+from gemma_tui.studies.memorization.scores import Scores
+from gemma_tui.studies.memorization.sequences import HELD_OUT, TRAIN, Sequences, read_sequences
+from gemma_tui.studies.memorization.subjects import REFERENCE
+
+MEASURES = {
+    "sequences": "sequences",
+    "tokens": "tokens that count",
+    "loss": "loss, nats per token",
+    "reference_loss": "loss of the reference",
+    "clipped": "memorised bits (clipped at 0)",
+    "signed": "signed bits",
+    "mixture": "bits by the mixture",
+    "signed_against_uniform": "signed bits against the uniform code",
+    "bits_per_token": "memorised bits per token",
+    "sequences_with_bits": "sequences with bits",
+    "per_parameter": "bits per parameter",
+    "per_trainable_parameter": "bits per trainable parameter",
+    "per_parameter_without_embeddings": "bits per parameter but embeddings",
+}
+"""The measures of a set in a summary, and what they are called."""
+
+KINDS = ("signed", "clipped", "mixture", "signed_against_uniform")
+"""Kinds of bits that a sequence may have."""
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """What a measurement has found.
+
+    Attributes:
+        facts: what its start told.
+        summaries: of the target, or of each checkpoint; the last one is shown in full.
+        sequences: as they were scored.
+        rows: of ``sequences.jsonl``: each sequence under the last target.
+    """
+
+    run: Run
+    facts: dict[str, Any]
+    summaries: list[dict[str, Any]]
+    sequences: Sequences
+    rows: list[dict[str, Any]]
+
+    @property
+    def models(self) -> list[str]:
+        """Whose scores there are: ``reference``, if there is one, and ``target`` or ``step-N`` for each checkpoint."""
+        places = [path.name for path in (self.run.folder / SCORES).iterdir() if path.is_dir()]
+        return sorted(places, key=lambda name: (name != REFERENCE, name))
+
+    def scores(self, model: str) -> list[TokenScores]:
+        """Token by token what a model makes of each sequence; see ``Scores.read``.
+
+        Raises:
+            GemmaTuiError: they are not all there.
+        """
+        return Scores(self.run.folder / SCORES / model, self.sequences).read()
+
+
+def read_measured(store: RunStore, run: Run) -> Measured:
+    """What a measurement has found.
+
+    Raises:
+        UsageError: the run is another study.
+        GemmaTuiError: it has not got so far.
+    """
+    plan_of(run)
+    events = store.events(run.run_id, limit=1_000_000)
+    found = {event.values["target"]: dict(event.values) for event in events if event.kind == STUDY}
+    path = run.folder / ROWS_FILE
+    if not found:
+        raise GemmaTuiError(f"{run.run_id} has no bits yet: `gemma-tui runs resume {run.run_id}` goes on with it")
+    facts = next(dict(event.values) for event in events if event.kind == "start")
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        rows = [json.loads(line) for line in lines]
+    except (OSError, ValueError):
+        raise GemmaTuiError(f"{path} is broken: start the measurement again") from None
+    return Measured(run, facts, list(found.values()), read_sequences(run.folder), rows)
+
+
+def memorization_figure(measured: Measured) -> Figure:
+    """Bits of both sets, how they go with training, and the sequences that most is held of."""
+    last, facts = measured.summaries[-1], measured.facts
+    sets = {name.replace("_", "-"): last[name] for name in (TRAIN, HELD_OUT) if name in last}
+    rows = [
+        (words, *(found[measure] for found in sets.values()))
+        for measure, words in MEASURES.items()
+        if last[TRAIN].get(measure) is not None
+    ]
+    notes = [_against(facts), "bits are of whole sequences; their sum is a lower bound of what is held of the set"]
+    if "gap" in last:
+        notes.append(f"generalisation gap: {last['gap']:.4f} nats per token (held-out loss less training loss)")
+    charts, moved = _history(measured.summaries, notes) if facts["checkpoints"] else ([], [])
+    return Figure(
+        f"what {last['target']} has memorised",
+        notes,
+        charts=charts,
+        tables=[Table("measure", ("measure", *sets), rows), *moved, _most(measured.rows)],
+        arrays=_arrays(measured.rows),
+        facts=facts,
+    )
+
+
+def _against(facts: dict[str, Any]) -> str:
+    if facts["reference"] is None:
+        return f"against the uniform code: log2 {facts['vocabulary']:,} bits a token"
+    return f"against {facts['reference']}"
+
+
+def _history(summaries: Sequence[dict[str, Any]], notes: list[str]) -> tuple[list[LineChart], list[Table]]:
+    """Bits and losses over the training steps; adds to the notes what they tell."""
+    kind = "clipped" if "clipped" in summaries[0][TRAIN] else "signed_against_uniform"
+    sets = [name for name in (TRAIN, HELD_OUT) if name in summaries[0]]
+    steps = [int(found["checkpoint"]) for found in summaries]
+    lines = {(name, m): [float(found[name][m]) for found in summaries] for m in (kind, "loss") for name in sets}
+    notes += told(steps, lines[TRAIN, kind], lines.get((HELD_OUT, "loss")))
+    x = [float(step) for step in steps]
+    charts = [
+        LineChart(MEASURES[m], [Series(name.replace("_", "-"), x, lines[name, m]) for name in sets], "training step")
+        for m in (kind, "loss")
+    ]
+    columns = ["step", *(f"{name.replace('_', '-')} {'loss' if m == 'loss' else 'bits'}" for name, m in lines)]
+    return charts, [Table("checkpoint", columns, list(zip(steps, *lines.values(), strict=True)))]
+
+
+def _most(rows: Sequence[dict[str, Any]]) -> Table:
+    """All sequences, those of the training set first, and of each set those that most is held of."""
+    if not rows:
+        return Table("sequence", (), ())
+    kinds = [kind for kind in KINDS if kind in rows[0]]
+    columns = ("set", "row", "tokens", *kinds, "text")
+    order = sorted(rows, key=lambda row: (row["set"] != TRAIN, -row[kinds[0]]))
+    return Table("sequence", columns, [tuple(row[column] for column in columns) for row in order])
+
+
+def _arrays(rows: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
+    """One number for each sequence, in their order."""
+    known = [kind for kind in ("target", "reference", *KINDS) if rows and rows[0].get(kind) is not None]
+    return {kind: np.array([row[kind] for row in rows]) for kind in known}
