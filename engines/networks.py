@@ -122,7 +122,7 @@ class NetworkTraining:
     """
 
     optimizer: str = "soap"
-    betas: tuple[float, float] = (0.9, 0.99)
+    betas: tuple[float, float] = (0.9, 0.995)
     epsilon: float = 1e-8
     floor: float = 1e-4
     renew_every: int = 4
@@ -156,6 +156,19 @@ def rotated_axes(shape: Sequence[int], optimizer: str) -> tuple[int, ...]:
     if optimizer != "soap" or len(shape) < 3:
         return ()
     return tuple(axis for axis in (1, 2) if 1 < shape[axis] <= ROTATED)
+
+
+def stack_bytes(shape: NetworkShape, networks: int, training: NetworkTraining) -> tuple[int, int]:
+    """Bytes of memory that a stack takes in training, estimated, and of disk that its state takes.
+
+    Weights, the copy that is computed with, gradient, two moments and two temporary arrays of an update; preconditioners
+    and their bases; activations of the parts in flight.
+    """
+    sizes = [(networks, *size) for size in shape.parameter_shapes().values()]
+    weights = 4 * sum(math.prod(size) for size in sizes)
+    turned = 8 * networks * sum(size[axis] ** 2 for size in sizes for axis in rotated_axes(size, training.optimizer))
+    flight = 4 * networks * shape.part(networks, 1 << 30) * shape.length * shape.width * 16 * (shape.layers + 1)
+    return 7 * weights + turned + flight + 2 * LOGITS_BYTES, 3 * weights + turned
 
 
 class Networks(Protocol):
