@@ -197,7 +197,13 @@ def _attention(groups: argparse._SubParsersAction, wanted: bool) -> None:
     command.add_argument("model", metavar="M", help="name, folder, run or hub id")
     command.add_argument("--dtype", choices=("float32", "bfloat16"), help="dtype of the weights; the device's default")
     command.add_argument("--stats", action="store_true", help="every head's metrics: the view heads, the default")
-    for name, what in (("html", "a page that needs nothing else"), ("svg", "pictures"), ("npz", "arrays")):
+    for name, what in (
+        ("html", "a page that needs nothing else"),
+        ("svg", "pictures"),
+        ("png", "one picture"),
+        ("npz", "arrays"),
+        ("csv", "tables"),
+    ):
         command.add_argument(f"--{name}", metavar="FILE", help=f"write the view as {what}")
     _engine_option(command)
     if wanted:

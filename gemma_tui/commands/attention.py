@@ -37,7 +37,7 @@ from gemma_tui.studies.events import PASSING, Control
 from gemma_tui.studies.plan import check_honoured, options
 from gemma_tui.studies.recording import Recorded
 
-FORMATS = ("html", "svg", "npz")
+FORMATS = ("html", "svg", "png", "npz", "csv")
 WIDEST = 100
 ROWS = 20
 LABELS = 16

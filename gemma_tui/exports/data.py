@@ -1,7 +1,9 @@
-"""The numbers of a figure: as JSON for what people read, as npz for the arrays."""
+"""The numbers of a figure: as JSON for what people read, as npz for the arrays, as CSV for the tables."""
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import math
 from collections.abc import Mapping
@@ -9,7 +11,13 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from gemma_tui.errors import GemmaTuiError
 from gemma_tui.figure import Figure
+from gemma_tui.figure_text import is_number
+from gemma_tui.text import clean
+
+FORMULA = ("=", "+", "-", "@", "＝", "＋", "－", "＠")
+"""What a spreadsheet takes for the beginning of a formula."""
 
 
 def figure_json(figure: Figure) -> dict[str, Any]:
@@ -44,3 +52,32 @@ def write_npz(figure: Figure, file: BinaryIO) -> None:
     facts = json.dumps({"title": figure.title, **plain(figure.facts)}, allow_nan=False)
     arrays: dict[str, Any] = {name: np.asarray(array) for name, array in figure.arrays.items()}
     np.savez_compressed(file, **arrays, facts=np.array(facts))
+
+
+def write_csv(figure: Figure, file: BinaryIO) -> None:
+    """Every table under a head of its own, its kind first in each row, an empty line between tables (RFC 4180).
+
+    Numbers are in full, what is not finite is empty, and no text is a formula to a spreadsheet.
+
+    Raises:
+        GemmaTuiError: there is no table.
+    """
+    if not figure.tables:
+        raise GemmaTuiError("the figure has no table for a .csv: take .npz or .json")
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    for number, table in enumerate(figure.tables):
+        if number:
+            writer.writerow(())
+        writer.writerow(["kind", *map(_cell, table.columns)])
+        writer.writerows([_cell(table.kind), *map(_cell, row)] for row in table.rows)
+    file.write(text.getvalue().encode("utf-8"))
+
+
+def _cell(value: Any) -> Any:
+    """Numbers and None as they are; text cleaned, and quoted where it would be a formula."""
+    value = plain(value)
+    if value is None or is_number(value):
+        return value
+    text = clean(str(value))
+    return f"'{text}" if text.lstrip().startswith(FORMULA) else text

@@ -27,7 +27,10 @@ LEFT, RIGHT, TOP, BOTTOM = 64, 16, 24, 40
 LABEL = 28
 """Letters of a row's or column's name; the whole name is in the cell's title."""
 
-STYLE = "text{font:11px ui-monospace,monospace;fill:#222}.t{font-weight:bold}.m{text-anchor:middle}.e{text-anchor:end}"
+FONTS = "ui-monospace,monospace,'DejaVu Sans Mono','Liberation Mono','Noto Sans Mono','DejaVu Sans','Noto Sans'"
+"""What comes after ``monospace`` is for those who know no font by that name."""
+
+STYLE = f"text{{font:11px {FONTS};fill:#222}}.t{{font-weight:bold}}.m{{text-anchor:middle}}.e{{text-anchor:end}}"
 DASHES = ("", "6 3", "2 3", "8 3 2 3")
 
 Drawn = tuple[list[str], float, float]

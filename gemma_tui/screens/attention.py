@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 SECONDS = 0.2
 JUMP = Option("jump", str, "", "a layer (L5), a head (L5.H1), a position (34) or a token of the text")
-EXPORT = Option("export", str, "attention.html", "file to write: .html, .svg, .npz or .json")
+EXPORT = Option("export", str, "attention.html", "file to write: .html, .svg, .png, .npz, .csv or .json")
 HEAD = re.compile(r"[lL]?(\d{1,3})\.[hH]?(\d{1,3})")
 LAYER = re.compile(r"[lL](\d{1,3})")
 NUMBER = re.compile(r"\d{1,9}")
