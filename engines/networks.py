@@ -161,8 +161,8 @@ def rotated_axes(shape: Sequence[int], optimizer: str) -> tuple[int, ...]:
 def stack_bytes(shape: NetworkShape, networks: int, training: NetworkTraining) -> tuple[int, int]:
     """Bytes of memory that a stack takes in training, estimated, and of disk that its state takes.
 
-    Weights, the copy that is computed with, gradient, two moments and two temporary arrays of an update; preconditioners
-    and their bases; activations of the parts in flight.
+    Weights, the copy that is computed with, gradient, two moments and two temporary arrays of an update;
+    preconditioners and their bases; activations of the parts in flight.
     """
     sizes = [(networks, *size) for size in shape.parameter_shapes().values()]
     weights = 4 * sum(math.prod(size) for size in sizes)

@@ -37,7 +37,10 @@ class CapacityPlan:
     warmup: float = option(0.025, "share of the steps over which the rate rises", low=0.0, high=0.9)
     cooldown: float = option(0.5, "share of the steps over which the rate falls to zero", low=0.0, high=1.0)
     flat: float = option(
-        0.002, "the rate begins to fall where bits grow by less than this share over five evaluations", low=0.0, high=1.0
+        0.002,
+        "the rate begins to fall where bits grow by less than this share over five evaluations",
+        low=0.0,
+        high=1.0,
     )
     evaluate_every: int = option(50, "steps between two evaluations", low=1, high=1_000_000)
     dtype: str = option("float32", "dtype of the weights that networks compute with", choices=DTYPES)
@@ -130,7 +133,9 @@ def _numbers(text: str, name: str, high: int) -> list[int]:
         try:
             number = int(part.strip().replace("_", ""))
         except ValueError:
-            raise UsageError(f"{name}: {part.strip()[:40]!r} is no whole number; give some with commas between") from None
+            raise UsageError(
+                f"{name}: {part.strip()[:40]!r} is no whole number; give some with commas between"
+            ) from None
         if not 1 <= number <= high:
             raise UsageError(f"{name}: {number:,} is not from 1 to {high:,}")
         found.append(number)

@@ -32,7 +32,8 @@ CELL_COLUMNS = (
     "steps", "strings", "ended by", "seconds",
 )  # fmt: skip
 MODEL_COLUMNS = (
-    "model", "parameters", "N", "capacity ≥", "± 95 %", "bits/param", "bits/param (paper)", "without embeddings", "seeds",
+    "model", "parameters", "N", "capacity ≥", "± 95 %", "bits/param", "bits/param (paper)", "without embeddings",
+    "seeds",
 )  # fmt: skip
 
 
@@ -87,22 +88,22 @@ def read_sweep(store: RunStore, run: Run) -> Sweep:
 
 
 def sweep_figure(sweep: Sweep) -> Figure:
-    """Bits against data with the plateau, bits against budget, loss curves, double descent; tables of models and cells."""
+    """Bits against data with the plateau, bits against budget, loss, double descent; tables of models and cells."""
     plan, every = sweep.plan, cells_of(sweep.plan)
     models = {cell.model: [c for c in every if c.model == cell.model] for cell in every}
     tables = [_models(sweep, models), _cells(sweep, every)]
+    published = " and ".join(f"{bits} ({dtype})" for dtype, bits in REFERENCE_LINES.items())
     notes = [
         "capacity: the most bits that any data set left in a network, so a lower bound for this budget of "
         f"{plan.steps:,} steps of {plan.batch_size:,} strings with {plan.optimizer}",
-        f"bits: N (S - 1) log2 V less the code length of the tokens that follow another; paper: N S (log2 V - mean), as "
-        f"arXiv:2505.24832 counts, which found {REFERENCE_LINES['bfloat16']} (bfloat16) and {REFERENCE_LINES['float32']} "
-        "(float32) for GPT-2 shapes in 1,000,000 steps of 2,048",
+        "bits: N (S - 1) log2 V less the code length of the tokens that follow another; paper: N S (log2 V - mean), as "
+        f"arXiv:2505.24832 counts, which found {published} for GPT-2 shapes in 1,000,000 steps of 2,048",
         f"{plan.arch}, V {plan.vocab}, S {plan.length}, {plan.dtype}, on {sweep.device or 'no device yet'}",
     ]
     arrays = {f"{name}:{what}": np.array(line) for name, lines in sweep.traces.items()
               for what, line in zip(("strings", "bits", "loss"), lines, strict=True)}  # fmt: skip
     title = f"capacity: {len(sweep.cells)} of {len(every)} cells"
-    facts = {"plan": {k: v for k, v in vars(plan).items()}, "device": sweep.device}
+    facts = {"plan": dict(vars(plan)), "device": sweep.device}
     return Figure(title, notes, charts=_charts(sweep, models), tables=tables, arrays=arrays, facts=facts)
 
 
@@ -141,8 +142,8 @@ def _data_lines(sweep: Sweep, models: dict[str, list[Cell]]) -> list[Series]:
     """Means over seeds with their band, the cells that still train, what could be held, and what is expected."""
     plan, lines = sweep.plan, []
     largest = max(cell.sequences for cells in models.values() for cell in cells)
-    sizes = np.linspace(0, largest, CURVE)
-    bits = [data_bits(float(n), plan.length, plan.vocab) for n in sizes]
+    sizes = sorted({round(n) for n in np.linspace(0, largest, CURVE)})
+    bits = [data_bits(n, plan.length, plan.vocab) for n in sizes]
     for model, cells in models.items():
         rows = sorted({cell.sequences for cell in cells})
         now = {n: [_held(sweep, cell) for cell in cells if cell.sequences == n] for n in rows}
@@ -155,7 +156,7 @@ def _data_lines(sweep: Sweep, models: dict[str, list[Cell]]) -> list[Series]:
             for side, name in ((-1, "- 95 %"), (1, "+ 95 %")):
                 lines.append(Series(f"{model} {name}", x, [s.bits + side * (s.half or 0.0) for s in summaries]))
         count = cells[0].shape.parameter_count()
-        expected = [expected_bits(float(n), plan.length, plan.vocab, count, plan.alpha) for n in sizes]
+        expected = [expected_bits(n, plan.length, plan.vocab, count, plan.alpha) for n in sizes]
         lines.append(Series(f"{model} min({plan.alpha:g} P, data)", bits, expected))
     return lines
 
@@ -168,7 +169,7 @@ def _held(sweep: Sweep, cell: Cell) -> float | None:
 
 
 def _models(sweep: Sweep, models: dict[str, list[Cell]]) -> Table:
-    rows = []
+    rows: list[tuple[Any, ...]] = []
     for model, cells in models.items():
         shape, best = cells[0].shape, plateau_of(sweep, cells)
         count, bare = shape.parameter_count(), shape.parameter_count(embeddings=False)
@@ -177,7 +178,9 @@ def _models(sweep: Sweep, models: dict[str, list[Cell]]) -> Table:
             continue
         paper = best.bits * shape.length / (shape.length - 1) / count
         seeds = sum(c.sequences == best.sequences and c.name in sweep.cells for c in cells)
-        rows.append((model, count, best.sequences, best.bits, best.half, best.bits / count, paper, best.bits / bare, seeds))
+        rows.append(
+            (model, count, best.sequences, best.bits, best.half, best.bits / count, paper, best.bits / bare, seeds)
+        )
     return Table("model", MODEL_COLUMNS, rows)
 
 

@@ -86,7 +86,9 @@ def resume_capacity(
         raise UsageError(f"{run.run_id} was computed with {run.engine}: resume it with --engine {run.engine}")
     cells = cells_of(plan)
     if all(cell.name in done for cell in cells):
-        raise UsageError(f"{run.run_id} has all of its {len(cells):,} cells: add some with --add {run.run_id} --sizes N")
+        raise UsageError(
+            f"{run.run_id} has all of its {len(cells):,} cells: add some with --add {run.run_id} --sizes N"
+        )
     check_room(engine, plan, [cell for cell in cells if cell.name not in done], run.folder)
     run = store.adopt(run.run_id)
     store.replan(run.run_id, asdict(plan), words_of(engine.name, plan), len(cells))
@@ -210,9 +212,11 @@ class Course:
         shape = self.cell.shape
         if bits >= NEARLY_ALL * self.cell.sequences * (shape.length - 1) * math.log2(shape.vocabulary):
             self.why = LEARNED
-        elif plan.warmup * plan.steps <= step < self.falls_at(plan) and len(self.bits) > LOOKED_BACK:
-            if bits > 0 and bits - self.bits[-1 - LOOKED_BACK] < plan.flat * bits:
-                self.falling, self.why = step, FLAT
+            return
+        grown = bits - self.bits[-1 - LOOKED_BACK] if len(self.bits) > LOOKED_BACK else math.inf
+        steady = plan.warmup * plan.steps <= step < self.falls_at(plan)
+        if steady and bits > 0 and grown < plan.flat * bits:
+            self.falling, self.why = step, FLAT
 
 
 def sweep(
