@@ -18,6 +18,7 @@ from engines.edits import Edit
 from engines.errors import UnsupportedError
 from engines.gemma3 import Gemma3Config
 from engines.inspection import Inspection
+from engines.networks import Networks, NetworkShape, NetworkTraining
 
 IGNORED = -100
 """The label of a position that is not supervised."""
@@ -367,6 +368,13 @@ class Engine(Protocol):
         Raises:
             UnsupportedError: the text is empty or too long, an edit names what is not there, or ``base`` is of another
                 text, model or engine, or edited.
+        """
+
+    def networks(self, shape: NetworkShape, seeds: Sequence[int], training: NetworkTraining) -> Networks:
+        """Small networks with fresh weights, one for each seed, that are trained side by side; the model is left alone.
+
+        Raises:
+            UnsupportedError: the shape or the training names what is not there.
         """
 
     def generate(self, prompt: Sequence[int], sampling: Sampling) -> Iterator[int]:

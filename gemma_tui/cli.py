@@ -24,7 +24,16 @@ OUT_OF_MEMORY = "not enough memory: choose a smaller model, batch or sequence le
 FRAMES_PER_SECOND = "120"
 """Textual draws at fixed ticks and a key passes through two of them; at its usual 60 that alone is 33 ms."""
 
-COMMANDS = "models list, generate, data, train, attention, memorization, adapters list, runs list, doctor"
+EXPORTS = (
+    ("html", "a page that needs nothing else"),
+    ("svg", "pictures"),
+    ("png", "one picture"),
+    ("npz", "arrays"),
+    ("csv", "tables"),
+)
+COMMANDS = (
+    "models list, generate, data, train, attention, capacity sweep, memorization, adapters list, runs list, doctor"
+)
 
 
 class Parser(argparse.ArgumentParser):
@@ -104,6 +113,7 @@ def _parser(given: Sequence[str]) -> Parser:
     _data(groups, wanted="data" in given)
     _train(groups, wanted="train" in given)
     _attention(groups, wanted="attention" in given)
+    _capacity(groups, wanted="capacity" in given)
     _memorization(groups, wanted="memorization" in given)
     _adapters(groups)
     _runs(groups)
@@ -195,13 +205,7 @@ def _attention(groups: argparse._SubParsersAction, wanted: bool) -> None:
     command.add_argument("model", metavar="M", help="name, folder, run or hub id")
     command.add_argument("--dtype", choices=("float32", "bfloat16"), help="dtype of the weights; the device's default")
     command.add_argument("--stats", action="store_true", help="every head's metrics: the view heads, the default")
-    for name, what in (
-        ("html", "a page that needs nothing else"),
-        ("svg", "pictures"),
-        ("png", "one picture"),
-        ("npz", "arrays"),
-        ("csv", "tables"),
-    ):
+    for name, what in EXPORTS:
         command.add_argument(f"--{name}", metavar="FILE", help=f"write the view as {what}")
     _engine_option(command)
     if wanted:
@@ -223,6 +227,27 @@ def _memorization(groups: argparse._SubParsersAction, wanted: bool) -> None:
         from gemma_tui.studies.memorization.plan import MemorizationPlan
 
         add_options(command, MemorizationPlan, ("model",))
+
+
+def _capacity(groups: argparse._SubParsersAction, wanted: bool) -> None:
+    group = _group(groups, "capacity", "how many bits small networks hold of random tokens")
+    sweep = _command(group, "sweep", "train networks over a grid of data sets, as a run", "capacity:sweep")
+    sweep.add_argument("plan", nargs="?", metavar="PLAN.toml", help="a file with any of the options below")
+    sweep.add_argument(
+        "--preset", default="", metavar="NAME", help="quick: a plateau in minutes; smallest: the paper's"
+    )
+    sweep.add_argument("--add", metavar="RUN", help="more --sizes or --seeds for a sweep that there is")
+    show = _command(group, "show", "what a sweep has found so far", "capacity:show")
+    show.add_argument("run_name", metavar="RUN", help="a sweep")
+    for command in (sweep, show):
+        for name, what in EXPORTS:
+            command.add_argument(f"--{name}", metavar="FILE", help=f"write it as {what}")
+    _engine_option(sweep)
+    if wanted:
+        from gemma_tui.commands.plans import add_options
+        from gemma_tui.studies.capacity.plan import CapacityPlan
+
+        add_options(sweep, CapacityPlan)
 
 
 def _adapters(groups: argparse._SubParsersAction) -> None:

@@ -36,6 +36,8 @@ from engines.memory import ensure_memory, training_bytes
 from engines.mlx import adapters, decoding, device, merging, optimizers, rank1, scoring, state, training
 from engines.mlx.inspection import MLXInspection
 from engines.mlx.model import Gemma3
+from engines.mlx.networks import MLXNetworks
+from engines.networks import NetworkShape, NetworkTraining
 from engines.origin import first_weights
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2}
@@ -99,6 +101,9 @@ class MLXEngine:
 
     def inspect(self, tokens: np.ndarray, edits: Sequence[Edit] = (), base: Inspection | None = None) -> MLXInspection:
         return MLXInspection(self._loaded(), tokens, edits, base)
+
+    def networks(self, shape: NetworkShape, seeds: Sequence[int], training: NetworkTraining) -> MLXNetworks:
+        return MLXNetworks(shape, seeds, training)
 
     def generate(self, prompt: Sequence[int], sampling: Sampling) -> Iterator[int]:
         return decoding.generate(self._loaded().eval(), prompt, sampling)

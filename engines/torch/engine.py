@@ -33,10 +33,12 @@ from engines.gemma3 import Gemma3Config, read_config
 from engines.initialisation import gemma3_weights
 from engines.inspection import Inspection
 from engines.memory import ensure_memory, training_bytes
+from engines.networks import NetworkShape, NetworkTraining
 from engines.origin import first_weights
 from engines.torch import adapters, decoding, device, merging, optimizers, rank1, scoring, state, training
 from engines.torch.inspection import TorchInspection
 from engines.torch.model import Gemma3
+from engines.torch.networks import TorchNetworks
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -102,6 +104,9 @@ class TorchEngine:
         self, tokens: np.ndarray, edits: Sequence[Edit] = (), base: Inspection | None = None
     ) -> TorchInspection:
         return TorchInspection(self._loaded(), tokens, edits, base, self._device)
+
+    def networks(self, shape: NetworkShape, seeds: Sequence[int], training: NetworkTraining) -> TorchNetworks:
+        return TorchNetworks(shape, seeds, training, self._device)
 
     def generate(self, prompt: Sequence[int], sampling: Sampling) -> Iterator[int]:
         return decoding.generate(self._loaded().eval(), prompt, sampling)

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
-import sys
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
 from engines import open_engine
+from gemma_tui.commands.figures import ROWS, WIDEST, targets_of, tell
 from gemma_tui.commands.plans import plan_from
 from gemma_tui.commands.train import stop_on_signal
 from gemma_tui.errors import UsageError
-from gemma_tui.exports import check_target, export
-from gemma_tui.exports.data import plain
 from gemma_tui.figure import Figure
-from gemma_tui.figure_text import figure_text
 from gemma_tui.heat import NARROWEST
 from gemma_tui.output import Output
 from gemma_tui.runs.store import RunStore
@@ -37,9 +33,6 @@ from gemma_tui.studies.events import PASSING, Control
 from gemma_tui.studies.plan import check_honoured, options
 from gemma_tui.studies.recording import Recorded
 
-FORMATS = ("html", "svg", "png", "npz", "csv")
-WIDEST = 100
-ROWS = 20
 LABELS = 16
 """Columns of a map that its labels take."""
 
@@ -51,9 +44,7 @@ INTERRUPTED = 130
 
 def attention(args: argparse.Namespace, output: Output) -> int:
     """Look into a text, or study the heads over many."""
-    targets = [Path(path).expanduser() for name in FORMATS if (path := getattr(args, name))]
-    for target in targets:
-        check_target(target)
+    targets = targets_of(args)
     if "study" in vars(args):
         return _study(args, output, targets)
     plan = plan_of(args)
@@ -69,7 +60,7 @@ def attention(args: argparse.Namespace, output: Output) -> int:
             except StopIteration as end:
                 figure: Figure = end.value
                 break
-    _tell(signed(figure) if targets else figure, output, targets)
+    tell(signed(figure) if targets else figure, output, targets)
     output.row("end", status="done", view=plan.view)
     return 0
 
@@ -105,23 +96,6 @@ def _refuse(args: argparse.Namespace, plan: type, shared: tuple[str, ...], besid
     for o in options(plan):
         if o.name in vars(args) and o.name not in (*shared, "model"):
             raise UsageError(f"{o.name}: {o.flag} makes no difference {beside}: leave it out")
-
-
-def _tell(figure: Figure, output: Output, targets: list[Path]) -> None:
-    for target in targets:
-        export(figure, target)
-    if not output.as_json:
-        colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-        print(figure_text(figure, min(WIDEST, shutil.get_terminal_size((80, 24)).columns), colour, ROWS))
-        for target in targets:
-            output.say(f"written: {target}")
-        return
-    output.row("figure", title=figure.title, notes=list(figure.notes), facts=plain(figure.facts))
-    for table in figure.tables:
-        for row in table.rows:
-            output.row(table.kind, **dict(zip(table.columns, plain(row), strict=True)))
-    for target in targets:
-        output.row("written", path=str(target))
 
 
 def _study(args: argparse.Namespace, output: Output, targets: list[Path]) -> int:
@@ -160,7 +134,7 @@ def follow(
                 output.row(row.pop("kind"), **row)
     stopped = control.stop.is_set()
     if looked_at or not stopped:
-        _tell(study_figure(read_study(store, run), metric), output, targets)
+        tell(study_figure(read_study(store, run), metric), output, targets)
     output.say(f"kept as {run.run_id}" + (f": `gemma-tui runs resume {run.run_id}` goes on" if stopped else ""))
     output.row("end", status="stopped" if stopped else "done", run=run.run_id, texts=looked_at)
     if came:

@@ -108,6 +108,10 @@ def resume_run(run: Run, output: Output) -> int:
         from gemma_tui.commands import memorization
 
         return memorization.resume(run.run_id, output)
+    if run.study == "capacity":
+        from gemma_tui.commands import capacity
+
+        return capacity.resume(run.run_id, output)
     if run.study != "training":
         raise UsageError(f"{run.run_id} is no training run: start it again with `{run.command}`")
     control = Control()

@@ -145,6 +145,15 @@ class RunStore(Database):
                 "UPDATE gt_runs SET updated = ?, step = MAX(step, ?) WHERE run_id = ?", (now, step, run_id)
             )
 
+    def replan(self, run_id: str, plan: Mapping[str, Any], command: str, steps: int) -> None:
+        """Give a run more to do: its plan, command and steps are these from now on."""
+        text = json.dumps(plan)
+        with self._guard(), self._transaction():
+            self._db.execute(
+                "UPDATE gt_runs SET plan = ?, command = ?, steps = ? WHERE run_id = ?", (text, command, steps, run_id)
+            )
+            self._db.execute("UPDATE configs SET config = ? WHERE run_id = ?", (text, run_id))
+
     def set_state(self, run_id: str, state: str, error: str = "") -> None:
         """Change a run's state."""
         with self._guard():

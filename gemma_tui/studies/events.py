@@ -11,7 +11,7 @@ from typing import Any
 from gemma_tui.output import duration
 
 PACE_SECONDS = 1.0
-PASSING = ("waiting", "evaluating", "diagnosing", "scoring", "measuring")
+PASSING = ("waiting", "evaluating", "diagnosing", "scoring", "measuring", "training")
 """Kinds that tell only what a study is at between two steps: a pause, an evaluation, the spectra of all matrices, the
 scores of sequences, bits while a run trains. They are shown and not kept."""
 

@@ -1,0 +1,100 @@
+"""``gemma-tui capacity sweep`` and ``gemma-tui capacity show``."""
+
+from __future__ import annotations
+
+import argparse
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from engines import open_engine
+from gemma_tui.commands.figures import targets_of, tell
+from gemma_tui.commands.plans import plan_from
+from gemma_tui.commands.train import INTERRUPTED, stop_on_signal
+from gemma_tui.errors import UsageError
+from gemma_tui.output import Output, duration
+from gemma_tui.runs.store import RunStore
+from gemma_tui.studies.capacity.plan import CapacityPlan, with_preset
+from gemma_tui.studies.capacity.results import read_sweep, sweep_figure
+from gemma_tui.studies.capacity.sweep import TRACE, record_capacity, resume_capacity
+from gemma_tui.studies.events import PASSING, Control, Event
+from gemma_tui.studies.plan import options, read_toml
+from gemma_tui.studies.recording import Recorded
+
+ADDED = ("sizes", "seeds")
+"""What can be added to a sweep: cells of another kind would not be comparable."""
+
+
+def sweep(args: argparse.Namespace, output: Output) -> int:
+    """Train the cells of a grid, or more of a sweep that there is."""
+    targets, control = targets_of(args), Control()
+    if args.add:
+        more = _more(args)
+        with closing(RunStore()) as store:
+            run = store.run(args.add)
+            recorded = resume_capacity(open_engine(run.engine), run, control, store, more)
+            return follow(recorded, control, output, store, targets)
+    values = with_preset(args.preset, read_toml(Path(args.plan)) if args.plan else {})
+    plan = plan_from(CapacityPlan, args, values, args.plan or "capacity sweep")
+    with closing(RunStore()) as store:
+        return follow(record_capacity(open_engine(args.engine), plan, control, store), control, output, store, targets)
+
+
+def show(args: argparse.Namespace, output: Output) -> int:
+    """Print what a sweep has found so far."""
+    targets = targets_of(args)
+    with closing(RunStore()) as store:
+        run = store.run(args.run_name)
+        tell(sweep_figure(read_sweep(store, run)), output, targets)
+    output.row("end", status="done", run=run.run_id)
+    return 0
+
+
+def resume(run_name: str, output: Output) -> int:
+    """Go on with a sweep."""
+    with closing(RunStore()) as store:
+        run, control = store.run(run_name), Control()
+        return follow(resume_capacity(open_engine(run.engine), run, control, store), control, output, store, [])
+
+
+def follow(recorded: Recorded, control: Control, output: Output, store: RunStore, targets: list[Path]) -> int:
+    """Let a sweep take its course and tell what it found; returns the exit code."""
+    run, seen = recorded.run, False
+    with stop_on_signal(control) as came, closing(recorded.events) as events, output.progress("cells") as progress:
+        for event in events:
+            seen = seen or event.kind == TRACE
+            progress(event.values.get("share", event.step / run.steps), f"{event.step:,}/{run.steps:,} cells")
+            _say(event, output)
+    stopped = control.stop.is_set()
+    if seen or not stopped:
+        tell(sweep_figure(read_sweep(store, run)), output, targets)
+    output.say(f"kept as {run.run_id}" + (f": `gemma-tui runs resume {run.run_id}` goes on" if stopped else ""))
+    output.row("end", status="stopped" if stopped else "done", run=run.run_id)
+    if came:
+        return 128 + came[0]
+    return INTERRUPTED if stopped else 0
+
+
+def _more(args: argparse.Namespace) -> dict[str, Any]:
+    """The cells that are added."""
+    given = {o.name for o in options(CapacityPlan)} & vars(args).keys()
+    if args.plan or args.preset or given - set(ADDED):
+        raise UsageError("add: --add takes --sizes and --seeds alone, the rest is the sweep's own: leave it out")
+    if not given:
+        raise UsageError("add: --add needs --sizes or --seeds, which are the cells that are added")
+    plan = plan_from(CapacityPlan, args, {}, "capacity sweep")
+    return {name: getattr(plan, name) for name in given}
+
+
+def _say(event: Event, output: Output) -> None:
+    if event.kind in (*PASSING, "end"):
+        return
+    row = event.row()
+    output.row(row.pop("kind"), **row)
+    v = event.values
+    if event.kind == "cell":
+        output.say(
+            f"{v['name']}: {v['bits']:,.0f} of {v['data_bits']:,.0f} bits, {v['bits_per_parameter']:.3f} per parameter "
+            f"({v['bits_per_parameter_paper']:.3f} as the paper counts), {v['why']} after {v['steps']:,} steps, "
+            f"{duration(v['seconds'])}"
+        )

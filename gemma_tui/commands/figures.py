@@ -1,0 +1,49 @@
+"""A figure on the command line: printed, as JSON rows, and written to files."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from gemma_tui.exports import check_target, export
+from gemma_tui.exports.data import plain
+from gemma_tui.figure import Figure
+from gemma_tui.figure_text import figure_text
+from gemma_tui.output import Output
+
+FORMATS = ("html", "svg", "png", "npz", "csv")
+WIDEST = 100
+ROWS = 20
+"""Of a table, for a person; JSON and files have all."""
+
+
+def targets_of(args: argparse.Namespace) -> list[Path]:
+    """The files that were asked for.
+
+    Raises:
+        UsageError: one of them cannot be written to.
+    """
+    targets = [Path(path).expanduser() for name in FORMATS if (path := getattr(args, name))]
+    for target in targets:
+        check_target(target)
+    return targets
+
+
+def tell(figure: Figure, output: Output, targets: list[Path]) -> None:
+    """Print a figure, or its rows, and write it."""
+    for target in targets:
+        export(figure, target)
+    if output.as_json:
+        output.row("figure", title=figure.title, notes=list(figure.notes), facts=plain(figure.facts))
+        for table in figure.tables:
+            for row in table.rows:
+                output.row(table.kind, **dict(zip(table.columns, plain(row), strict=True)))
+    else:
+        colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+        print(figure_text(figure, min(WIDEST, shutil.get_terminal_size((80, 24)).columns), colour, ROWS))
+    for target in targets:
+        output.say(f"written: {target}")
+        output.row("written", path=str(target))

@@ -1,0 +1,1 @@
+"""How many bits small networks hold of random tokens."""
