@@ -17,8 +17,8 @@ class Removal:
     """What is taken away.
 
     Attributes:
-        heads: by layer; their outputs before ``o_proj`` are zero. The norm after ``o_proj`` makes up for the length that
-            the sum loses, and all heads of a layer add nothing to the residual stream.
+        heads: by layer; their outputs before ``o_proj`` are zero. The norm after it makes up for the length that their
+            sum loses; without all of them attention adds nothing to the residual stream.
         mlps: layers whose MLP adds nothing to the residual stream.
         adapters: linears like ``model.layers.0.self_attn.q_proj`` that compute without what an adapter adds, of DoRA
             without its magnitude, too.

@@ -169,7 +169,11 @@ class RunList(RunTable):
 def what_else(run: Run) -> str:
     """What a run is that is no training run, and what can be done with it."""
     again = f"`gemma-tui runs resume {run.run_id}` goes on with it or prints it"
-    known = {"heads": "a study of heads over texts", "memorization": "a measurement of memorization"}
+    known = {
+        "heads": "a study of heads over texts",
+        "memorization": "a measurement of memorization",
+        "where": "a study of which parts hold what was memorised",
+    }
     return (
         f"{run.run_id} is {known[run.study]}, no training run: {again}"
         if run.study in known
