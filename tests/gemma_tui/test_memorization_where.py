@@ -170,7 +170,7 @@ def test_a_study_goes_on_where_it_was_stopped(
         if event.kind == "part" and event.step == 3:
             control.stop.set()
     assert store.run(recorded.run.run_id).state == "stopped"
-    again = [event for event in resume_where(torch_engine, recorded.run, Control(), store).events]
+    again = list(resume_where(torch_engine, recorded.run, Control(), store).events)
     assert [event.step for event in again if event.kind == "part"] == list(range(4, 10))
     resumed, kept = kept_parts(store, recorded.run), kept_parts(store, whole)
     assert list(resumed) == list(kept)
@@ -178,9 +178,8 @@ def test_a_study_goes_on_where_it_was_stopped(
     assert where_figure(store, recorded.run).tables[0].rows == figure.tables[0].rows
     more = list(resume_where(torch_engine, recorded.run, Control(), store).events)
     assert not [event for event in more if event.kind in ("load", "part")]
-    shutil.copy(
-        Path(lesser("lesser", no_mlp) and paths.models() / "lesser" / "model.safetensors"), paths.models() / "tiny"
-    )
+    other = paths.models() / lesser("lesser", no_mlp)
+    shutil.copy(other / "model.safetensors", paths.models() / "tiny")
     with pytest.raises(GemmaTuiError, match="tiny has changed"):
         list(record_where(torch_engine, plan, Control(), store).events)
 

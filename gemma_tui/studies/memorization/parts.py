@@ -24,8 +24,7 @@ class Part:
     """A part of a model.
 
     Attributes:
-        kind: ``branch``, ``head``, ``matrix``, ``adapters of a layer`` or ``adapters of a kind``; the intact model has
-            none.
+        kind: ``branch``, ``head``, ``matrix``, ``layer`` or ``kind``, the last three of adapters; the intact model has none.
         at: where it stands on the map of its kind, layer and column; None if it has no place there.
     """
 
@@ -89,8 +88,8 @@ def _adapters(adapted: Sequence[str]) -> list[Part]:
     found = [Part(f"L{at[0]} {LINEARS[at[1]]}", "matrix", Removal(adapters=(name,)), at) for name, at in places.items()]
     for layer in sorted({at[0] for at in places.values()}):
         names = tuple(name for name, at in places.items() if at[0] == layer)
-        found.append(Part(f"adapters of L{layer}", "adapters of a layer", Removal(adapters=names)))
+        found.append(Part(f"adapters of L{layer}", "layer", Removal(adapters=names)))
     for column in sorted({at[1] for at in places.values()}):
         names = tuple(name for name, at in places.items() if at[1] == column)
-        found.append(Part(f"adapters of {LINEARS[column]}", "adapters of a kind", Removal(adapters=names)))
+        found.append(Part(f"adapters of {LINEARS[column]}", "kind", Removal(adapters=names)))
     return found
