@@ -135,7 +135,7 @@ def _notes(search: Search, intact: np.ndarray) -> list[str]:
     if held:
         loss = _loss(intact[trained:], tokens[trained:])
         notes.append(f"{held} held-out sequences, {loss:.4f} nats per token; ratio: loss change over theirs")
-        notes.append("without a ratio: held-out text loses nothing, so nothing but what was memorised is lost")
+        notes.append("a part without a ratio costs held-out text nothing")
     return [*notes, "parts work together: what is lost without each does not add up to what is held"]
 
 

@@ -24,7 +24,8 @@ class Part:
     """A part of a model.
 
     Attributes:
-        kind: ``branch``, ``head``, ``matrix``, ``layer`` or ``kind``, the last three of adapters; the intact model has none.
+        kind: ``branch``, ``head``, ``matrix``, ``layer`` or ``kind``, the last three of adapters; none of the intact
+            model.
         at: where it stands on the map of its kind, layer and column; None if it has no place there.
     """
 
