@@ -225,8 +225,11 @@ def _memorization(groups: argparse._SubParsersAction, wanted: bool) -> None:
     if wanted:
         from gemma_tui.commands.plans import add_options
         from gemma_tui.studies.memorization.plan import MemorizationPlan
+        from gemma_tui.studies.memorization.where import WherePlan
 
         add_options(command, MemorizationPlan, ("model",))
+        held = command.add_argument_group("parts that hold it")
+        add_options(held, WherePlan, ("model", "batch_size", "name"))
 
 
 def _capacity(groups: argparse._SubParsersAction, wanted: bool) -> None:

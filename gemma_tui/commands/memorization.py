@@ -12,6 +12,7 @@ from dataclasses import replace
 from engines import open_engine
 from gemma_tui.commands.plans import plan_from
 from gemma_tui.commands.train import INTERRUPTED, stop_on_signal
+from gemma_tui.errors import UsageError
 from gemma_tui.exports.data import plain
 from gemma_tui.figure import Figure, Table
 from gemma_tui.figure_text import cell_text, figure_text
@@ -21,6 +22,8 @@ from gemma_tui.studies.events import PASSING, Control, Event, passing
 from gemma_tui.studies.memorization.meter import STUDY, record_memorization, resume_memorization
 from gemma_tui.studies.memorization.plan import MemorizationPlan
 from gemma_tui.studies.memorization.results import memorization_figure, read_measured
+from gemma_tui.studies.memorization.where import WherePlan
+from gemma_tui.studies.plan import options
 from gemma_tui.studies.recording import Recorded
 
 WIDEST = 100
@@ -29,11 +32,24 @@ ROWS = 20
 
 
 def memorization(args: argparse.Namespace, output: Output) -> int:
-    """Measure what a model has memorised of its training data."""
+    """Measure what a model has memorised of its training data, or find the parts that hold it."""
+    given, its_own = set(vars(args)), {o.name for o in options(MemorizationPlan)} - {"model"}
+    others = {o.name for o in options(WherePlan)} - {"model"}
+    if "where" in given:
+        from gemma_tui.commands.where import where
+
+        _refuse(given & (its_own - others), "measure with it, then name that run with --where")
+        return where(args, output)
+    _refuse(given & (others - its_own), "it goes with --where")
     plan = plan_from(MemorizationPlan, args, {"model": args.model}, "memorization")
     engine, control = open_engine(args.engine), Control()
     with closing(RunStore()) as store:
         return follow(record_memorization(engine, plan, control, store), control, output, store)
+
+
+def _refuse(given: set[str], why: str) -> None:
+    if given:
+        raise UsageError(f"--{min(given).replace('_', '-')}: {why}")
 
 
 def resume(run_name: str, output: Output) -> int:
@@ -52,7 +68,7 @@ def follow(recorded: Recorded, control: Control, output: Output, store: RunStore
             _tell(event, output)
     stopped = control.stop.is_set()
     if not stopped:
-        _show(memorization_figure(read_measured(store, run)), output)
+        show(memorization_figure(read_measured(store, run)), output)
     output.say(f"kept as {run.run_id}" + (f": `gemma-tui runs resume {run.run_id}` goes on" if stopped else ""))
     output.row("end", status="stopped" if stopped else "done", run=run.run_id)
     if came:
@@ -89,7 +105,12 @@ def rows_text(name: str, counts: dict[str, int]) -> str:
     return f"{text} ({', '.join(rest)})" if rest else text
 
 
-def _show(figure: Figure, output: Output) -> None:
+def show(figure: Figure, output: Output, rest: str = "in the run's folder") -> None:
+    """A figure, as a terminal shows it or as rows of JSON.
+
+    Args:
+        rest: where the rows are that a terminal is not shown.
+    """
     if output.as_json:
         output.row("figure", title=figure.title, notes=list(figure.notes), facts=plain(figure.facts))
         for table in figure.tables:
@@ -99,11 +120,11 @@ def _show(figure: Figure, output: Output) -> None:
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     print(figure_text(replace(figure, tables=()), min(WIDEST, shutil.get_terminal_size((80, 24)).columns), colour))
     for table in figure.tables:
-        _table(table, output)
+        _table(table, output, rest)
 
 
-def _table(table: Table, output: Output) -> None:
+def _table(table: Table, output: Output, rest: str) -> None:
     output.table(list(table.columns), [[cell_text(cell) for cell in row] for row in table.rows[:ROWS]])
     if len(table.rows) > ROWS:
-        output.say(f"… {len(table.rows) - ROWS:,} more in the run's folder")
+        output.say(f"… {len(table.rows) - ROWS:,} more {rest}")
     output.say("")

@@ -168,9 +168,12 @@ class RunList(RunTable):
 
 def what_else(run: Run) -> str:
     """What a run is that is no training run, and what can be done with it."""
+    resumed = f"`gemma-tui runs resume {run.run_id}` goes on with it or prints it"
     known = {
         "heads": ("study of heads over texts", "u in the list goes on with it and shows it"),
-        "memorization": ("measurement of memorization", f"`gemma-tui runs resume {run.run_id}` goes on or prints it"),
+        "memorization": ("measurement of memorization", resumed),
+        "where": ("study of which parts hold what was memorised", resumed),
+        "capacity": ("capacity sweep", f"`gemma-tui capacity show {run.run_id}` tells of it"),
     }
     kind, again = known.get(run.study, (run.study, f"`gemma-tui runs show {run.run_id}` tells of it"))
     return f"{run.run_id} is a {kind}, no training run: {again}"
