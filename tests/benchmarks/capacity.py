@@ -8,6 +8,7 @@ python -m tests.benchmarks.capacity [ROUNDS] [ENGINE]
 
 from __future__ import annotations
 
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -16,7 +17,7 @@ import numpy as np
 
 from engines import open_engine
 from engines.networks import NetworkShape, NetworkTraining
-from tests.benchmarks.measure import machine, spread
+from tests.benchmarks.measure import machine
 
 SHAPE = NetworkShape("gpt2", 1, 32, 4, 2048, 64)
 NETWORKS, BATCH, STEPS = 10, 200, 3
@@ -77,7 +78,8 @@ def main(rounds: int, engine: str) -> None:
         for name, run in (("adam", adam), ("soap", soap)):
             ratios[name].append(run() / plain)
     for name, found in ratios.items():
-        print(f"  {engine} {name} / transformers + AdamW, sequences per second: {spread(found)}")
+        middle, ends = statistics.median(found), f"{min(found):.2f} to {max(found):.2f}"
+        print(f"  {engine} {name} / transformers + AdamW, sequences per second: {middle:.2f} ({ends})")
 
 
 if __name__ == "__main__":
