@@ -24,7 +24,7 @@ OUT_OF_MEMORY = "not enough memory: choose a smaller model, batch or sequence le
 FRAMES_PER_SECOND = "120"
 """Textual draws at fixed ticks and a key passes through two of them; at its usual 60 that alone is 33 ms."""
 
-COMMANDS = "models list, generate, data, train, attention, memorization, adapters list, runs list, doctor"
+COMMANDS = "models list, generate, data, train, attention, memorization, canaries, adapters list, runs list, doctor"
 
 
 class Parser(argparse.ArgumentParser):
@@ -105,6 +105,7 @@ def _parser(given: Sequence[str]) -> Parser:
     _train(groups, wanted="train" in given)
     _attention(groups, wanted="attention" in given)
     _memorization(groups, wanted="memorization" in given)
+    _canaries(groups)
     _adapters(groups)
     _runs(groups)
     _queue(groups)
@@ -214,9 +215,24 @@ def _memorization(groups: argparse._SubParsersAction, wanted: bool) -> None:
     _engine_option(command)
     if wanted:
         from gemma_tui.commands.plans import add_options
+        from gemma_tui.exports import FORMATS
         from gemma_tui.studies.memorization.plan import MemorizationPlan
 
         add_options(command, MemorizationPlan, ("model",))
+        for ending in (ending for ending in FORMATS if ending != ".json"):
+            command.add_argument(f"--{ending[1:]}", metavar="FILE", help=f"write the result as {ending}")
+
+
+def _canaries(groups: argparse._SubParsersAction) -> None:
+    help = "plant random strings in data, to measure later how exposed training has left them"
+    command = _command(groups, "canaries", help, "canaries:canaries")
+    command.add_argument("data", metavar="DATA", help="rows to plant them in: .jsonl or .txt, a folder or hf:REPO")
+    command.add_argument("--out", required=True, metavar="FILE.jsonl", help="the rows to train on; not there yet")
+    command.add_argument("--sidecar", metavar="FILE", help="what was planted (default FILE.canaries.json)")
+    command.add_argument("--space", default="digits", choices=("digits", "letters"), help="of what (default digits)")
+    command.add_argument("--repeats", default="0,1,4,16", metavar="N,N", help="how often each (default 0,1,4,16)")
+    command.add_argument("--each", type=int, default=4, metavar="N", help="canaries of each number (default 4)")
+    command.add_argument("--seed", type=int, default=0, metavar="N", help="of strings and places (default 0)")
 
 
 def _adapters(groups: argparse._SubParsersAction) -> None:

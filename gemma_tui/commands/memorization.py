@@ -6,19 +6,24 @@ import argparse
 import os
 import shutil
 import sys
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
+from pathlib import Path
 
 from engines import open_engine
 from gemma_tui.commands.plans import plan_from
 from gemma_tui.commands.train import INTERRUPTED, stop_on_signal
+from gemma_tui.errors import UsageError
+from gemma_tui.exports import FORMATS, check_target, export
 from gemma_tui.exports.data import plain
 from gemma_tui.figure import Figure, Table
-from gemma_tui.figure_text import cell_text, figure_text
+from gemma_tui.figure_text import cell_text, figure_text, table_lines
 from gemma_tui.output import Output
+from gemma_tui.rows import data_path
 from gemma_tui.runs.store import RunStore
 from gemma_tui.studies.events import PASSING, Control, Event, passing
-from gemma_tui.studies.memorization.meter import STUDY, record_memorization, resume_memorization
+from gemma_tui.studies.memorization.meter import FURTHER, STUDY, record_memorization, resume_memorization
 from gemma_tui.studies.memorization.plan import MemorizationPlan
 from gemma_tui.studies.memorization.results import memorization_figure, read_measured
 from gemma_tui.studies.recording import Recorded
@@ -28,12 +33,20 @@ ROWS = 20
 """Sequences that a person is shown; JSON and the run's folder have all."""
 
 
+BROAD = 10
+"""Columns above which a table goes in blocks below one another."""
+
+
 def memorization(args: argparse.Namespace, output: Output) -> int:
     """Measure what a model has memorised of its training data."""
     plan = plan_from(MemorizationPlan, args, {"model": args.model}, "memorization")
+    named = [getattr(args, ending[1:], None) for ending in FORMATS if ending != ".json"]  # --json is for rows
+    targets = [data_path(path) for path in named if path]
+    for target in targets:
+        check_format(target)
     engine, control = open_engine(args.engine), Control()
     with closing(RunStore()) as store:
-        return follow(record_memorization(engine, plan, control, store), control, output, store)
+        return follow(record_memorization(engine, plan, control, store), control, output, store, targets)
 
 
 def resume(run_name: str, output: Output) -> int:
@@ -43,7 +56,7 @@ def resume(run_name: str, output: Output) -> int:
         return follow(resume_memorization(open_engine(run.engine), run, control, store), control, output, store)
 
 
-def follow(recorded: Recorded, control: Control, output: Output, store: RunStore) -> int:
+def follow(recorded: Recorded, control: Control, output: Output, store: RunStore, targets: Sequence[Path] = ()) -> int:
     """Let a measurement take its course and tell what it found; returns the exit code."""
     run = recorded.run
     with stop_on_signal(control) as came, closing(recorded.events) as events, output.progress("scoring") as progress:
@@ -52,7 +65,12 @@ def follow(recorded: Recorded, control: Control, output: Output, store: RunStore
             _tell(event, output)
     stopped = control.stop.is_set()
     if not stopped:
-        _show(memorization_figure(read_measured(store, run)), output)
+        figure = memorization_figure(read_measured(store, run))
+        _show(figure, output)
+        for target in targets:
+            export(figure, target)
+            output.say(f"written: {target}")
+            output.row("written", path=str(target))
     output.say(f"kept as {run.run_id}" + (f": `gemma-tui runs resume {run.run_id}` goes on" if stopped else ""))
     output.row("end", status="stopped" if stopped else "done", run=run.run_id)
     if came:
@@ -61,7 +79,7 @@ def follow(recorded: Recorded, control: Control, output: Output, store: RunStore
 
 
 def _tell(event: Event, output: Output) -> None:
-    if event.kind in (*PASSING, "end"):
+    if event.kind in (*PASSING, *FURTHER, "end"):  # the tables of the figure tell the further ones
         return
     row = event.row()
     output.row(row.pop("kind"), **row)
@@ -102,7 +120,21 @@ def _show(figure: Figure, output: Output) -> None:
         _table(table, output)
 
 
+def check_format(path: Path) -> None:
+    """Refuse a file that the figure cannot be written to, before anything is computed.
+
+    Raises:
+        UsageError: its ending is not that of a format, or nothing can be written there.
+    """
+    if path.suffix.lower() not in FORMATS:
+        raise UsageError(f"{path.name} has no ending that tells its format: take {', '.join(FORMATS)}")
+    check_target(path)
+
+
 def _table(table: Table, output: Output) -> None:
+    if len(table.columns) > BROAD:
+        output.say("\n".join(table_lines(table, shutil.get_terminal_size((80, 24)).columns, ROWS)) + "\n")
+        return
     output.table(list(table.columns), [[cell_text(cell) for cell in row] for row in table.rows[:ROWS]])
     if len(table.rows) > ROWS:
         output.say(f"… {len(table.rows) - ROWS:,} more in the run's folder")

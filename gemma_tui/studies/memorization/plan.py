@@ -36,7 +36,10 @@ class MemorizationPlan:
     recall: bool = option(False, "also ReCaLL: likelihoods after held-out sequences, which are then no non-members")
     extraction: str = option("", "also extraction: tokens of prefix and suffix, such as 50/50 or 32/32; empty for none")
     extraction_rows: int = option(
-        64, "sequences of each set that are decoded for near matches; exact ones are found of all", low=1, high=1_000_000
+        64,
+        "sequences of each set that are decoded for near matches; exact ones are found of all",
+        low=1,
+        high=1_000_000,
     )
     exposure: str = option("", "also exposure: the file on planted canaries that `gemma-tui canaries` wrote")
     exposure_strings: int = option(1000, "strings that each canary is ranked among", low=1, high=1_000_000)

@@ -157,6 +157,11 @@ def decode(
         yield Event("decoded", done, {"sequences": len(parts[part])})
 
 
+def is_decoded(scored: Sequence[TokenScores], split: Split, numbers: Sequence[int], folder: Path) -> bool:
+    """Whether all compared sequences are decoded."""
+    return all(_path(folder, part).is_file() for part in range(len(_parts(scored, split, numbers))))
+
+
 def decoded(
     extra: Extra, scored: Sequence[TokenScores], split: Split, numbers: Sequence[int], folder: Path
 ) -> dict[int, np.ndarray]:

@@ -54,6 +54,11 @@ class Scores:
         """Whether a part was kept."""
         return self._path(part).is_file()
 
+    @property
+    def whole(self) -> bool:
+        """Whether every part was kept."""
+        return all(map(self.has, range(len(self.parts))))
+
     def claim(self, name: str, digest: str) -> None:
         """Tell which model the parts are of.
 

@@ -107,7 +107,8 @@ def membership_steps(
         if lacking:
             yield attack.name, {"label": attack.label, "lacks": lacking}, None
             continue
-        split = separation(*(np.array([attack.score(one) for one in kind]) for kind in (members, others)), seed=seed)
+        mine, theirs = (np.array([attack.score(one) for one in kind]) for kind in (members, others))
+        split = separation(mine, theirs, seed=seed)
         yield attack.name, _told(attack, split), split
     yield "baseline", _baseline([one.text for one in members], [one.text for one in others], seed), None
 
