@@ -46,13 +46,14 @@ def recall_extra(sequences: Sequences, context: int, seed: int) -> Extra:
             break
         room -= len(sequences.windows[number]) - 1
         shots.append(number)
+    shots.sort()
     if not shots:
         raise UsageError(f"recall: no prefix fits into the context of {context:,} tokens: lower --max-tokens")
     prefix = np.concatenate([sequences.windows[number].ids[1:] for number in shots])
     numbers = [number for number in range(len(sequences)) if number not in set(shots)]
     windows = [_after(prefix, sequences.windows[number]) for number in numbers]
     kept = Sequences(windows, np.array(numbers), sequences.trained)
-    return Extra(RECALL, kept, facts={"shots": sorted(shots), "prefix_tokens": len(prefix)})
+    return Extra(RECALL, kept, facts={"shots": shots, "prefix_tokens": len(prefix)})
 
 
 def _after(prefix: np.ndarray, window: Window) -> Window:
