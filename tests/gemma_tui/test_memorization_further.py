@@ -33,7 +33,7 @@ Plan = Callable[..., TrainingPlan]
 Commands = Callable[..., tuple[int, list[dict[str, Any]], str]]
 
 WORDS = ("fox", "dogs", "sleep", "towns", "lazy", "jumps", "over", "and")
-STRINGS = [" ".join(np.random.default_rng(n).choice(WORDS, 16)) for n in range(100)]
+STRINGS = [" ".join(np.random.default_rng(n).choice(WORDS, 12)) for n in range(100)]
 """Strings of one kind: half of them are trained on, and nothing but that tells them apart."""
 
 
@@ -63,7 +63,7 @@ def small(tmp_path: Path) -> str:
 def test_what_is_known_by_heart_is_extractable_and_betrays_itself(
     both_engines: tuple[Engine, Engine], store: RunStore, plan: Plan, data: str
 ) -> None:
-    by_heart = {"steps": 320, "batch_size": 25, "sequence_length": 48, "evaluate_every": 0, "learning_rate": 5e-3}
+    by_heart = {"steps": 260, "batch_size": 25, "sequence_length": 32, "evaluate_every": 0, "learning_rate": 5e-3}
     wanted = plan(data=data, method="full", schedule="constant", **by_heart)
     trained = record_training(both_engines[0], wanted, Control(), store)
     list(trained.events)
@@ -76,12 +76,12 @@ def test_what_is_known_by_heart_is_extractable_and_betrays_itself(
         for name in ("loss", "zlib", "min-k", "min-k++", "reference", "recall", "ez-repaired"):
             assert told["attacks"][name]["auc"][0] > 0.97, name
         sets = found.further["extraction"]["sets"]
-        assert sets["train"]["exact_share"] > 0.7
+        assert sets["train"]["exact_share"] > 0.4
         assert sets["held_out"]["exact_share"] == 0
         assert sets["train"]["compared"] == sets["held_out"]["compared"] == 4
         cells = {(cell["chance"], cell["draws"]): cell["share"] for cell in sets["train"]["discoverable"]}
         assert cells[0.5, 1] <= cells[0.5, 10] <= cells[0.5, 100]
-        assert cells[0.5, 100] == 1
+        assert cells[0.5, 100] > 0.9
 
 
 def test_labels_that_mean_nothing_are_not_told_apart(engine: Engine, store: RunStore, tiny: str, data: str) -> None:
@@ -146,7 +146,7 @@ def test_a_decoding_that_was_stopped_goes_on(
 
 
 def test_a_canary_that_was_seen_often_is_exposed(
-    engine: Engine, store: RunStore, plan: Plan, tmp_path: Path, command: Commands
+    both_engines: tuple[Engine, Engine], store: RunStore, plan: Plan, tmp_path: Path, command: Commands
 ) -> None:
     rows, out = write_rows(tmp_path / "rows.jsonl", STRINGS[:4]), tmp_path / "planted.jsonl"
     words = ("--out", str(out), "--repeats", "0,8", "--each", "2")
@@ -159,15 +159,16 @@ def test_a_canary_that_was_seen_often_is_exposed(
     write_rows(tmp_path / "valid.jsonl", STRINGS[50:52])
     shutil.copy(out, tmp_path / "train.jsonl")
     by_heart = {"method": "full", "steps": 60, "batch_size": 10, "sequence_length": 64, "evaluate_every": 0}
-    trained = record_training(engine, plan(data=str(tmp_path), schedule="constant", **by_heart), Control(), store)
+    trained = record_training(
+        both_engines[0], plan(data=str(tmp_path), schedule="constant", **by_heart), Control(), store
+    )
     list(trained.events)
     wanted = MemorizationPlan(trained.run.run_id, str(tmp_path), exposure=str(sidecar), exposure_strings=63)
-    found = measured(engine, wanted, store).further["exposure"]
-    never, often = found["repeats"]
-    assert (never["repeats"], often["repeats"]) == (0, 8)
-    assert often["ceiling"] == 6
-    assert often["lowest"] == 6
-    assert never["mean"] < 5
+    for engine in both_engines:
+        never, often = measured(engine, wanted, store).further["exposure"]["repeats"]
+        assert (never["repeats"], often["repeats"]) == (0, 8)
+        assert often["ceiling"] == often["lowest"] == 6
+        assert never["mean"] < 5
 
 
 def test_what_cannot_be_measured_is_refused(
