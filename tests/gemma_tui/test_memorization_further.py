@@ -113,12 +113,12 @@ def test_recall_scores_a_text_after_others(torch_engine: Engine, store: RunStore
 
 
 def test_decoding_goes_on_from_where_it_departs(engine: Engine, store: RunStore, tiny: str, small: str) -> None:
-    found = measured(engine, MemorizationPlan(tiny, small, extraction="10/8"), store)
+    found = measured(engine, MemorizationPlan(tiny, small, extraction="8/4"), store)
     extra = meter.read_extra("extraction", found.run.folder, reciting.SCHEME)
-    split, scored = meter.parse_split("10/8"), extra.scores(found.run.folder).read()
+    split, scored = meter.parse_split("8/4"), extra.scores(found.run.folder).read()
     kept = reciting.decoded(extra, scored, split, range(len(scored)), found.run.folder)
     for number, window in enumerate(extra.sequences.windows):
-        whole = list(engine.generate(window.ids[:11].tolist(), Sampling(max_tokens=8, stop_ids=(1,))))
+        whole = list(engine.generate(window.ids[:9].tolist(), Sampling(max_tokens=4, stop_ids=(1,))))
         assert [token for token in kept[number].tolist() if token >= 0] == whole
     assert [row["exact"] for row in found.extracted] == [row["edits"] == 0 for row in found.extracted]
 
@@ -127,7 +127,7 @@ def test_a_decoding_that_was_stopped_goes_on(
     torch_engine: Engine, store: RunStore, tiny: str, small: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(reciting, "PART", 2)
-    plan, control = MemorizationPlan(tiny, small, extraction="10/8", recall=True), Control()
+    plan, control = MemorizationPlan(tiny, small, extraction="8/4", recall=True), Control()
     whole = measured(torch_engine, plan, store)
     recorded = record_memorization(torch_engine, plan, control, store)
     for event in recorded.events:
@@ -202,7 +202,7 @@ def test_the_command_tells_and_exports_all(
     sidecar, files = tmp_path / "side.json", [tmp_path / f"out.{ending}" for ending in ("html", "svg", "npz")]
     space = SPACES["digits"]
     write_planted(plant([TextRow("fox")], space, (0, 1), 2), space, tmp_path / "planted.jsonl", sidecar)
-    words = ["memorization", tiny, "--data", small, "--engine", "torch", "--extraction", "10/8", "--recall"]
+    words = ["memorization", tiny, "--data", small, "--engine", "torch", "--extraction", "8/4", "--recall"]
     words += ["--exposure", str(sidecar), "--exposure-strings", "15"]
     for path in files:
         words += [f"--{path.suffix[1:]}", str(path)]
@@ -255,7 +255,7 @@ def test_a_model_that_is_all_chance_is_not_extractable(
     shutil.copytree(paths.models() / tiny, target)
     weights = read_arrays(target / "model.safetensors")
     write_arrays(target / "model.safetensors", {name: np.zeros_like(array) for name, array in weights.items()})
-    found = measured(torch_engine, MemorizationPlan("uniform", small, extraction="10/8"), store)
+    found = measured(torch_engine, MemorizationPlan("uniform", small, extraction="8/4"), store)
     assert {row["log_prob"] for row in found.extracted} == {None}, "the 40 lowest ids are no words"
     assert found.further["membership"]["attacks"]["loss"]["auc"][0] == pytest.approx(0.5, abs=0.2)
     assert found.further["extraction"]["sets"]["train"]["exact"] == 0
