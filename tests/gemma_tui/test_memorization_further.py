@@ -52,7 +52,7 @@ def split_in(folder: Path, train: list[str], held: list[str]) -> str:
 
 @pytest.fixture
 def data(tmp_path: Path) -> str:
-    return split_in(tmp_path / "data", STRINGS[:50], STRINGS[50:])
+    return split_in(tmp_path / "data", STRINGS[:30], STRINGS[50:80])
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def small(tmp_path: Path) -> str:
 def test_what_is_known_by_heart_is_extractable_and_betrays_itself(
     both_engines: tuple[Engine, Engine], store: RunStore, plan: Plan, data: str
 ) -> None:
-    by_heart = {"steps": 260, "batch_size": 25, "sequence_length": 32, "evaluate_every": 0, "learning_rate": 5e-3}
+    by_heart = {"steps": 180, "batch_size": 15, "sequence_length": 32, "evaluate_every": 0, "learning_rate": 6e-3}
     wanted = plan(data=data, method="full", schedule="constant", **by_heart)
     trained = record_training(both_engines[0], wanted, Control(), store)
     list(trained.events)
@@ -71,7 +71,7 @@ def test_what_is_known_by_heart_is_extractable_and_betrays_itself(
     for engine in both_engines:
         found = measured(engine, replace(asked, batch_size=25), store)
         told = found.further["membership"]
-        assert (told["members"], told["others"], told["shots"]) == (50, 45, 5)
+        assert (told["members"], told["others"], told["shots"]) == (30, 25, 5)
         assert set(told["attacks"]) == {"loss", "zlib", "min-k", "min-k++", "reference", "recall", "ez", "ez-repaired"}
         for name in ("loss", "zlib", "min-k", "min-k++", "reference", "recall", "ez-repaired"):
             assert told["attacks"][name]["auc"][0] > 0.97, name
