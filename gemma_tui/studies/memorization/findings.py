@@ -133,7 +133,7 @@ def extraction_findings(found: dict[str, Any], rows: Sequence[dict[str, Any]]) -
 def _extracted(rows: Sequence[dict[str, Any]]) -> Table:
     order = sorted(rows, key=lambda row: (row["set"] != TRAIN, -row["recited"], -(row["log_prob"] or -np.inf)))
     copied = ("zlib_ratio", "copies", "overlap", "templated", "repetition", "tf_idf")
-    columns = ("set", "row", "exact", "near", "edits", "recited", "log_prob", f"n_at_{SHOWN_CHANCE}", *copied)
+    columns = ("row", "set", "exact", "near", "edits", "recited", "log_prob", f"n_at_{SHOWN_CHANCE}", *copied)
     cells = [
         (
             *(row[name] for name in columns[:7]),
