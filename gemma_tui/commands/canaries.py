@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from gemma_tui.errors import UsageError
-from gemma_tui.exports import check_target
+from gemma_tui.exports import check_writable
 from gemma_tui.output import Output
 from gemma_tui.rows import data_path, read_sources
 from gemma_tui.studies.memorization.canaries import SPACES, plant
@@ -48,7 +48,7 @@ def canaries(args: argparse.Namespace, output: Output) -> int:
 
 
 def _check_new(path: Path) -> None:
-    check_target(path)
+    check_writable(path)
     if path.exists():
         raise UsageError(f"{path} is there already: take another name")
 
