@@ -257,7 +257,7 @@ def test_a_sweep_stays_on_its_engine(both_engines: tuple[Engine, Engine], store:
 def test_both_engines_hold_nearly_the_same(both_engines: tuple[Engine, Engine], store: RunStore) -> None:
     held = []
     for engine in both_engines:
-        recorded = record_capacity(engine, replace(TINY, optimizer="adam", sizes="30"), Control(), store)
+        recorded = record_capacity(engine, replace(TINY, sizes="30"), Control(), store)
         done(recorded)
         held.append(read_sweep(store, recorded.run).cells["1x8 N=30 seed 0"]["bits"])
     assert held[0] == pytest.approx(held[1], rel=0.01)
