@@ -30,7 +30,7 @@ class CapacityPlan:
     length: int = option(64, "tokens of a string", unit="tokens", low=2, high=4096)
     sizes: str = option("100,200,400,600,800,1200", "numbers of strings, with commas")
     seeds: int = option(1, "networks of each kind, with data and first weights of their own", low=1, high=1000)
-    steps: int = option(2000, "optimizer steps at most", low=1, high=10_000_000)
+    steps: int = option(1000, "optimizer steps at most", low=1, high=10_000_000)
     batch_size: int = option(200, "strings in a step at most", low=1, high=65_536)
     learning_rate: float = option(0.05, "learning rate before it falls", low=1e-8, high=10.0)
     warmup: float = option(0.025, "share of the steps over which the rate rises", low=0.0, high=0.9)
