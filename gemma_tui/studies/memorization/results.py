@@ -22,17 +22,10 @@ from gemma_tui.studies.memorization.findings import (
     membership_findings,
 )
 from gemma_tui.studies.memorization.history import told
-from gemma_tui.studies.memorization.meter import (
-    CURVES_FILE,
-    EXPOSURE,
-    EXTRACTED_FILE,
-    EXTRACTION,
-    FURTHER,
-    MEMBERSHIP,
-    ROWS_FILE,
-    STUDY,
-    plan_of,
-)
+from gemma_tui.studies.memorization.inquiry import CURVES_FILE, EXTRACTED_FILE, FURTHER, MEMBERSHIP
+from gemma_tui.studies.memorization.meter import ROWS_FILE, STUDY, plan_of
+from gemma_tui.studies.memorization.planting import EXPOSURE
+from gemma_tui.studies.memorization.reciting import EXTRACTION
 from gemma_tui.studies.memorization.scores import SCORES, Scores
 from gemma_tui.studies.memorization.sequences import HELD_OUT, TRAIN, Sequences, read_kept, read_sequences
 from gemma_tui.studies.memorization.subjects import REFERENCE
