@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from engines.base import Engine
+from engines.base import Engine, TokenScores
 from gemma_tui.errors import GemmaTuiError, UsageError
 from gemma_tui.rows import data_path
 from gemma_tui.runs.store import Run, RunStore
@@ -35,6 +35,7 @@ from gemma_tui.studies.memorization.sequences import (
     measured_rows,
     read_sequences,
 )
+from gemma_tui.studies.memorization.strips import strip_rows
 from gemma_tui.studies.memorization.subjects import REFERENCE, Subject, Subjects, subjects_of
 from gemma_tui.studies.memorization.summary import sequence_rows, summary, supervised
 from gemma_tui.studies.memorization.suspects import RECALL, recall_extra
@@ -43,7 +44,7 @@ from gemma_tui.studies.recording import Recorded, recorded
 from gemma_tui.tokenizer import read_tokenizer
 
 STUDY = "memorization"
-ROWS_FILE = "sequences.jsonl"
+ROWS_FILE, STRIPS_FILE = "sequences.jsonl", "tokens.jsonl"
 
 
 def record_memorization(engine: Engine, plan: MemorizationPlan, control: Control, store: RunStore) -> Recorded:
@@ -175,6 +176,7 @@ def measure(engine: Engine, measurement: Measurement, folder: Path, control: Con
     yield from (Event("warning", values={"text": text}) for text in warnings(measurement))
     done, pace, last = 0, _pace(measurement, folder), False
     reference: np.ndarray | None = None
+    other: list[TokenScores] | None = None
     for subject in measurement.order:
         scores = Scores(folder / SCORES / subject.key, sequences)
         yield from desk.score(subject, scores, control, done, pace)
@@ -182,7 +184,7 @@ def measure(engine: Engine, measurement: Measurement, folder: Path, control: Con
         if control.stop.is_set() and not scores.whole:
             return
         if subject.key == REFERENCE:
-            reference = scores.log_likelihoods()
+            reference, other = scores.log_likelihoods(), scores.read()
             if not np.isfinite(reference).all():
                 raise GemmaTuiError(_broken(subject))
             if measurement.plan.checkpoints and subjects.implied:
@@ -198,6 +200,8 @@ def measure(engine: Engine, measurement: Measurement, folder: Path, control: Con
             continue
         rows = sequence_rows(sequences, target, reference, vocabulary, measurement.tokenizer)
         write_rows(folder / ROWS_FILE, rows)
+        strips = strip_rows(sequences, scores.read(), other, vocabulary, measurement.tokenizer)
+        write_rows(folder / STRIPS_FILE, strips)
         found = summary(sequences, target, reference, subjects.parameters, vocabulary)
         yield Event(STUDY, done, {"target": subject.name, "checkpoint": subject.step, **found})
     if last:
