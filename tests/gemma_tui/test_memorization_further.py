@@ -210,10 +210,12 @@ def test_the_command_tells_and_exports_all(
     assert (code, errors) == (0, "")
     kinds = {row["kind"] for row in rows}
     assert {"measure", "membership", "attack", "extraction", "discoverable", "extracted", "exposure", "canary"} <= kinds
+    assert {"strip", "sequence"} <= kinds
     loss = next(row for row in rows if row["kind"] == "membership")
     assert loss["attack"] == "LOSS"
     assert loss["tpr_at_1%"] is None
     assert loss["published_as"] == "lower = member"
+    assert loss["threshold"] < 0, "a log-likelihood, whose sign makes members higher"
     notes = " ".join(next(row for row in rows if row["kind"] == "figure")["notes"])
     for words_told in (
         "higher = member",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,10 +23,11 @@ STRIPS = 12
 COLUMNS = 64
 """Tokens of a sequence that the map shows."""
 
-TOKENS, BEFORE = 20, 8
+TOKENS, BEFORE = 20, 5
 """Tokens of the most memorised sequence that are listed, and how many before each are shown with it."""
 
 BINS = 20
+"""Of a distribution at most; fewer sequences have 2·n^⅓ of them (Rice's rule)."""
 
 
 def strip_rows(
@@ -96,7 +98,8 @@ def distribution(sets: dict[str, np.ndarray], measure: str) -> LineChart:
         sets: bits of each sequence by set, none empty.
         measure: what the bits are called.
     """
-    edges = np.histogram_bin_edges(np.concatenate(list(sets.values())), BINS)
+    bins = min(BINS, math.ceil(2 * min(map(len, sets.values())) ** (1 / 3)))
+    edges = np.histogram_bin_edges(np.concatenate(list(sets.values())), bins)
     middles = (edges[:-1] + edges[1:]) / 2
     lines = [Series(name, middles, np.histogram(bits, edges)[0] / len(bits)) for name, bits in sets.items()]
     return LineChart("share of the sequences", lines, f"{measure} of a sequence")
