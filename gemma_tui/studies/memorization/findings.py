@@ -55,19 +55,16 @@ def membership_findings(found: dict[str, Any], curves: Mapping[str, np.ndarray],
     law = _law(facts)
     notes += [law] if law else []
     rows: list[Sequence[Any]] = [
-        (a["label"], *a["auc"], *(r["tpr"] for r in a["rates"]), a["best_f1"], a["threshold"], a["published"])
-        for a in told.values()
+        (a["label"], *a["auc"], *(r["tpr"] for r in a["rates"]), a["best_f1"], a["published"]) for a in told.values()
     ]
-    rows += [
-        (f"no model: {name}", *auc, None, None, None, None, HIGHER) for name, auc in baseline.get("parts", {}).items()
-    ]
-    columns = ("attack", "auc", "low", "high", "tpr_at_0.1%", "tpr_at_1%", "best_f1", "threshold", "published_as")
-    defined = [(a["label"], a["formula"], a["source"], a["note"]) for a in told.values()]
+    rows += [(f"no model: {name}", *auc, None, None, None, HIGHER) for name, auc in baseline.get("parts", {}).items()]
+    columns = ("attack", "auc", "low", "high", "tpr_at_0.1%", "tpr_at_1%", "best_f1", "published_as")
+    defined = [(a["label"], a["formula"], a["threshold"], a["source"], a["note"]) for a in told.values()]
     lines = [Series(a["label"], curves[f"{name}_fpr"], curves[f"{name}_tpr"]) for name, a in told.items()]
     chart = LineChart("true positives", [*lines, Series("chance", [0.0, 1.0], [0.0, 1.0])], "false positives")
     tables = [
         Table("membership", columns, rows),
-        Table("attack", ("attack", "higher = member of", "source", "note"), defined),
+        Table("attack", ("attack", "higher = member of", "best_f1_at", "source", "note"), defined),
     ]
     return Findings(notes, tables, [chart])
 
