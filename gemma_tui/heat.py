@@ -148,15 +148,20 @@ def legend(heat: Heat) -> tuple[str, str, str]:
 def heatmap_text(heat: Heat, width: int = 80, colour: bool = True) -> str:
     """The whole map as lines of text for a terminal: title, names of the columns, a line per row, legend.
 
+    Columns that do not fit come below, under their names.
+
     Args:
         colour: ANSI colours; without them a value is a glyph, and no escape sequence is written.
     """
     sizes = layout(heat, width)
-    head = " " * sizes.label + "".join(column_names(heat, sizes.cell)).rstrip()
-    lines = [clean(heat.title)[:width], head.rstrip()]
-    for row in range(len(heat.rows)):
-        cells = (_cell(heat, row, column, sizes.cell, colour) for column in range(len(heat.columns)))
-        lines.append((row_label(heat, row, sizes.label) + "".join(cells)).rstrip())
+    names, fit = column_names(heat, sizes.cell), max(1, (width - sizes.label) // sizes.cell)
+    lines = [clean(heat.title)[:width]]
+    for start in range(0, max(1, len(names)), fit):
+        columns = range(len(names))[start : start + fit]
+        lines.append((" " * sizes.label + "".join(names[start : start + fit])).rstrip())
+        for row in range(len(heat.rows)):
+            cells = (_cell(heat, row, column, sizes.cell, colour) for column in columns)
+            lines.append((row_label(heat, row, sizes.label) + "".join(cells)).rstrip())
     low, high, notes = legend(heat)
     ramp = "".join(_painted(" ", tint) for tint in VIRIDIS) if colour else RAMP
     scale = f"{low} {ramp} {high}" if high else low

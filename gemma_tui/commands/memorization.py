@@ -22,7 +22,8 @@ from gemma_tui.figure_text import cell_text, figure_text, table_lines
 from gemma_tui.output import Output
 from gemma_tui.runs.store import RunStore
 from gemma_tui.studies.events import PASSING, Control, Event, passing
-from gemma_tui.studies.memorization.meter import FURTHER, STUDY, record_memorization, resume_memorization
+from gemma_tui.studies.memorization.inquiry import FURTHER
+from gemma_tui.studies.memorization.meter import STUDY, record_memorization, resume_memorization
 from gemma_tui.studies.memorization.plan import MemorizationPlan
 from gemma_tui.studies.memorization.results import memorization_figure, read_measured
 from gemma_tui.studies.memorization.where import WherePlan

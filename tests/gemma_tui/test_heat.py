@@ -104,6 +104,15 @@ class TestText:
     def test_no_columns_are_no_fault(self) -> None:
         assert len(heatmap_text(heat(np.empty((2, 0)), columns=[]), 30, colour=False).splitlines()) == 5
 
+    def test_columns_that_do_not_fit_come_below(self) -> None:
+        shown = Heat("map", ["x", "y"], list("abcde"), np.arange(10.0).reshape(2, 5))
+        lines = heatmap_text(shown, 14, colour=False).splitlines()
+        assert [line.split() for line in lines[1:7:3]] == [["a", "b", "c", "d"], ["e"]]
+        assert [line[0] for line in (*lines[2:4], *lines[5:7])] == ["x", "y", "x", "y"]
+        assert lines[6] == f"y {RAMP[-1] * 2}"
+        assert len(lines) == 8
+        assert max(map(len, lines)) <= 14
+
     def test_names_and_values_must_go_together(self) -> None:
         with pytest.raises(ValueError, match="2 rows and 3 columns"):
             heat(np.zeros((2, 2)), rows=["a", "b"])

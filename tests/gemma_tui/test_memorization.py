@@ -23,6 +23,7 @@ from gemma_tui.studies.memorization import meter, scores
 from gemma_tui.studies.memorization.meter import STUDY, record_memorization, resume_memorization
 from gemma_tui.studies.memorization.plan import MemorizationPlan
 from gemma_tui.studies.memorization.results import Measured, memorization_figure, read_measured
+from gemma_tui.studies.memorization.strips import distribution
 from gemma_tui.studies.recording import Recorded, record_training
 from gemma_tui.studies.training_plan import TrainingPlan
 from gemma_tui.tokenizer import Tokenizer, train_tokenizer
@@ -33,6 +34,9 @@ Commands = Callable[..., tuple[int, list[dict[str, Any]], str]]
 LORA = {"method": "lora"}
 RELORA = {"method": "relora", "warm_start": 2, "reset_every": 2, "restart_warmup": 1}
 """The first checkpoint is of full-rank training."""
+
+SHOWN = str.maketrans({"▁": " ", "⏎": "\n"})
+"""Back from how a token is shown."""
 
 
 @pytest.fixture
@@ -139,6 +143,55 @@ def test_scores_are_kept_token_by_token(
     assert len(table.rows) == 6
 
 
+def test_the_tokens_that_the_bits_are_of_are_shown(
+    engine: Engine, measured_plan: MemorizationPlan, store: RunStore
+) -> None:
+    """Against the kept scores, subtracted token by token; the tokens are those of the text."""
+    found = measured(engine, replace(measured_plan, reference=copied("doubled", doubled)), store)
+    figure = memorization_figure(found)
+    order = sorted(range(4), key=lambda i: -found.rows[i]["signed"])
+    target, reference = (found.scores(name) for name in ("target", "reference"))
+    expected = [(target[i].log_probs.astype(float) - reference[i].log_probs) / np.log(2) for i in order]
+    heat = figure.heats[0]
+    assert "against doubled" in heat.title
+    assert heat.rows == [f"row {i}" for i in order]
+    assert heat.values.shape == (4, max(map(len, expected)))
+    for shown, tokens, bits, i in zip(heat.values, figure.arrays["strip_tokens"], expected, order, strict=True):
+        np.testing.assert_allclose(shown[: len(bits)], bits, atol=1e-9)
+        assert np.isnan(shown[len(bits) :]).all()
+        assert np.nansum(shown) == pytest.approx(found.rows[i]["signed"], abs=1e-6)
+        assert "".join(tokens).translate(SHOWN) == TEXTS[i] + "<eos>"
+    listed = next(table for table in figure.tables if table.kind == "strip").rows
+    assert [row[-1] for row in listed] == pytest.approx(sorted(expected[0], reverse=True)[:20], abs=1e-9)
+    _, place, after, token, _ = listed[0]
+    assert place == int(np.argmax(expected[0])) + 1
+    assert (after + token).translate(SHOWN) in TEXTS[order[0]] + "<eos>"
+
+
+def test_only_what_the_loss_counts_has_bits(
+    torch_engine: Engine, measured_plan: MemorizationPlan, store: RunStore, tmp_path: Path
+) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(json.dumps({"prompt": TEXTS[0], "completion": " ".join(TEXTS[1:5])}) + "\n")
+    found = measured(torch_engine, replace(measured_plan, data=str(prompts), max_tokens=128, prompts="plain"), store)
+    figure, counted = memorization_figure(found), found.sequences.windows[0].supervised[1:]
+    assert not counted.all()
+    np.testing.assert_array_equal(~np.isnan(figure.arrays["strip_bits"][0]), counted)
+    assert np.nansum(figure.arrays["strip_bits"]) == pytest.approx(found.rows[0]["signed_against_uniform"], abs=1e-4)
+    assert len(counted) > figure.heats[0].values.shape[1] == 64
+    assert figure.heats[0].title.endswith("their first 64 tokens")
+
+
+def test_both_sets_are_spread_over_the_same_bins() -> None:
+    chart = distribution({"train": np.array([0.0, 10, 10, 20]), "held-out": np.array([-20.0, 0])}, "signed bits")
+    train, held = chart.series
+    np.testing.assert_allclose(train.x, [-40 / 3, 0, 40 / 3], atol=1e-9)
+    np.testing.assert_array_equal(train.x, held.x)
+    assert (list(train.y), list(held.y)) == ([0, 0.25, 0.75], [0.5, 0.5, 0])
+    many = distribution({"train": np.arange(9000.0)}, "signed bits").series[0]
+    np.testing.assert_allclose(many.y, np.full(20, 1 / 20), atol=1e-12)
+
+
 def test_a_measurement_goes_on_where_it_was_stopped(
     torch_engine: Engine, measured_plan: MemorizationPlan, store: RunStore, monkeypatch: pytest.MonkeyPatch, data: str
 ) -> None:
@@ -203,7 +256,11 @@ def test_the_checkpoints_of_a_run_are_followed(
     moved = next(table for table in figure.tables if table.kind == "checkpoint")
     assert [row[0] for row in moved.rows] == [0, 2, 4, 6]
     assert any("memoris" in note and "step" in note for note in figure.notes)
-    assert [chart.x_label for chart in figure.charts] == [*["training step"] * 2, "false positives"]
+    assert [chart.x_label for chart in figure.charts] == [
+        *["training step"] * 2,
+        "signed bits of a sequence",
+        "false positives",
+    ]
 
 
 def test_new_weights_have_no_reference_of_their_own(

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from gemma_tui.studies.memorization.bits import (
     Parameters,
     per_parameter,
-    random_data_bits,
     sequence_bits,
     token_bits,
     totals,
@@ -72,17 +71,6 @@ def test_bits_are_told_per_parameter() -> None:
     found = per_parameter(700, Parameters(1000, 200, 50))
     assert list(found.values()) == [0.7, 14, 3.5]
     assert per_parameter(700, Parameters(1000, 200))["per_trainable_parameter"] is None
-
-
-@pytest.mark.parametrize(("length", "missing"), [(4, 4.28), (8, 1.83), (16, 0.86), (32, 0.41)])
-def test_random_data_follows_the_published_convention(length: int, missing: float) -> None:
-    """Perfect memory of 4,096 sequences that cannot know the second token for sure: 1.411 bits, arXiv:2505.24832."""
-    mean_loss = 1.411 * LN2 / (length - 1)
-    whole = 4096 * length * 11
-    found = random_data_bits(mean_loss, 4096, length, 2048)
-    assert 100 * (1 - found / whole) == pytest.approx(missing, abs=0.006)
-    strict = random_data_bits(mean_loss, 4096, length - 1, 2048)
-    assert strict == pytest.approx(4096 * ((length - 1) * 11 - 1.411), abs=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -210,10 +210,13 @@ def test_the_command_tells_and_exports_all(
     assert (code, errors) == (0, "")
     kinds = {row["kind"] for row in rows}
     assert {"measure", "membership", "attack", "extraction", "discoverable", "extracted", "exposure", "canary"} <= kinds
+    assert {"strip", "sequence"} <= kinds
     loss = next(row for row in rows if row["kind"] == "membership")
     assert loss["attack"] == "LOSS"
     assert loss["tpr_at_1%"] is None
     assert loss["published_as"] == "lower = member"
+    defined = next(row for row in rows if row["kind"] == "attack" and "best_f1_at" in row)
+    assert defined["best_f1_at"] < 0, "a log-likelihood"
     notes = " ".join(next(row for row in rows if row["kind"] == "figure")["notes"])
     for words_told in (
         "higher = member",
@@ -259,4 +262,4 @@ def test_a_model_that_is_all_chance_is_not_extractable(
     assert {row["log_prob"] for row in found.extracted} == {None}, "the 40 lowest ids are no words"
     assert found.further["membership"]["attacks"]["loss"]["auc"][0] == pytest.approx(0.5, abs=0.2)
     assert found.further["extraction"]["sets"]["train"]["exact"] == 0
-    assert memorization_figure(found).tables[-2].kind == "extracted"
+    assert memorization_figure(found).tables[-3].kind == "extracted"

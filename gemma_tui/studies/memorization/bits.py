@@ -87,15 +87,3 @@ def per_parameter(total: float, parameters: Parameters) -> dict[str, float | Non
         "per_trainable_parameter": total / trainable if trainable else None,
         "per_parameter_without_embeddings": total / parameters.without_embeddings,
     }
-
-
-def random_data_bits(mean_loss: float, sequences: int, length: int, vocabulary: int) -> float:
-    """Bits held of tokens drawn evenly from a vocabulary: N S (log2 V - loss), of which nothing can be generalised.
-
-    The paper's figures follow from the mean loss over the predicted tokens (without the first, of which a GPT-2
-    predicts nothing) taken for all S of them; give S - 1 to count only what was predicted.
-
-    Args:
-        mean_loss: nats per predicted token.
-    """
-    return sequences * length * (math.log(vocabulary) - mean_loss) / LN2

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from engines.base import Sampling
 from gemma_tui.errors import UsageError
 from gemma_tui.text import one_line
 
@@ -134,24 +133,14 @@ def edit_distances(suffixes: np.ndarray, generated: np.ndarray) -> np.ndarray:
     return ends
 
 
-def greedy_exact(best: np.ndarray, suffix: int) -> bool:
-    """Whether greedy decoding gives the last ``suffix`` tokens, from one teacher-forced pass.
+def recited(best: np.ndarray, suffix: int) -> int:
+    """How many tokens of the suffix greedy decoding gives before it departs; ``suffix`` if it gives all.
 
-    It does if and only if each of them is the most probable one after the true tokens before it: as long as the
-    decoded tokens are the true ones both see the same context, and at the first that is not, both say so.
+    One teacher-forced pass tells it: as long as the decoded tokens are the true ones both see the same context, and
+    at the first that is not, both say so.
 
     Args:
         best: bool, whether each predicted token is the most probable one.
-
-    Raises:
-        UsageError: there are fewer predictions than that.
-    """
-    _check_suffix(len(best), suffix)
-    return bool(best[-suffix:].all())
-
-
-def recited(best: np.ndarray, suffix: int) -> int:
-    """How many tokens of the suffix greedy decoding gives before it departs; ``suffix`` if it gives all.
 
     Raises:
         UsageError: there are fewer predictions than that.
@@ -166,59 +155,17 @@ def _check_suffix(predictions: int, suffix: int) -> None:
         raise UsageError(f"a suffix of {suffix} tokens is not there: the text has {predictions} predictions")
 
 
-def decoded_log_probs(log_probs: np.ndarray, targets: np.ndarray, sampling: Sampling) -> np.ndarray:
-    """ln of the chance that each target is drawn under a decoding scheme, after the true tokens before it, nats.
-
-    The scheme is that of ``engines.sampling.choose``: temperature, then top-k, then the nucleus, each renormalised.
-    Ties go to the lower id, so that top-k 1 is the arg-max. Minus infinity where the scheme never draws the target.
+def suffix_log_prob(log_probs: np.ndarray, suffix: int) -> float:
+    """ln p_z, the chance that one draw is the suffix: the sum of its tokens' chances under the scheme, nats.
 
     Args:
-        log_probs: ln p or logits, ``[tokens, vocabulary]``.
-        targets: ids ``[tokens]``.
-    """
-    rows = zip(log_probs, targets.tolist(), strict=True)
-    return np.array([_decoded(row.astype(np.float64), target, sampling) for row, target in rows])
-
-
-def _decoded(scores: np.ndarray, target: int, sampling: Sampling) -> float:
-    ahead = scores > scores[target]
-    ahead[:target] |= scores[:target] == scores[target]
-    rank = int(ahead.sum())
-    top_k = 1 if sampling.temperature == 0 else sampling.top_k or len(scores)
-    if rank >= top_k:
-        return -math.inf
-    if top_k == 1:
-        return 0.0
-    scaled = (scores - scores.max()) / sampling.temperature
-    kept = scaled if top_k >= len(scaled) else np.partition(scaled, -top_k)[-top_k:]
-    total = float(np.exp(kept).sum())
-    if sampling.top_p < 1:
-        # The nucleus: a token is in it while those before it sum to less than top_p.
-        weights = np.exp(np.sort(kept)[::-1]) / total
-        before = weights.cumsum() - weights
-        inside = before < sampling.top_p
-        inside[0] = True
-        if not inside[rank]:
-            return -math.inf
-        total *= float(weights[inside].sum())
-    return float(scaled[target]) - math.log(total)
-
-
-def suffix_log_prob(log_probs: np.ndarray, suffix: int) -> float:
-    """ln p_z, the chance that one draw is the suffix: the sum of its tokens' ``decoded_log_probs``, nats.
+        log_probs: ``sampled`` of ``TokenScores``.
 
     Raises:
         UsageError: there are fewer predictions than that.
     """
     _check_suffix(len(log_probs), suffix)
     return float(log_probs[-suffix:].sum(dtype=np.float64))
-
-
-def chance_within(log_prob: float, draws: float) -> float:
-    """1 − (1 − p_z)^n, the chance that n draws hold the suffix at least once (Hayes et al., arXiv:2410.19482)."""
-    if log_prob >= 0:
-        return 1.0 if draws >= 1 else 0.0
-    return -math.expm1(draws * _log_miss(log_prob))
 
 
 def draws_for(log_prob: float, chance: float) -> float:
@@ -237,15 +184,6 @@ def draws_for(log_prob: float, chance: float) -> float:
     needed = math.log1p(-chance) / miss if miss else math.inf
     # 2.0000000000000004 draws are 2: rounding, not a third draw.
     return max(1.0, float(np.ceil(needed * (1 - 1e-12))))
-
-
-def discoverable(log_prob: float, draws: int, chance: float) -> bool:
-    """Whether a suffix is (n, p)-discoverably extractable: n draws hold it with a chance of at least p.
-
-    Raises:
-        UsageError: ``chance`` is not between 0 and 1.
-    """
-    return draws >= draws_for(log_prob, chance)
 
 
 def _log_miss(log_prob: float) -> float:

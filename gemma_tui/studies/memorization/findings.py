@@ -10,12 +10,15 @@ import numpy as np
 
 from gemma_tui.figure import LineChart, Table
 from gemma_tui.plots import Series
-from gemma_tui.studies.memorization.law import DECODED, TOKENS, data_bits_per_parameter, membership_f1
+from gemma_tui.studies.memorization.law import DECODED, TOKENS, data_bits_per_parameter, membership_f1, sequences_at
 from gemma_tui.studies.memorization.membership import HIGHER
 from gemma_tui.studies.memorization.sequences import HELD_OUT, TRAIN
 from gemma_tui.studies.memorization.suspects import FEW
 
 SHOWN_CHANCE = "0.5"
+
+FAINT = 0.55
+"""The lowest F1 whose sequences the law's paper lists: members are hardly told from others."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,12 +59,12 @@ def membership_findings(found: dict[str, Any], curves: Mapping[str, np.ndarray],
     ]
     rows += [(f"no model: {name}", *auc, None, None, None, HIGHER) for name, auc in baseline.get("parts", {}).items()]
     columns = ("attack", "auc", "low", "high", "tpr_at_0.1%", "tpr_at_1%", "best_f1", "published_as")
-    defined = [(a["label"], a["formula"], a["source"], a["note"]) for a in told.values()]
+    defined = [(a["label"], a["formula"], a["threshold"], a["source"], a["note"]) for a in told.values()]
     lines = [Series(a["label"], curves[f"{name}_fpr"], curves[f"{name}_tpr"]) for name, a in told.items()]
     chart = LineChart("true positives", [*lines, Series("chance", [0.0, 1.0], [0.0, 1.0])], "false positives")
     tables = [
         Table("membership", columns, rows),
-        Table("attack", ("attack", "higher = member of", "source", "note"), defined),
+        Table("attack", ("attack", "higher = member of", "best_f1_at", "source", "note"), defined),
     ]
     return Findings(notes, tables, [chart])
 
@@ -76,7 +79,8 @@ def _law(facts: dict[str, Any]) -> str:
     f1 = membership_f1(data_bits_per_parameter(every, count, TOKENS, facts["vocabulary"]))
     return (
         f"law: F1 {f1:.3f} of the loss attack for {every:,} parameters trained on nothing but these {count:,} "
-        f"sequences of {TOKENS} tokens ({DECODED})"
+        f"sequences of {TOKENS} tokens, {FAINT:g} for {sequences_at(FAINT, every, TOKENS, facts['vocabulary']):,.0f} "
+        f"({DECODED})"
     )
 
 

@@ -24,11 +24,6 @@ TOKENS, VOCABULARY = 64, 50_257
 """Of the paper's sequences of text, in GPT-2's vocabulary."""
 
 
-def gpt2_parameters(layers: int, width: int, vocabulary: int = VOCABULARY, positions: int = TOKENS) -> int:
-    """Parameters of a GPT-2 with tied embeddings: V·d + S·d + L(12d² + 13d) + 2d."""
-    return (vocabulary + positions) * width + layers * (12 * width**2 + 13 * width) + 2 * width
-
-
 def data_bits_per_parameter(
     parameters: int, sequences: float, tokens: int = TOKENS, vocabulary: int = VOCABULARY
 ) -> float:

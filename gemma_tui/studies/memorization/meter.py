@@ -6,38 +6,27 @@ run's folder, token by token, for all that is made of it: bits, membership.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from engines.base import Engine, TokenScores
-from engines.checkpoints import replacing
 from gemma_tui.errors import GemmaTuiError, UsageError
 from gemma_tui.rows import data_path
 from gemma_tui.runs.store import Run, RunStore
-from gemma_tui.studies.events import Control, Event, Pace, wait_while_paused
+from gemma_tui.studies.events import Control, Event, Pace
+from gemma_tui.studies.memorization.desk import Desk, Measurement, write_rows
 from gemma_tui.studies.memorization.extraction import parse_split
 from gemma_tui.studies.memorization.extras import Extra, read_extra
+from gemma_tui.studies.memorization.inquiry import inquiry
 from gemma_tui.studies.memorization.plan import MemorizationPlan
-from gemma_tui.studies.memorization.planting import EXPOSURE, exposure_extra, exposure_summary, read_sidecar
-from gemma_tui.studies.memorization.reciting import (
-    EXTRACTION,
-    SCHEME,
-    compared,
-    decode,
-    decoded,
-    extracted_rows,
-    extraction_extra,
-    extraction_summary,
-    is_decoded,
-)
-from gemma_tui.studies.memorization.scores import SCORES, Scores, score
+from gemma_tui.studies.memorization.planting import EXPOSURE, exposure_extra, read_sidecar
+from gemma_tui.studies.memorization.reciting import EXTRACTION, SCHEME, extraction_extra
+from gemma_tui.studies.memorization.scores import SCORES, Scores
 from gemma_tui.studies.memorization.sequences import (
-    HELD_OUT,
     Counts,
     Sequences,
     check_vocabulary,
@@ -46,64 +35,16 @@ from gemma_tui.studies.memorization.sequences import (
     measured_rows,
     read_sequences,
 )
+from gemma_tui.studies.memorization.strips import strip_rows
 from gemma_tui.studies.memorization.subjects import REFERENCE, Subject, Subjects, subjects_of
 from gemma_tui.studies.memorization.summary import sequence_rows, summary, supervised
-from gemma_tui.studies.memorization.suspects import RECALL, evidence, membership_steps, recall_extra, set_facts
+from gemma_tui.studies.memorization.suspects import RECALL, recall_extra
 from gemma_tui.studies.plan import build, command
 from gemma_tui.studies.recording import Recorded, recorded
-from gemma_tui.tokenizer import Tokenizer, read_tokenizer
+from gemma_tui.tokenizer import read_tokenizer
 
 STUDY = "memorization"
-MEMBERSHIP = "membership"
-FURTHER = (MEMBERSHIP, EXTRACTION, EXPOSURE)
-"""Kinds of events that tell what else was found of the last target."""
-
-ROWS_FILE, EXTRACTED_FILE, CURVES_FILE = "sequences.jsonl", "extraction.jsonl", "membership.npz"
-
-
-@dataclass(frozen=True, eq=False)
-class Measurement:
-    """What is to be done: models, sequences, and what became of the rows they are from."""
-
-    plan: MemorizationPlan
-    subjects: Subjects
-    tokenizer: Tokenizer
-    sequences: Sequences
-    counts: dict[str, Counts]
-    extras: list[Extra] = field(default_factory=list)
-
-    @property
-    def order(self) -> list[Subject]:
-        """Who scores: the reference first, so that the target stays on the engine and tells its bits at once."""
-        reference = self.subjects.reference
-        return [*([reference] if reference else []), *self.subjects.targets]
-
-    @property
-    def steps(self) -> int:
-        """Sequences to be scored, counted once for each model."""
-        return len(self.order) * len(self.sequences) + sum(len(extra.sequences) for extra in self.extras)
-
-    def parts(self, folder: Path) -> list[tuple[Subject, Scores]]:
-        """All that is scored, in order; what is further asked of the last target comes last."""
-        main = [(subject, Scores(folder / SCORES / subject.key, self.sequences)) for subject in self.order]
-        return main + [(self.subjects.targets[-1], extra.scores(folder)) for extra in self.extras]
-
-
-@dataclass
-class Desk:
-    """The engine, and which subject is on it."""
-
-    engine: Engine
-    measurement: Measurement
-    subject: Subject | None = None
-
-    def hold(self, subject: Subject, step: int) -> Iterator[Event]:
-        """Load a subject that is not there."""
-        if self.subject is not subject:
-            yield Event("load", step, {"model": subject.name})
-            self.subject = None
-            subject.load(self.engine, self.measurement.subjects.dtype)
-            self.subject = subject
+ROWS_FILE, STRIPS_FILE = "sequences.jsonl", "tokens.jsonl"
 
 
 def record_memorization(engine: Engine, plan: MemorizationPlan, control: Control, store: RunStore) -> Recorded:
@@ -235,14 +176,15 @@ def measure(engine: Engine, measurement: Measurement, folder: Path, control: Con
     yield from (Event("warning", values={"text": text}) for text in warnings(measurement))
     done, pace, last = 0, _pace(measurement, folder), False
     reference: np.ndarray | None = None
+    other: list[TokenScores] | None = None
     for subject in measurement.order:
         scores = Scores(folder / SCORES / subject.key, sequences)
-        yield from _score(desk, subject, scores, control, done, pace)
+        yield from desk.score(subject, scores, control, done, pace)
         done += len(sequences)
         if control.stop.is_set() and not scores.whole:
             return
         if subject.key == REFERENCE:
-            reference = scores.log_likelihoods()
+            reference, other = scores.log_likelihoods(), scores.read()
             if not np.isfinite(reference).all():
                 raise GemmaTuiError(_broken(subject))
             if measurement.plan.checkpoints and subjects.implied:
@@ -257,105 +199,17 @@ def measure(engine: Engine, measurement: Measurement, folder: Path, control: Con
             yield Event("warning", done, {"text": f"{_broken(subject)}; it is left out"})
             continue
         rows = sequence_rows(sequences, target, reference, vocabulary, measurement.tokenizer)
-        _write_rows(folder / ROWS_FILE, rows)
+        write_rows(folder / ROWS_FILE, rows)
+        strips = strip_rows(sequences, scores.read(), other, vocabulary, measurement.tokenizer)
+        write_rows(folder / STRIPS_FILE, strips)
         found = summary(sequences, target, reference, subjects.parameters, vocabulary)
         yield Event(STUDY, done, {"target": subject.name, "checkpoint": subject.step, **found})
     if last:
-        yield from _further(desk, folder, control, done, pace)
-
-
-def _further(desk: Desk, folder: Path, control: Control, done: int, pace: Pace) -> Iterator[Event]:
-    """What else is asked of the last target: further sequences are scored first, so that it is loaded once."""
-    measurement, target = desk.measurement, desk.measurement.subjects.targets[-1]
-    for extra in measurement.extras:
-        yield from _score(desk, target, extra.scores(folder), control, done, pace)
-        done += len(extra.sequences)
-        if control.stop.is_set() and not extra.scores(folder).whole:
-            return
-        if extra.key == EXTRACTION:
-            yield from _extraction(desk, extra, target, folder, control, done)
-        elif extra.key == EXPOSURE:
-            yield Event(EXPOSURE, done, exposure_summary(extra, extra.scores(folder).log_likelihoods()))
-    if HELD_OUT in measurement.sequences.sets and not control.stop.is_set():
-        yield from _membership(measurement, target, folder, control, done)
-
-
-def _extraction(
-    desk: Desk, extra: Extra, target: Subject, folder: Path, control: Control, done: int
-) -> Iterator[Event]:
-    plan, split = desk.measurement.plan, parse_split(desk.measurement.plan.extraction)
-    scored = extra.scores(folder).read()
-    numbers = compared(extra, plan.extraction_rows, plan.seed)
-    if not is_decoded(scored, split, numbers, folder):
-        yield from desk.hold(target, done)
-        yield from decode(desk.engine, extra, scored, split, numbers, folder, control, done)
-    if is_decoded(scored, split, numbers, folder):
-        suffixes = decoded(extra, scored, split, numbers, folder)
-        rows = extracted_rows(extra, scored, split, suffixes, desk.measurement.tokenizer)
-        _write_rows(folder / EXTRACTED_FILE, rows)
-        yield Event(EXTRACTION, done, extraction_summary(rows, extra, plan.extraction))
-
-
-def _membership(
-    measurement: Measurement, target: Subject, folder: Path, control: Control, done: int
-) -> Iterator[Event]:
-    sequences, reference = measurement.sequences, measurement.subjects.reference
-
-    def kept(subject: Subject) -> list[TokenScores]:
-        return Scores(folder / SCORES / subject.key, sequences).read()
-
-    recall = next((extra for extra in measurement.extras if extra.key == RECALL), None)
-    members, others = evidence(
-        sequences,
-        measurement.tokenizer,
-        kept(target),
-        kept(reference) if reference else None,
-        recall,
-        recall.scores(folder).read() if recall else None,
-    )
-    found: dict[str, Any] = {}
-    curves: dict[str, Any] = {}
-    for name, told, split in membership_steps(members, others, measurement.plan.seed):
-        if control.stop.is_set():
-            return
-        found[name] = told
-        if split is not None:
-            curves |= {f"{name}_fpr": split.curve.false_positives, f"{name}_tpr": split.curve.true_positives}
-    with replacing(folder / CURVES_FILE) as file:
-        np.savez_compressed(file, **curves)
-    baseline = found.pop("baseline")
-    yield Event(MEMBERSHIP, done, {**set_facts(members, others, recall), "attacks": found, "baseline": baseline})
+        yield from inquiry(desk, folder, control, done, pace)
 
 
 def _broken(subject: Subject) -> str:
     return f"{subject.name} gives probabilities that are no numbers: its training diverged, or its weights are broken"
-
-
-def _score(desk: Desk, subject: Subject, scores: Scores, control: Control, done: int, pace: Pace) -> Iterator[Event]:
-    """Score the parts of one model that are missing; a part that is stopped in its middle is not kept."""
-    windows, size = scores.sequences.windows, desk.measurement.plan.batch_size
-    pace.step = done
-    missing = [part for part in range(len(scores.parts)) if not scores.has(part)]
-    if not missing or control.stop.is_set():
-        return
-    scores.claim(subject.name, subject.digest())
-    yield from desk.hold(subject, done)
-    for part, numbers in enumerate(scores.parts):
-        done += len(numbers)
-        if part not in missing:
-            continue
-        scored: list[TokenScores] = []
-        for start in range(0, len(numbers), size):
-            yield from wait_while_paused(control, pace.step)
-            if control.stop.is_set():
-                return
-            batch = [windows[i] for i in numbers[start : start + size]]
-            scored += score(desk.engine, batch, scores.sampling)
-            yield from pace.advance(sum(map(len, batch)))
-        scores.keep(part, scored)
-        pace.step = done
-        values = {"model": subject.name, "sequences": len(numbers), "memory": desk.engine.memory()}
-        yield Event("scored", done, values)
 
 
 def _pace(measurement: Measurement, folder: Path) -> Pace:
@@ -400,9 +254,3 @@ def _facts(engine: Engine, measurement: Measurement) -> dict[str, Any]:
         "tokens": {name: int(tokens[n.start : n.stop].sum()) for name, n in sequences.sets.items()},
         "rows": {name: asdict(counts) for name, counts in measurement.counts.items()},
     }
-
-
-def _write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    with replacing(path) as file:
-        for row in rows:
-            file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())

@@ -22,19 +22,13 @@ from gemma_tui.studies.memorization.findings import (
     membership_findings,
 )
 from gemma_tui.studies.memorization.history import told
-from gemma_tui.studies.memorization.meter import (
-    CURVES_FILE,
-    EXPOSURE,
-    EXTRACTED_FILE,
-    EXTRACTION,
-    FURTHER,
-    MEMBERSHIP,
-    ROWS_FILE,
-    STUDY,
-    plan_of,
-)
+from gemma_tui.studies.memorization.inquiry import CURVES_FILE, EXTRACTED_FILE, FURTHER, MEMBERSHIP
+from gemma_tui.studies.memorization.meter import ROWS_FILE, STRIPS_FILE, STUDY, plan_of
+from gemma_tui.studies.memorization.planting import EXPOSURE
+from gemma_tui.studies.memorization.reciting import EXTRACTION
 from gemma_tui.studies.memorization.scores import SCORES, Scores
 from gemma_tui.studies.memorization.sequences import HELD_OUT, TRAIN, Sequences, read_kept, read_sequences
+from gemma_tui.studies.memorization.strips import distribution, strip_heat, strip_table, strip_values
 from gemma_tui.studies.memorization.subjects import REFERENCE
 
 MEASURES = {
@@ -67,6 +61,7 @@ class Measured:
         summaries: of the target, or of each checkpoint; the last one is shown in full.
         sequences: as they were scored.
         rows: of ``sequences.jsonl``: each sequence under the last target.
+        strips: of ``tokens.jsonl``: the most memorised sequences token by token; see ``strip_rows``.
         further: what the events ``membership``, ``extraction`` and ``exposure`` told of the last target.
         extracted: of ``extraction.jsonl``: each sequence that was cut to prefix and suffix.
         curves: of the ROC of each attack: ``loss_fpr``, ``loss_tpr`` and so on.
@@ -77,6 +72,7 @@ class Measured:
     summaries: list[dict[str, Any]]
     sequences: Sequences
     rows: list[dict[str, Any]]
+    strips: list[dict[str, Any]] = field(default_factory=list)
     further: dict[str, dict[str, Any]] = field(default_factory=dict)
     extracted: list[dict[str, Any]] = field(default_factory=list)
     curves: dict[str, np.ndarray] = field(default_factory=dict)
@@ -120,6 +116,7 @@ def read_measured(store: RunStore, run: Run) -> Measured:
         list(found.values()),
         read_sequences(run.folder),
         _read_rows(run.folder / ROWS_FILE),
+        _read_rows(run.folder / STRIPS_FILE),
         further,
         _read_rows(run.folder / EXTRACTED_FILE) if EXTRACTION in further else [],
         curves,
@@ -151,14 +148,20 @@ def memorization_figure(measured: Measured) -> Figure:
     return Figure(
         f"what {last['target']} has memorised",
         [*notes, *(note for part in parts for note in part.notes)],
-        charts=[*charts, *(chart for part in parts for chart in part.charts)],
+        heats=[strip_heat(measured.strips, _against(facts))] if measured.strips else [],
+        charts=[*charts, *_distribution(measured.rows), *(chart for part in parts for chart in part.charts)],
         tables=[
             Table("measure", ("measure", *sets), rows),
             *moved,
             *(table for part in parts for table in part.tables),
+            *([strip_table(measured.strips)] if measured.strips else []),
             _most(measured.rows),
         ],
-        arrays={**_arrays(measured.rows), **{f"roc_{name}": curve for name, curve in measured.curves.items()}},
+        arrays={
+            **_arrays(measured.rows),
+            **_strip_arrays(measured.strips),
+            **{f"roc_{name}": curve for name, curve in measured.curves.items()},
+        },
         facts=facts,
     )
 
@@ -204,6 +207,27 @@ def _most(rows: Sequence[dict[str, Any]]) -> Table:
     columns = ("set", "row", "tokens", *kinds, "text")
     order = sorted(rows, key=lambda row: (row["set"] != TRAIN, -row[kinds[0]]))
     return Table("sequence", columns, [tuple(row[column] for column in columns) for row in order])
+
+
+def _distribution(rows: Sequence[dict[str, Any]]) -> list[LineChart]:
+    kind = next((kind for kind in KINDS if rows and kind in rows[0]), None)
+    if kind is None:
+        return []
+    sets = {name: np.array([row[kind] for row in rows if row["set"] == name]) for name in (TRAIN, HELD_OUT)}
+    return [distribution({n.replace("_", "-"): bits for n, bits in sets.items() if len(bits)}, MEASURES[kind])]
+
+
+def _strip_arrays(strips: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
+    """Bits and tokens by sequence and place; a token beyond the end is empty."""
+    if not strips:
+        return {}
+    bits = strip_values(strips)
+    tokens = [[*row["tokens"], *[""] * (bits.shape[1] - len(row["tokens"]))] for row in strips]
+    return {
+        "strip_rows": np.array([row["row"] for row in strips]),
+        "strip_bits": bits,
+        "strip_tokens": np.array(tokens),
+    }
 
 
 def _arrays(rows: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:

@@ -124,6 +124,7 @@ def _told(attack: Attack, split: Separation) -> dict[str, Any]:
         "auc": _interval(split.auc),
         "rates": [{"fpr": r.false_positives, "tpr": r.value, "reason": r.reason} for r in split.rates],
         "best_f1": split.f1.value,
+        "threshold": split.f1.threshold,
         "best_balanced_accuracy": split.balanced_accuracy.value,
     }
 

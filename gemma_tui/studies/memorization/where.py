@@ -18,11 +18,10 @@ from gemma_tui.errors import GemmaTuiError, UsageError
 from gemma_tui.runs.store import Run, RunStore
 from gemma_tui.studies.events import Control, Event, Pace, wait_while_paused
 from gemma_tui.studies.memorization.bits import uniform
-from gemma_tui.studies.memorization.meter import SCORES
 from gemma_tui.studies.memorization.meter import plan_of as measurement_plan
 from gemma_tui.studies.memorization.parts import INTACT, Part, kinds_of, parts_of
 from gemma_tui.studies.memorization.results import Measured, read_measured
-from gemma_tui.studies.memorization.scores import Scores, score
+from gemma_tui.studies.memorization.scores import SCORES, Scores, score
 from gemma_tui.studies.memorization.sequences import TRAIN
 from gemma_tui.studies.memorization.subjects import Subject, subjects_of
 from gemma_tui.studies.plan import build, command, option
