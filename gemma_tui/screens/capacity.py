@@ -1,24 +1,329 @@
-"""Capacity: not built yet; the screen says in one line what it will do."""
+"""Capacity: sweeps over small networks, and measurements of what models have memorised."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import threading
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
+from textual.binding import Binding
+from textual.events import Resize
+from textual.message import Message
 from textual.widget import Widget
-from textual.widgets import Static
+from textual.widgets import DataTable, Static
 
+from engines.errors import EngineError
+from gemma_tui.errors import GemmaTuiError, UsageError
+from gemma_tui.figure import Figure
+from gemma_tui.runs.store import Run, RunStore
+from gemma_tui.screens import steering
+from gemma_tui.screens.capacity_plans import MEASURE, CapacityPlans
+from gemma_tui.screens.capacity_run import STUDIES, SWEEP, FollowedRun, place
+from gemma_tui.screens.exporting import ask_and_export
 from gemma_tui.screens.workbench import Workbench
+from gemma_tui.studies.capacity.plan import CapacityPlan, cells_of
+from gemma_tui.studies.capacity.sweep import extended, sweep_plan
+from gemma_tui.studies.plan import Option
+from gemma_tui.text import one_line
+from gemma_tui.widgets.figure_view import FigureView
+from gemma_tui.widgets.plan_form import Field
+from gemma_tui.widgets.run_table import RunTable
+
+if TYPE_CHECKING:
+    from gemma_tui.session import Job
+
+SECONDS = 1.0
+"""Between two looks at the store."""
+
+LISTED = 200
+JOBS = ("sweep", "measure")
+SIZES = Option("sizes", str, "", "numbers of strings of the cells that are added, with commas")
+NOTHING = "no run yet: n plans a sweep, m measures what a model has memorised"
+
+
+class Studies(RunTable):
+    """The sweeps and measurements; enter opens one."""
+
+    BINDINGS = [Binding("enter", "select_cursor", "Open", id="studies.open", show=False)]
 
 
 class CapacityScreen(Workbench):
-    """One line."""
+    """The runs, the figure of one of them, and the plans of new ones as forms behind keys."""
 
     MODE = "capacity"
+    BINDINGS = [
+        Binding("n", "plan('sweep')", "Sweep", id="capacity.sweep", tooltip="Plan a capacity sweep"),
+        Binding("m", "plan('measure')", "Measure", id="capacity.measure",
+                tooltip="Plan a measurement of what a model has memorised"),
+        Binding("s", "start", "Start", id="capacity.start", tooltip="Start what the form says"),
+        Binding("p", "preset", "Preset", id="capacity.preset", tooltip="Fill the form with the next preset"),
+        Binding("escape", "close", "Back", id="capacity.back", show=False, tooltip="Leave the form"),
+        Binding("a", "add", "Add", id="capacity.add", show=False, tooltip="Add cells to the sweep that is shown"),
+        Binding("space", "pause", "Pause", id="capacity.pause", key_display="␣", tooltip="Pause, and go on"),
+        Binding("x", "stop", "Stop", id="capacity.stop", tooltip="End after the step in hand, and save"),
+        Binding("u", "resume", "Resume", id="capacity.resume", show=False,
+                tooltip="Go on with the run under the cursor, or the one that is shown"),
+        Binding("v", "turn", "Part", id="capacity.part", tooltip="The next chart or table"),
+        Binding("o", "export", "Export", id="capacity.export", show=False, tooltip="Write the figure to a file"),
+    ]  # fmt: skip
+
+    class Grown(Message):
+        """A run was read."""
+
+        def __init__(self, read: FollowedRun, seen: Run) -> None:
+            super().__init__()
+            self.read, self.seen = read, seen
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.run_shown: Run | None = None
+        self._followed: FollowedRun | None = None
+        self._seen: Run | None = None
+        """The run as it was when it was read last."""
+        self._reading = False
+        self._job: Job | None = None
+        """What was started last; its run is shown once it is there."""
+        self._store: RunStore | None = None
 
     def body(self) -> Iterable[Widget]:
-        """What will be here."""
-        yield Static(
-            "Capacity will show how many bits a model memorises, and when memorising turns into generalising.",
-            classes="pane",
-            markup=False,
-        )
+        """The runs, one line on the one that is shown, its figure, and the plans, which are hidden at first."""
+        yield Studies("studies")
+        yield Static(NOTHING, id="looked", markup=False)
+        yield FigureView(id="figure", grabs=False)
+        yield CapacityPlans()
+
+    def on_mount(self) -> None:
+        """Open the store, and look at it from now on."""
+        self.query_one(Studies).focus()
+        try:
+            self._store = RunStore()
+        except GemmaTuiError as error:
+            self.bench.tell(str(error), "error")
+            return
+        self.set_interval(SECONDS, self._look)
+        self._look()
+
+    def on_screen_resume(self) -> None:
+        """Show at once what began elsewhere."""
+        for job in self.bench.session.jobs:
+            if job.kind in JOBS and job is not self._job:
+                self._follow(job)
+        self._look()
+
+    def job_ended(self) -> None:
+        """The last of a run is there."""
+        self._look()
+
+    def on_resize(self, event: Resize) -> None:
+        """Wide and narrow show different parts."""
+        self.call_after_refresh(self._figure.relayout)
+
+    def command(self) -> str:
+        """The command of the form that is open, or of the run that is shown."""
+        if self.run_shown is not None and not self._plans.kind:
+            return self.run_shown.command
+        return self._plans.command(self.bench.session.engine)
+
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        """Keys of a form are on while it is open, those of a run while none is."""
+        kind = self._plans.kind if self.is_mounted else ""
+        if action == "preset":
+            return kind == "sweep"
+        if action in ("start", "close"):
+            return bool(kind)
+        return not (kind and action in ("pause", "stop", "turn", "add", "resume", "export"))
+
+    def action_plan(self, kind: str) -> None:
+        """Open a form, or close it."""
+        if kind == MEASURE and self._store is not None:
+            self._plans.measure_of(self.bench.session.place.model, self._store)
+        self._open("" if kind == self._plans.kind else kind)
+
+    def action_close(self) -> None:
+        """Go back to the runs."""
+        self._open("")
+
+    def action_preset(self) -> None:
+        """Fill the form with the next preset, or with no one's values."""
+        self._plans.turn_preset()
+        self._tell()
+
+    def action_start(self) -> None:
+        """Do what the form says."""
+        session = self.bench.session
+
+        def begin() -> Job:
+            plan = self._plans.plan()
+            return session.sweep(plan) if isinstance(plan, CapacityPlan) else session.measure(plan)
+
+        self._begin(begin)
+
+    def action_add(self) -> None:
+        """Type sizes, and add cells of them to the sweep."""
+        run = self._chosen()
+        if run is None or run.study != SWEEP:
+            self.bench.tell("choose a sweep to add cells to", "warning")
+            return
+
+        def typed(text: str | None) -> None:
+            if text and text.strip():
+                self._begin(lambda: add({"sizes": text.strip()}))
+
+        def add(more: dict[str, str]) -> Job:
+            self._check_idle(run)
+            cells_of(extended(sweep_plan(run), more))
+            return self.bench.session.resume_sweep(run.run_id, more)
+
+        self.app.push_screen(Field(SIZES, ""), typed)
+
+    def action_resume(self) -> None:
+        """Go on with a run that has ended before its time."""
+        run, session = self._chosen(), self.bench.session
+        if run is None:
+            self.bench.tell("choose a run first", "warning")
+            return
+
+        def go_on() -> Job:
+            self._check_idle(run)
+            if run.state == "done":
+                more = ": a adds cells to it" if run.study == SWEEP else ""
+                raise UsageError(f"{run.run_id} is done{more}")
+            return session.resume_sweep(run.run_id) if run.study == SWEEP else session.resume_measure(run.run_id)
+
+        self._begin(go_on)
+
+    def action_pause(self) -> None:
+        """Pause the run that is shown, of whatever process, or let it go on."""
+        steering.pause(self.bench, self._job_shown(), self.run_shown, self._store)
+
+    def action_stop(self) -> None:
+        """End the run that is shown after its step; it saves."""
+        steering.stop(self.bench, self._job_shown(), self.run_shown, self._store)
+
+    def action_turn(self) -> None:
+        """Show the next part of the figure."""
+        self._figure.turn()
+        self._tell()
+
+    def action_export(self) -> None:
+        """Write the figure to a file."""
+        figure = self._followed.figure if self._followed else None
+        if figure is None or self.run_shown is None:
+            self.bench.tell("nothing is shown yet", "warning")
+        else:
+            ask_and_export(self.bench, lambda: figure, f"{self.run_shown.run_id}.html")
+
+    def on_data_table_row_selected(self, event: DataTable.RowSelected) -> None:
+        """Open the run under the cursor."""
+        if event.data_table.id == "studies" and event.row_key.value is not None:
+            self._job = None
+            self._show(event.row_key.value)
+
+    def on_capacity_screen_grown(self, message: Grown) -> None:
+        """Draw what was read, if it is still what is shown."""
+        self._reading = False
+        if message.read is self._followed:
+            self._seen = message.seen
+            # Under one title all along, so that the part that is seen stays.
+            figure = message.read.figure or Figure("")
+            self._figure.show(replace(figure, title=message.read.name))
+            self._tell()
+
+    @property
+    def _figure(self) -> FigureView:
+        return self.query_one(FigureView)
+
+    @property
+    def _plans(self) -> CapacityPlans:
+        return self.query_one(CapacityPlans)
+
+    def _begin(self, begin: Callable[[], Job]) -> None:
+        """Start something, and show its run once it is there; if it is refused, say why."""
+        self.bench.attempt(lambda: self._follow(begin()))
+
+    def _follow(self, job: Job) -> None:
+        self._job = job
+        self._open("")
+
+    def _check_idle(self, run: Run) -> None:
+        if run.active:
+            raise UsageError(f"{run.run_id} is {run.state}: x stops it")
+        if run.engine != self.bench.session.engine:
+            raise UsageError(f"{run.run_id} was computed with {run.engine}: e switches to it")
+
+    def _chosen(self) -> Run | None:
+        """The run under the cursor of the list, or else the one that is shown."""
+        name = self.query_one(Studies).chosen
+        with suppress(EngineError):
+            return self._store.run(name) if name and self._store else self.run_shown
+        return self.run_shown
+
+    def _job_shown(self) -> Job | None:
+        """The job of the run that is shown, or what is starting."""
+        job = self.bench.session.job_of(self.run_shown.run_id) if self.run_shown else None
+        return self._job if self._job is not None and not self._job.future.done() else job
+
+    def _open(self, kind: str) -> None:
+        """Show a form in place of the runs, or the runs."""
+        for beside in (self._figure, self.query_one(Studies)):
+            beside.display = not kind
+        self._plans.open(kind)
+        if not kind:
+            self.query_one(Studies).focus()
+        self.refresh_bindings()
+        self._tell()
+
+    def _show(self, name: str) -> None:
+        """Show a run from its beginning."""
+        self._followed, self._seen, self.run_shown = FollowedRun(name), None, None
+        self._figure.show(Figure(name))
+        self._look()
+        self.query_one(Studies).go_to(name)
+
+    def _look(self) -> None:
+        """Bring the list up to date, and let a thread read the run that is shown if it has grown."""
+        store, job = self._store, self._job
+        if store is None or not self.is_current:
+            return
+        if job is not None and job.run and (self._followed is None or self._followed.name != job.run):
+            self._show(job.run)
+            return
+
+        def look() -> None:
+            runs = store.runs(LISTED, STUDIES)
+            self.query_one(Studies).show((), runs)
+            followed = self._followed
+            if followed is not None:
+                self.run_shown = next((run for run in runs if run.run_id == followed.name), None)
+
+        self.bench.attempt(look)
+        run, followed = self.run_shown, self._followed
+        if run is not None and followed is not None and run != self._seen and not self._reading:
+            self._reading = True
+            threading.Thread(target=self._read, args=(followed, run), daemon=True).start()
+        self._tell()
+
+    def _read(self, followed: FollowedRun, run: Run) -> None:
+        """Runs in a thread: the figure of a large sweep takes longer than a frame."""
+        try:
+            followed.read()
+        except EngineError as error:
+            with suppress(RuntimeError):  # the app has ended
+                self.app.call_from_thread(self.bench.tell, str(error), "warning")
+        self.post_message(self.Grown(followed, run))
+
+    def _tell(self) -> None:
+        """One line: the run and what is seen of it, or what is planned."""
+        run, job = self.run_shown, self._job
+        if self._plans.kind:
+            line = self._plans.line
+        elif job is not None and not job.run:
+            line = "did not start" if job.future.done() else f"starting {job.label}…"
+        elif run is None:
+            line = NOTHING
+        else:
+            parts = run.run_id, run.state, place(run), self._figure.place, run.error
+            line = " · ".join(part for part in parts if part)
+        self.query_one("#looked", Static).update(one_line(line, 200), layout=False)

@@ -170,7 +170,8 @@ def what_else(run: Run) -> str:
     """What a run is that is no training run, and what can be done with it."""
     known = {
         "heads": ("study of heads over texts", "u in the list goes on with it and shows it"),
-        "memorization": ("measurement of memorization", f"`gemma-tui runs resume {run.run_id}` goes on or prints it"),
+        "memorization": ("measurement of memorization", "press 3, where it is listed"),
+        "capacity": ("capacity sweep", "press 3, where it is listed"),
     }
     kind, again = known.get(run.study, (run.study, f"`gemma-tui runs show {run.run_id}` tells of it"))
     return f"{run.run_id} is a {kind}, no training run: {again}"

@@ -9,6 +9,7 @@ import numpy as np
 from rich.text import Text
 from textual.app import ComposeResult
 from textual.containers import Horizontal, Vertical
+from textual.coordinate import Coordinate
 from textual.widgets import DataTable, Static
 
 from gemma_tui.figure import Figure, Table
@@ -27,7 +28,11 @@ WIDE = 110
 
 
 class FigureView(Vertical):
-    """Notes above the parts; ``turn`` shows the next part."""
+    """Notes above the parts; ``turn`` shows the next part.
+
+    Args:
+        grabs: whether the part that is seen takes the keys by itself, also from widgets beside.
+    """
 
     DEFAULT_CSS = """
     FigureView { height: 1fr; }
@@ -36,11 +41,14 @@ class FigureView(Vertical):
     FigureView DataTable { width: 1fr; }
     """
 
-    def __init__(self, id: str | None = None) -> None:
+    def __init__(self, id: str | None = None, grabs: bool = True) -> None:
         super().__init__(id=id)
+        self.grabs = grabs
         self.figure = Figure("")
         self.part = 0
         self._pairs: PairGrid | None = None
+        self._cells: list[list[Text]] = []
+        """Of the table, below its columns."""
 
     def compose(self) -> ComposeResult:
         """Every kind of part; those that are not seen are not displayed."""
@@ -147,18 +155,26 @@ class FigureView(Vertical):
         for name, selector in shown.items():
             beside = name == "table" and self._wide and bool(self.figure.tables)
             self.query_one(selector).display = name == kind or (beside and kind != "")
-        if self.is_mounted and self.screen.is_current:
+        if self.is_mounted and self.screen.is_current and (self.grabs or self.has_focus_within):
             self.focus_part()
 
     def _table(self, table: Table) -> None:
+        """Draw what has changed; the cursor stays where rows and columns do."""
         widget = self.query_one(DataTable)
-        widget.clear(columns=True)
-        for number, name in enumerate(table.columns):
-            widget.add_column(Text(one_line(name, 24), justify=_side(table.rows, number)))
-        for row in table.rows[:MOST_ROWS]:
-            widget.add_row(
-                *(Text(one_line(cell_text(cell), 60), justify=_side([row], i)) for i, cell in enumerate(row))
-            )
+        columns = [Text(one_line(name, 24), justify=_side(table.rows, i)) for i, name in enumerate(table.columns)]
+        cells = [
+            [Text(one_line(cell_text(cell), 60), justify=_side([row], i)) for i, cell in enumerate(row)]
+            for row in table.rows[:MOST_ROWS]
+        ]
+        before, self._cells = self._cells, cells
+        if [column.label for column in widget.ordered_columns] != columns or len(before) != len(cells):
+            widget.clear(columns=True)
+            widget.add_columns(*columns)
+            widget.add_rows(cells)
+            return
+        for row, (old, new) in enumerate(zip(before, cells, strict=True)):
+            for column in (i for i, (a, b) in enumerate(zip(old, new, strict=True)) if a != b):
+                widget.update_cell_at(Coordinate(row, column), new[column], update_width=True)
 
 
 def _side(rows: Sequence[Sequence[object]], column: int) -> Literal["left", "right"]:

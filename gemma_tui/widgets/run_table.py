@@ -31,6 +31,11 @@ class RunTable(DataTable[Text]):
         """The key of the row under the cursor: a run's name, or ``QUEUED`` and a number; nothing in an empty table."""
         return str(self.coordinate_to_cell_key(self.cursor_coordinate).row_key.value) if self.row_count else ""
 
+    def go_to(self, key: str) -> None:
+        """Put the cursor on a row, if it is there."""
+        if key in self.rows:
+            self.move_cursor(row=self.get_row_index(key))
+
     def show(self, items: Sequence[Item], runs: Sequence[Run], marked: Collection[str] = ()) -> None:
         """Draw what has changed; the cursor stays on what it is on, while that is there."""
         if not self.columns:
