@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import replace
@@ -20,7 +19,7 @@ from gemma_tui.figure import Figure
 from gemma_tui.runs.store import Run, RunStore
 from gemma_tui.screens import steering
 from gemma_tui.screens.capacity_plans import MEASURE, CapacityPlans
-from gemma_tui.screens.capacity_run import STUDIES, SWEEP, FollowedRun, place
+from gemma_tui.screens.capacity_run import STUDIES, SWEEP, FollowedRun, check_idle, in_words
 from gemma_tui.screens.exporting import ask_and_export
 from gemma_tui.screens.workbench import Workbench
 from gemma_tui.studies.capacity.plan import CapacityPlan, cells_of
@@ -72,17 +71,14 @@ class CapacityScreen(Workbench):
     class Grown(Message):
         """A run was read."""
 
-        def __init__(self, read: FollowedRun, seen: Run) -> None:
+        def __init__(self, followed: FollowedRun, error: str) -> None:
             super().__init__()
-            self.read, self.seen = read, seen
+            self.followed, self.error = followed, error
 
     def __init__(self) -> None:
         super().__init__()
         self.run_shown: Run | None = None
         self._followed: FollowedRun | None = None
-        self._seen: Run | None = None
-        """The run as it was when it was read last."""
-        self._reading = False
         self._job: Job | None = None
         """What was started last; its run is shown once it is there."""
         self._store: RunStore | None = None
@@ -172,7 +168,7 @@ class CapacityScreen(Workbench):
                 self._begin(lambda: add({"sizes": text.strip()}))
 
         def add(more: dict[str, str]) -> Job:
-            self._check_idle(run)
+            check_idle(run, self.bench.session.engine)
             cells_of(extended(sweep_plan(run), more))
             return self.bench.session.resume_sweep(run.run_id, more)
 
@@ -186,7 +182,7 @@ class CapacityScreen(Workbench):
             return
 
         def go_on() -> Job:
-            self._check_idle(run)
+            check_idle(run, session.engine)
             if run.state == "done":
                 more = ": a adds cells to it" if run.study == SWEEP else ""
                 raise UsageError(f"{run.run_id} is done{more}")
@@ -223,12 +219,12 @@ class CapacityScreen(Workbench):
 
     def on_capacity_screen_grown(self, message: Grown) -> None:
         """Draw what was read, if it is still what is shown."""
-        self._reading = False
-        if message.read is self._followed:
-            self._seen = message.seen
+        if message.error:
+            self.bench.tell(message.error, "warning")
+        if message.followed is self._followed:
             # Under one title all along, so that the part that is seen stays.
-            figure = message.read.figure or Figure("")
-            self._figure.show(replace(figure, title=message.read.name))
+            figure = message.followed.figure or Figure("")
+            self._figure.show(replace(figure, title=message.followed.name))
             self._tell()
 
     @property
@@ -246,12 +242,6 @@ class CapacityScreen(Workbench):
     def _follow(self, job: Job) -> None:
         self._job = job
         self._open("")
-
-    def _check_idle(self, run: Run) -> None:
-        if run.active:
-            raise UsageError(f"{run.run_id} is {run.state}: x stops it")
-        if run.engine != self.bench.session.engine:
-            raise UsageError(f"{run.run_id} was computed with {run.engine}: e switches to it")
 
     def _chosen(self) -> Run | None:
         """The run under the cursor of the list, or else the one that is shown."""
@@ -277,7 +267,7 @@ class CapacityScreen(Workbench):
 
     def _show(self, name: str) -> None:
         """Show a run from its beginning."""
-        self._followed, self._seen, self.run_shown = FollowedRun(name), None, None
+        self._followed, self.run_shown = FollowedRun(name), None
         self._figure.show(Figure(name))
         self._look()
         self.query_one(Studies).go_to(name)
@@ -292,27 +282,16 @@ class CapacityScreen(Workbench):
             return
 
         def look() -> None:
-            runs = store.runs(LISTED, STUDIES)
+            runs, followed = store.runs(LISTED, STUDIES), self._followed
             self.query_one(Studies).show((), runs)
-            followed = self._followed
-            if followed is not None:
-                self.run_shown = next((run for run in runs if run.run_id == followed.name), None)
+            if followed is None:
+                return
+            self.run_shown = next((run for run in runs if run.run_id == followed.name), None)
+            if self.run_shown is not None:
+                followed.follow(self.run_shown, lambda error: self.post_message(self.Grown(followed, error)))
 
         self.bench.attempt(look)
-        run, followed = self.run_shown, self._followed
-        if run is not None and followed is not None and run != self._seen and not self._reading:
-            self._reading = True
-            threading.Thread(target=self._read, args=(followed, run), daemon=True).start()
         self._tell()
-
-    def _read(self, followed: FollowedRun, run: Run) -> None:
-        """Runs in a thread: the figure of a large sweep takes longer than a frame."""
-        try:
-            followed.read()
-        except EngineError as error:
-            with suppress(RuntimeError):  # the app has ended
-                self.app.call_from_thread(self.bench.tell, str(error), "warning")
-        self.post_message(self.Grown(followed, run))
 
     def _tell(self) -> None:
         """One line: the run and what is seen of it, or what is planned."""
@@ -324,6 +303,5 @@ class CapacityScreen(Workbench):
         elif run is None:
             line = NOTHING
         else:
-            parts = run.run_id, run.state, place(run), self._figure.place, run.error
-            line = " · ".join(part for part in parts if part)
+            line = " · ".join(part for part in (in_words(run), self._figure.place, run.error) if part)
         self.query_one("#looked", Static).update(one_line(line, 200), layout=False)
