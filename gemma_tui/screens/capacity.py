@@ -42,12 +42,6 @@ SIZES = Option("sizes", str, "", "numbers of strings of the cells that are added
 NOTHING = "no run yet: n plans a sweep, m measures what a model has memorised"
 
 
-class Studies(RunTable):
-    """The sweeps and measurements; enter opens one."""
-
-    BINDINGS = [Binding("enter", "select_cursor", "Open", id="studies.open", show=False)]
-
-
 class CapacityScreen(Workbench):
     """The runs, the figure of one of them, and the plans of new ones as forms behind keys."""
 
@@ -80,19 +74,21 @@ class CapacityScreen(Workbench):
         self.run_shown: Run | None = None
         self._followed: FollowedRun | None = None
         self._job: Job | None = None
-        """What was started last; its run is shown once it is there."""
+        """What was followed last."""
+        self._awaited: Job | None = None
+        """The same until its run is shown, or another one."""
         self._store: RunStore | None = None
 
     def body(self) -> Iterable[Widget]:
         """The runs, one line on the one that is shown, its figure, and the plans, which are hidden at first."""
-        yield Studies("studies")
+        yield RunTable("studies")
         yield Static(NOTHING, id="looked", markup=False)
         yield FigureView(id="figure", grabs=False)
         yield CapacityPlans()
 
     def on_mount(self) -> None:
         """Open the store, and look at it from now on."""
-        self.query_one(Studies).focus()
+        self.query_one(RunTable).focus()
         try:
             self._store = RunStore()
         except GemmaTuiError as error:
@@ -176,12 +172,11 @@ class CapacityScreen(Workbench):
 
     def action_resume(self) -> None:
         """Go on with a run that has ended before its time."""
-        run, session = self._chosen(), self.bench.session
-        if run is None:
-            self.bench.tell("choose a run first", "warning")
-            return
+        session = self.bench.session
 
         def go_on() -> Job:
+            if (run := self._chosen()) is None:
+                raise UsageError("choose a run first")
             check_idle(run, session.engine)
             if run.state == "done":
                 more = ": a adds cells to it" if run.study == SWEEP else ""
@@ -214,7 +209,6 @@ class CapacityScreen(Workbench):
     def on_data_table_row_selected(self, event: DataTable.RowSelected) -> None:
         """Open the run under the cursor."""
         if event.data_table.id == "studies" and event.row_key.value is not None:
-            self._job = None
             self._show(event.row_key.value)
 
     def on_capacity_screen_grown(self, message: Grown) -> None:
@@ -240,65 +234,65 @@ class CapacityScreen(Workbench):
         self.bench.attempt(lambda: self._follow(begin()))
 
     def _follow(self, job: Job) -> None:
-        self._job = job
+        self._job = self._awaited = job
         self._open("")
 
     def _chosen(self) -> Run | None:
         """The run under the cursor of the list, or else the one that is shown."""
-        name = self.query_one(Studies).chosen
+        name = self.query_one(RunTable).chosen
         with suppress(EngineError):
             return self._store.run(name) if name and self._store else self.run_shown
         return self.run_shown
 
     def _job_shown(self) -> Job | None:
         """The job of the run that is shown, or what is starting."""
-        job = self.bench.session.job_of(self.run_shown.run_id) if self.run_shown else None
-        return self._job if self._job is not None and not self._job.future.done() else job
+        return self._awaited or (self.bench.session.job_of(self.run_shown.run_id) if self.run_shown else None)
 
     def _open(self, kind: str) -> None:
         """Show a form in place of the runs, or the runs."""
-        for beside in (self._figure, self.query_one(Studies)):
+        for beside in (self._figure, self.query_one(RunTable)):
             beside.display = not kind
         self._plans.open(kind)
         if not kind:
-            self.query_one(Studies).focus()
+            self.query_one(RunTable).focus()
         self.refresh_bindings()
         self._tell()
 
     def _show(self, name: str) -> None:
         """Show a run from its beginning."""
-        self._followed, self.run_shown = FollowedRun(name), None
+        self._followed, self.run_shown, self._awaited = FollowedRun(name), None, None
         self._figure.show(Figure(name))
         self._look()
-        self.query_one(Studies).go_to(name)
+        self.query_one(RunTable).go_to(name)
 
     def _look(self) -> None:
         """Bring the list up to date, and let a thread read the run that is shown if it has grown."""
-        store, job = self._store, self._job
+        store = self._store
         if store is None or not self.is_current:
             return
-        if job is not None and job.run and (self._followed is None or self._followed.name != job.run):
-            self._show(job.run)
+        if self._awaited is not None and self._awaited.run:
+            self._show(self._awaited.run)
             return
 
         def look() -> None:
             runs, followed = store.runs(LISTED, STUDIES), self._followed
-            self.query_one(Studies).show((), runs)
+            self.query_one(RunTable).show((), runs)
             if followed is None:
                 return
             self.run_shown = next((run for run in runs if run.run_id == followed.name), None)
             if self.run_shown is not None:
                 followed.follow(self.run_shown, lambda error: self.post_message(self.Grown(followed, error)))
 
-        self.bench.attempt(look)
+        if not self.bench.attempt(look):
+            self._store = None
         self._tell()
 
     def _tell(self) -> None:
         """One line: the run and what is seen of it, or what is planned."""
-        run, job = self.run_shown, self._job
+        run, job = self.run_shown, self._awaited
         if self._plans.kind:
             line = self._plans.line
-        elif job is not None and not job.run:
+        elif job is not None:
             line = "did not start" if job.future.done() else f"starting {job.label}…"
         elif run is None:
             line = NOTHING

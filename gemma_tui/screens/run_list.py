@@ -30,7 +30,6 @@ class RunList(RunTable):
     """What is queued, and the runs; enter opens one, m marks, o compares what is marked or a group, delete cancels."""
 
     BINDINGS = [
-        Binding("enter", "select_cursor", "Open", id="runs.open"),
         Binding("m", "mark", "Mark", id="runs.mark", tooltip="Mark the run for a comparison, or take it out"),
         Binding("o", "overlay", "Over", id="runs.overlay",
                 tooltip="Compare the runs that are marked, or else the group under the cursor"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 from rich.text import Text
+from textual.binding import Binding
 from textual.widgets import DataTable
 
 from gemma_tui.output import age
@@ -20,7 +21,9 @@ QUEUED = "queue:"
 
 
 class RunTable(DataTable[Text]):
-    """A row for each queued plan and each run."""
+    """A row for each queued plan and each run; enter opens one."""
+
+    BINDINGS = [Binding("enter", "select_cursor", "Open", id="runs.open")]
 
     def __init__(self, id: str) -> None:
         super().__init__(id=id, cursor_type="row", classes="pane")

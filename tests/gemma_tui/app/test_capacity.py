@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from gemma_tui.runs.store import RunStore
 from gemma_tui.screens import capacity
 from gemma_tui.screens.capacity import CapacityScreen
 from gemma_tui.studies.capacity import sweep as sweeps
-from gemma_tui.studies.capacity.plan import PRESETS
+from gemma_tui.studies.capacity.plan import PRESETS, CapacityPlan
 from gemma_tui.studies.capacity.results import read_sweep, sweep_figure
 from gemma_tui.studies.memorization import meter
 from gemma_tui.studies.memorization.results import memorization_figure, read_measured
@@ -223,7 +224,7 @@ async def test_quitting_asks_saves_and_the_sweep_goes_on(opened: Open, store: Ru
         await ended(it, run)
 
 
-async def test_the_forms_presets_and_their_command(opened: Open, size: Size) -> None:
+async def test_the_forms_presets_and_their_command(opened: Open, store: RunStore, size: Size) -> None:
     async with opened(size) as it:
         await it.mode("3", "capacity")
         await it.press("n")
@@ -247,6 +248,11 @@ async def test_the_forms_presets_and_their_command(opened: Open, size: Size) -> 
         await it.press("escape")
         assert not form(it, "measure").is_on_screen
         assert screen(it).query_one("#studies").is_on_screen
+        store.create("lora", "training", "torch", {"data": "rows.jsonl"}, "", 1)
+        it.app.session.place.model = "lora-1"
+        await it.press("m")
+        filled = form(it, "measure").values
+        assert (filled["model"], filled["data"]) == ("lora-1", "rows.jsonl"), "a run, and what it was trained on"
 
 
 async def test_what_cannot_be_done_is_told_in_a_line(opened: Open, store: RunStore, gate: Gate) -> None:
@@ -284,10 +290,12 @@ async def test_what_cannot_be_done_is_told_in_a_line(opened: Open, store: RunSto
 async def test_a_sweep_of_another_engine_is_refused(opened: Open, store: RunStore, gate: Gate) -> None:
     async with opened() as it:
         run = await begun(it)
+        await it.press("e")
+        await told(it, f"engine mlx; {run} goes on with torch")
         await it.press("x")
         gate.let(1000)
         await ended(it, run, "stopped")
-        await it.press("e", "u")
+        await it.press("u")
         await told(it, f"{run} was computed with torch: e switches to it")
         assert store.run(run).state == "stopped"
 
@@ -297,11 +305,10 @@ async def test_it_writes_what_it_shows(opened: Open, store: RunStore, tmp_path: 
         run = await begun(it, sizes="4")
         await ended(it, run)
         await it.until(lambda: set(cells(it).values()) == {"done"}, "the cell")
-        for name in ("a.csv", "a.json", "a.png"):
+        for name in ("a.csv", "a.json"):
             path = tmp_path / name
             await typed(it, "o", str(path))
             await it.until(lambda name=name: f"{name}" in it.told(), name)
-            assert path.is_file() or "font" in it.told()
         found = json.loads((tmp_path / "a.json").read_text())
         assert found["title"] == "capacity: 1 of 1 cells"
         assert "1x8 N=4 seed 0" in (tmp_path / "a.csv").read_text()
@@ -330,6 +337,8 @@ async def test_memorization_is_measured_and_the_model_comes_back(
         after = it.app.session.place
         assert (after.model, after.info) == (tiny, before), "it is loaded again"
         assert screen(it).command() == store.run("memorization-1").command
+        await it.press("u")
+        await told(it, "memorization-1 is done")
 
 
 async def test_a_measurement_that_was_stopped_goes_on(
@@ -360,26 +369,21 @@ async def test_a_measurement_that_was_stopped_goes_on(
         await it.until(lambda: view(it).count > 0, "the figure")
 
 
-async def test_foreign_names_are_cleaned(opened: Open, store: RunStore, size: Size) -> None:
-    from dataclasses import asdict
-
-    from gemma_tui.studies.capacity.plan import CapacityPlan
-
+async def test_foreign_names_are_cleaned(opened: Open, store: RunStore) -> None:
     for text in TEXTS:
         text = text.encode("utf-8", "replace").decode()
         run = store.create("capacity", "capacity", "torch", {**asdict(CapacityPlan()), "name": text}, text, 6)
         store.set_state(run.run_id, "failed", text)
         store.record(run.run_id, "start", 0, {"cells": 6, "done": 0, "device": text})
-    async with opened(size) as it:
+    async with opened() as it:
         await it.mode("3", "capacity")
         await it.until(lambda: len(listed(it)) == len(TEXTS), "the list")
-        for number in range(len(TEXTS)):
+        for name in listed(it):
             await it.press("enter")
-            await it.until(lambda: view(it).figure.notes and "failed" in it.static("#looked"), "the run")
-            text = nothing_foreign(it)
-            assert "seen" in text
+            await it.until(lambda name=name: it.static("#looked").startswith(f"{name} · failed"), name)
+            await it.until(lambda: view(it).figure.notes, "the figure")
+            assert "seen" in nothing_foreign(it)
             await it.press("down")
-            assert number >= 0
 
 
 async def test_a_cursor_in_the_table_of_cells_stays_while_a_sweep_grows(opened: Open, gate: Gate) -> None:
