@@ -144,10 +144,9 @@ class CapacityScreen(Workbench):
 
     def action_start(self) -> None:
         """Do what the form says."""
-        session = self.bench.session
 
         def begin() -> Job:
-            plan = self._plans.plan()
+            plan, session = self._plans.plan(), self.bench.session
             return session.sweep(plan) if isinstance(plan, CapacityPlan) else session.measure(plan)
 
         self._begin(begin)
@@ -217,8 +216,7 @@ class CapacityScreen(Workbench):
             self.bench.tell(message.error, "warning")
         if message.followed is self._followed:
             # Under one title all along, so that the part that is seen stays.
-            figure = message.followed.figure or Figure("")
-            self._figure.show(replace(figure, title=message.followed.name))
+            self._figure.show(replace(message.followed.figure or Figure(""), title=message.followed.name))
             self._tell()
 
     @property
