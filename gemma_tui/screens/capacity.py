@@ -19,7 +19,7 @@ from gemma_tui.figure import Figure
 from gemma_tui.runs.store import Run, RunStore
 from gemma_tui.screens import steering
 from gemma_tui.screens.capacity_plans import MEASURE, CapacityPlans
-from gemma_tui.screens.capacity_run import STUDIES, SWEEP, FollowedRun, check_idle, in_words
+from gemma_tui.screens.capacity_run import JOBS, LISTED, STUDIES, SWEEP, FollowedRun, check_idle, in_words
 from gemma_tui.screens.exporting import ask_and_export
 from gemma_tui.screens.workbench import Workbench
 from gemma_tui.studies.capacity.plan import CapacityPlan, cells_of
@@ -36,8 +36,6 @@ if TYPE_CHECKING:
 SECONDS = 1.0
 """Between two looks at the store."""
 
-LISTED = 200
-JOBS = ("sweep", "measure")
 SIZES = Option("sizes", str, "", "numbers of strings of the cells that are added, with commas")
 NOTHING = "no run yet: n plans a sweep, m measures what a model has memorised"
 
@@ -257,9 +255,11 @@ class CapacityScreen(Workbench):
         self._tell()
 
     def _show(self, name: str) -> None:
-        """Show a run from its beginning."""
-        self._followed, self.run_shown, self._awaited = FollowedRun(name), None, None
-        self._figure.show(Figure(name))
+        """Show a run; one that is shown already goes on."""
+        self._awaited = None
+        if self._followed is None or self._followed.name != name:
+            self._followed, self.run_shown = FollowedRun(name), None
+            self._figure.show(Figure(name))
         self._look()
         self.query_one(RunTable).go_to(name)
 

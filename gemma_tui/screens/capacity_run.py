@@ -19,8 +19,10 @@ from gemma_tui.studies.capacity.sweep import sweep_plan
 from gemma_tui.studies.memorization.meter import STUDY as MEASUREMENT
 from gemma_tui.studies.memorization.results import memorization_figure, read_measured
 
-STUDIES = (SWEEP, MEASUREMENT)
-"""Runs that the capacity screen lists."""
+STUDIES, JOBS = (SWEEP, MEASUREMENT), ("sweep", "measure")
+"""Runs that the capacity screen lists, and the kinds of the jobs that compute them."""
+
+LISTED = 200
 
 REST = 9
 """Times what reading takes that are left to other threads before the next one."""

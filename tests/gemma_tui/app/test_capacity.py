@@ -190,8 +190,10 @@ async def test_x_stops_u_goes_on_and_a_adds_cells(
         assert min(steps) > 5, "it went on where it was"
         await typed(it, "a", "x")
         await told(it, "sizes: 'x' is no whole number")
+        await it.press("v", "v")
         await typed(it, "a", "6")
         await it.until(lambda: len(cells(it)) == 3, "the cell that was added")
+        assert view(it).place.startswith("chart 3/"), "the part that is seen stays"
         await ended(it, run)
         await it.until(lambda: set(cells(it).values()) == {"done"}, "all cells")
         assert "3/3 cells" in it.static("#looked")
