@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,6 +20,7 @@ from engines.errors import UnsupportedError
 from engines.gemma3 import Gemma3Config
 from engines.inspection import Inspection
 from engines.networks import Networks, NetworkShape, NetworkTraining
+from engines.removal import Removal
 
 IGNORED = -100
 """The label of a position that is not supervised."""
@@ -375,6 +377,18 @@ class Engine(Protocol):
 
         Raises:
             UnsupportedError: the shape or the training names what is not there.
+        """
+
+    def adapters(self) -> tuple[str, ...]:
+        """The linears that have adapters, like ``model.layers.0.self_attn.q_proj``."""
+
+    def without(self, removal: Removal) -> AbstractContextManager[None]:
+        """Let the model compute without some of its parts inside a ``with``; after it all is as before, bit for bit.
+
+        The model can be scored and generate there. What looks into it, trains, writes or changes it is refused.
+
+        Raises:
+            UnsupportedError: a part is not there, or some are taken away already.
         """
 
     def generate(self, prompt: Sequence[int], sampling: Sampling) -> Iterator[int]:

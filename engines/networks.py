@@ -19,7 +19,6 @@ from engines.gemma3 import GLOBAL, Gemma3Config, Rope
 from engines.initialisation import INITIALIZER_RANGE, gemma3_weights
 
 ARCHITECTURES = ("gpt2", "gemma3")
-OPTIMIZERS = ("soap", "adam")
 LAYER_NORM_EPSILON = 1e-5
 IN_FLIGHT_BYTES = 8 << 20
 """A batch is taken in parts of which the widest activation fits in this: it stays in a CPU's cache."""
@@ -111,64 +110,26 @@ class NetworkShape:
 
 @dataclass(frozen=True)
 class NetworkTraining:
-    """How a stack is trained.
+    """How a stack is trained: Adam (arXiv:1412.6980), every network at a rate of its own, gradients not clipped.
 
     Attributes:
-        optimizer: ``adam`` (arXiv:1412.6980), or ``soap``, Adam in the eigenbasis of Shampoo's preconditioners
-            (arXiv:2409.11321), the bases of which are renewed every ``renew_every`` steps by one QR iteration.
-        floor: of a turned gradient, the share of its mean over the matrix that the root of the second moment has at
-            least: gradients of few texts have directions in which there is nothing but rounding.
         dtype: ``bfloat16`` computes with weights rounded to it; what is updated stays in float32.
     """
 
-    optimizer: str = "soap"
     betas: tuple[float, float] = (0.9, 0.995)
     epsilon: float = 1e-8
-    floor: float = 1e-4
-    renew_every: int = 4
     dtype: str = "float32"
 
-    @property
-    def reach(self) -> float:
-        """The largest first moment over the root of the second that any gradients have, by Cauchy and Schwarz.
 
-        (1 - β₁) / √((1 - β₂) (1 - β₁² / β₂)). A basis that has turned since the second moment was kept can give more.
-        """
-        first, second = self.betas
-        return (1 - first) / math.sqrt((1 - second) * (1 - first * first / second))
-
-    def check(self) -> None:
-        """Whether there is such an optimizer.
-
-        Raises:
-            UnsupportedError: there is not.
-        """
-        if self.optimizer not in OPTIMIZERS:
-            raise UnsupportedError(f"optimizer {self.optimizer[:40]!r} is not there: choose {' or '.join(OPTIMIZERS)}")
-
-
-ROTATED = 256
-"""A longer axis keeps its own basis; a vocabulary's preconditioner would be larger than the network."""
-
-
-def rotated_axes(shape: Sequence[int], optimizer: str) -> tuple[int, ...]:
-    """The axes of a stack ``[networks, ...]`` along which SOAP turns gradients: those of matrices, if short enough."""
-    if optimizer != "soap" or len(shape) < 3:
-        return ()
-    return tuple(axis for axis in (1, 2) if 1 < shape[axis] <= ROTATED)
-
-
-def stack_bytes(shape: NetworkShape, networks: int, training: NetworkTraining) -> tuple[int, int]:
+def stack_bytes(shape: NetworkShape, networks: int) -> tuple[int, int]:
     """Bytes of memory that a stack takes in training, estimated, and of disk that its state takes.
 
-    Weights, the copy that is computed with, gradient, two moments and two temporary arrays of an update;
-    preconditioners and their bases; activations of the parts in flight.
+    Weights, the copy that is computed with, gradient, two moments and two temporary arrays of an update; activations of
+    the parts in flight, and logits.
     """
-    sizes = [(networks, *size) for size in shape.parameter_shapes().values()]
-    weights = 4 * sum(math.prod(size) for size in sizes)
-    turned = 8 * networks * sum(size[axis] ** 2 for size in sizes for axis in rotated_axes(size, training.optimizer))
+    weights = 4 * networks * shape.parameter_count()
     flight = 4 * networks * shape.part(networks, 1 << 30) * shape.length * shape.width * 16 * (shape.layers + 1)
-    return 7 * weights + turned + flight + 2 * LOGITS_BYTES, 3 * weights + turned
+    return 7 * weights + flight + 2 * LOGITS_BYTES, 3 * weights
 
 
 class Networks(Protocol):

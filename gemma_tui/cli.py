@@ -32,7 +32,8 @@ EXPORTS = (
     ("csv", "tables"),
 )
 COMMANDS = (
-    "models list, generate, data, train, attention, capacity sweep, memorization, adapters list, runs list, doctor"
+    "models list, generate, data, train, attention, capacity sweep, memorization, canaries, adapters list, runs list, "
+    "doctor"
 )
 
 
@@ -115,6 +116,7 @@ def _parser(given: Sequence[str]) -> Parser:
     _attention(groups, wanted="attention" in given)
     _capacity(groups, wanted="capacity" in given)
     _memorization(groups, wanted="memorization" in given)
+    _canaries(groups)
     _adapters(groups)
     _runs(groups)
     _queue(groups)
@@ -225,8 +227,13 @@ def _memorization(groups: argparse._SubParsersAction, wanted: bool) -> None:
     if wanted:
         from gemma_tui.commands.plans import add_options
         from gemma_tui.studies.memorization.plan import MemorizationPlan
+        from gemma_tui.studies.memorization.where import WherePlan
 
         add_options(command, MemorizationPlan, ("model",))
+        for name, what in EXPORTS:
+            command.add_argument(f"--{name}", metavar="FILE", help=f"write the result as {what}")
+        held = command.add_argument_group("parts that hold it")
+        add_options(held, WherePlan, ("model", "batch_size", "name"))
 
 
 def _capacity(groups: argparse._SubParsersAction, wanted: bool) -> None:
@@ -248,6 +255,18 @@ def _capacity(groups: argparse._SubParsersAction, wanted: bool) -> None:
         from gemma_tui.studies.capacity.plan import CapacityPlan
 
         add_options(sweep, CapacityPlan)
+
+
+def _canaries(groups: argparse._SubParsersAction) -> None:
+    help = "plant random strings in data, to measure later how exposed training has left them"
+    command = _command(groups, "canaries", help, "canaries:canaries")
+    command.add_argument("data", metavar="DATA", help="rows to plant them in: .jsonl or .txt, a folder or hf:REPO")
+    command.add_argument("--out", required=True, metavar="FILE.jsonl", help="the rows to train on; not there yet")
+    command.add_argument("--sidecar", metavar="FILE", help="what was planted (default FILE.canaries.json)")
+    command.add_argument("--space", default="digits", choices=("digits", "letters"), help="of what (default digits)")
+    command.add_argument("--repeats", default="0,1,4,16", metavar="N,N", help="how often each (default 0,1,4,16)")
+    command.add_argument("--each", type=int, default=4, metavar="N", help="canaries of each number (default 4)")
+    command.add_argument("--seed", type=int, default=0, metavar="N", help="of strings and places (default 0)")
 
 
 def _adapters(groups: argparse._SubParsersAction) -> None:

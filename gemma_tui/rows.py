@@ -70,6 +70,13 @@ class ChatRow:
 Row = TextRow | PromptRow | ChatRow
 
 
+def row_json(row: Row) -> dict[str, Any]:
+    """The object that ``parse_row`` reads."""
+    if isinstance(row, ChatRow):
+        return {"messages": [{"role": turn.role, "content": turn.content} for turn in row.messages]}
+    return {"text": row.text} if isinstance(row, TextRow) else {"prompt": row.prompt, "completion": row.completion}
+
+
 @dataclass(frozen=True)
 class RowSplits:
     """Rows for training, for validation and for a test at the end; only the first must be there."""

@@ -13,7 +13,11 @@ from engines.mlx.model import Gemma3, Linear
 
 
 class LoRALinear(Linear):
-    """``x Wᵀ + alpha / rank · dropout(x) Aᵀ Bᵀ`` (Hu et al., arXiv:2106.09685, equation 3); A and B are float32."""
+    """``x Wᵀ + alpha / rank · dropout(x) Aᵀ Bᵀ`` (Hu et al., arXiv:2106.09685, equation 3); A and B are float32.
+
+    Attributes:
+        off: whether it computes ``x Wᵀ`` alone for now.
+    """
 
     def __init__(self, base: Linear, lora_a: mx.array, lora_b: mx.array, settings: LoRASettings) -> None:
         nn.Module.__init__(self)
@@ -21,10 +25,13 @@ class LoRALinear(Linear):
         self.lora_A = lora_a
         self.lora_B = lora_b
         self.scale = settings.scale
+        self.off = False
         self.dropout = nn.Dropout(settings.dropout)
         self.freeze(keys=["weight"])
 
     def __call__(self, x: mx.array) -> mx.array:
+        if self.off:
+            return Linear.__call__(self, x)
         rows = x.reshape(-1, x.shape[-1])
         z = self.dropout(rows) @ self.lora_A.astype(x.dtype).T
         y = mx.addmm(super().__call__(rows), z, self.lora_B.astype(x.dtype).T, alpha=self.scale)
@@ -53,6 +60,8 @@ class DoRALinear(LoRALinear):
         self.lora_magnitude_vector = lengths
 
     def __call__(self, x: mx.array) -> mx.array:
+        if self.off:
+            return Linear.__call__(self, x)
         rows = x.reshape(-1, x.shape[-1])
         dropped = self.dropout(rows)
         lengths = mx.stop_gradient(mx.linalg.norm(super().merged(), axis=1))

@@ -61,13 +61,3 @@ def free(device: mx.Device) -> int:
 def release() -> None:
     """Give cached blocks back."""
     mx.clear_cache()
-
-
-def eigenvectors(matrices: mx.array) -> mx.array:
-    """Of symmetric ``[..., n, n]``, columns by falling eigenvalue; MLX has no routine for it but the CPU's."""
-    return mx.linalg.eigh(matrices, stream=mx.cpu)[1][..., ::-1]
-
-
-def orthonormal(matrices: mx.array) -> mx.array:
-    """Q of the QR decomposition of ``[..., n, n]``; MLX has no routine for it but the CPU's."""
-    return mx.linalg.qr(matrices, stream=mx.cpu)[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ from engines.mlx.model import Gemma3
 from engines.mlx.networks import MLXNetworks
 from engines.networks import NetworkShape, NetworkTraining
 from engines.origin import first_weights
+from engines.removal import Removal, taken_away
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16}
@@ -58,6 +60,7 @@ class MLXEngine:
         self._training: training.Training | None = None
         self._start: tuple[Factors, LoRASettings] | None = None
         self._touched: set[str] = set()
+        self._reduced = False
 
     def device(self) -> DeviceInfo:
         return device.describe(self._device)
@@ -100,7 +103,20 @@ class MLXEngine:
         return scoring.token_scores(self._loaded().eval(), tokens, sampling)
 
     def inspect(self, tokens: np.ndarray, edits: Sequence[Edit] = (), base: Inspection | None = None) -> MLXInspection:
-        return MLXInspection(self._loaded(), tokens, edits, base)
+        return MLXInspection(self._whole(), tokens, edits, base)
+
+    def adapters(self) -> tuple[str, ...]:
+        return tuple(adapters.lora_layers(self._loaded()))
+
+    @contextmanager
+    def without(self, removal: Removal) -> Iterator[None]:
+        model = self._whole()
+        with taken_away(model, adapters.lora_layers(model), removal):
+            self._reduced = True
+            try:
+                yield
+            finally:
+                self._reduced = False
 
     def networks(self, shape: NetworkShape, seeds: Sequence[int], training: NetworkTraining) -> MLXNetworks:
         return MLXNetworks(shape, seeds, training)
@@ -109,7 +125,7 @@ class MLXEngine:
         return decoding.generate(self._loaded().eval(), prompt, sampling)
 
     def start_training(self, settings: TrainingSettings) -> int:
-        model = self._loaded()
+        model = self._whole()
         settings.check()
         needed = training_bytes(model.config, settings, ITEM_BYTES[self._loaded_info().dtype])
         ensure_memory("training", needed, device.free(self._device))
@@ -120,26 +136,26 @@ class MLXEngine:
         return sum(p.size for _, p in tree_flatten(model.trainable_parameters()))
 
     def train_step(self, batches: Sequence[Batch], learning_rate: float, observe: bool = False) -> StepResult:
-        return training.train_step(self._loaded(), self._started(), batches, learning_rate, observe)
+        return training.train_step(self._whole(), self._started(), batches, learning_rate, observe)
 
     def merge(self, reset: str, seed: int, count: bool = False) -> Merge:
-        return merging.merge(self._loaded(), reset, seed, count)
+        return merging.merge(self._whole(), reset, seed, count)
 
     def prune_optimizer(self, how: str, ratio: float, seed: int) -> float:
-        started, slots = self._started(), adapters.lora_layers(self._loaded())
+        started, slots = self._started(), adapters.lora_layers(self._whole())
         pruned = [name for name in started.trained if name.rpartition(".")[0] in slots]
         return optimizers.prune(started.optimizer, pruned, how, ratio, seed)
 
     def updates(self, names: Sequence[str] | None = None) -> Iterator[tuple[str, np.ndarray, float]]:
-        wanted = list(target_modules(self._loaded().config, LINEARS)) if names is None else names
+        wanted = list(target_modules(self._whole().config, LINEARS)) if names is None else names
         start = first_weights(self._loaded_info(), self._seed, self._start, wanted)
-        return merging.updates(self._loaded(), start)
+        return merging.updates(self._whole(), start)
 
     def save_state(self, folder: Path) -> list[Path]:
-        return state.save(self._loaded(), self._started(), self._touched, folder)
+        return state.save(self._whole(), self._started(), self._touched, folder)
 
     def load_state(self, folder: Path) -> None:
-        state.load(self._loaded(), self._started(), folder)
+        state.load(self._whole(), self._started(), folder)
 
     def optimizer_bytes(self) -> int:
         started, merged = self._started(), rank1.rank1_layers(self._loaded())
@@ -156,13 +172,13 @@ class MLXEngine:
         device.release()
 
     def save_adapter(self, folder: Path, base: str) -> None:
-        model = self._loaded()
+        model = self._whole()
         if self._settings is None or self._settings.lora is None:
             raise UnsupportedError("the model has no adapters to save")
         write_adapter(folder, adapters.factors_of(model), self._settings.lora, model.config, base)
 
     def load_adapter(self, folder: Path) -> None:
-        model = self._loaded()
+        model = self._whole()
         factors, lora = read_adapter(folder, model.config)
         adapters.put_lora(model, factors, lora)
         self._start = (factors, lora)
@@ -170,7 +186,7 @@ class MLXEngine:
         self._info = replace(self._loaded_info(), adapter=str(folder))
 
     def save_model(self, folder: Path, config: Mapping[str, Any], dtype: str | None = None) -> None:
-        model, stored = self._loaded(), dtype or self._loaded_info().dtype
+        model, stored = self._whole(), dtype or self._loaded_info().dtype
         adapted = {f"{name}.weight" for name in (*adapters.lora_layers(model), *rank1.rank1_layers(model))}
         kind = "BF16" if stored == "bfloat16" else "F32"
         shapes = {name: (kind, shape) for name, shape in model.config.parameter_shapes().items()}
@@ -223,6 +239,12 @@ class MLXEngine:
         if self._model is None:
             raise UnsupportedError("no model is loaded: load one first")
         return self._model
+
+    def _whole(self) -> Gemma3:
+        model = self._loaded()
+        if self._reduced:
+            raise UnsupportedError("parts of the model are taken away: it can only be scored until they are back")
+        return model
 
     def _started(self) -> training.Training:
         if self._training is None:

@@ -77,13 +77,18 @@ def rotate(x: mx.array, rotation: tuple[mx.array, mx.array]) -> mx.array:
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with normalised queries and keys; the scale is query_pre_attn_scalar^-½."""
+    """Grouped-query attention with normalised queries and keys; the scale is query_pre_attn_scalar^-½.
+
+    Attributes:
+        silent: heads whose outputs are zero for now.
+    """
 
     def __init__(self, config: Gemma3Config) -> None:
         super().__init__()
         d, hd = config.hidden_size, config.head_dim
         self.heads, self.kv_heads, self.head_dim = config.num_attention_heads, config.num_key_value_heads, hd
         self.scale = config.query_pre_attn_scalar**-0.5
+        self.silent: tuple[int, ...] = ()
         self.q_proj = Linear(d, self.heads * hd)
         self.k_proj = Linear(d, self.kv_heads * hd)
         self.v_proj = Linear(d, self.kv_heads * hd)
@@ -110,6 +115,9 @@ class Attention(nn.Module):
     def join(self, y: mx.array) -> mx.array:
         """The outputs of the heads ``[batch, heads, length, head_dim]``, side by side, through ``o_proj``."""
         batch, _, length, _ = y.shape
+        if self.silent:
+            y = mx.array(y)
+            y[:, mx.array(self.silent)] = 0
         return self.o_proj(y.swapaxes(1, 2).reshape(batch, length, -1))
 
 
@@ -127,13 +135,18 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: attention and MLP, each normalised before and after, added to the residual stream."""
+    """One layer: attention and MLP, each normalised before and after, added to the residual stream.
+
+    Attributes:
+        mlp_off: whether the MLP adds nothing for now.
+    """
 
     def __init__(self, config: Gemma3Config) -> None:
         super().__init__()
         d, eps = config.hidden_size, config.rms_norm_eps
         self.self_attn = Attention(config)
         self.mlp = MLP(config)
+        self.mlp_off = False
         self.input_layernorm = RMSNorm(d, eps)
         self.post_attention_layernorm = RMSNorm(d, eps)
         self.pre_feedforward_layernorm = RMSNorm(d, eps)
@@ -144,6 +157,8 @@ class Block(nn.Module):
     ) -> mx.array:
         y = self.self_attn(self.input_layernorm(x), rotation, mask, cache)
         x = x + self.post_attention_layernorm(y)
+        if self.mlp_off:
+            return x
         y = self.mlp(self.pre_feedforward_layernorm(x))
         return x + self.post_feedforward_layernorm(y)
 

@@ -12,11 +12,12 @@ import numpy as np
 
 from engines.checkpoints import read_arrays, write_arrays
 from engines.mlx.attention import CAUSAL, attention
+from engines.mlx.device import number
 from engines.mlx.model import rotate, rotations
-from engines.mlx.soap import Soap
 from engines.networks import LAYER_NORM_EPSILON, NetworkShape, NetworkTraining, check_state, first_weights
 
 Parameters = dict[str, mx.array]
+PARTS = ("weights", "first", "second")
 
 
 class MLXNetworks:
@@ -24,16 +25,30 @@ class MLXNetworks:
 
     def __init__(self, shape: NetworkShape, seeds: Sequence[int], training: NetworkTraining) -> None:
         shape.check()
-        training.check()
         self.shape, self.training = shape, training
         self.weights = {name: mx.array(array) for name, array in first_weights(shape, seeds).items()}
-        self.optimizer = Soap(self.weights, training)
+        self.first = {name: mx.zeros_like(weight) for name, weight in self.weights.items()}
+        self.second = {name: mx.zeros_like(weight) for name, weight in self.weights.items()}
+        self.steps = mx.zeros((1,))
 
     def step(self, tokens: np.ndarray, rates: np.ndarray) -> np.ndarray:
         losses, gradients = self._gradients(mx.array(tokens))
-        self.weights = self.optimizer.step(self.weights, gradients, mx.array(rates.astype(np.float32)))
-        mx.eval(self.weights, self.optimizer.state())
+        self._adam(gradients, mx.array(rates.astype(np.float32)))
+        mx.eval(self._state())
         return np.array(losses).astype(np.float64)
+
+    def _adam(self, gradients: Parameters, rates: mx.array) -> None:
+        """One step of Adam, each network at its rate (Kingma & Ba, arXiv:1412.6980, algorithm 1)."""
+        first_decay, second_decay = self.training.betas
+        self.steps = self.steps + 1
+        count = round(number(self.steps))
+        for name, gradient in gradients.items():
+            first = first_decay * self.first[name] + (1 - first_decay) * gradient
+            second = second_decay * self.second[name] + (1 - second_decay) * gradient.square()
+            spread = mx.sqrt(second / (1 - second_decay**count)) + self.training.epsilon
+            stride = (rates / (1 - first_decay**count)).reshape(-1, *[1] * (first.ndim - 1))
+            self.first[name], self.second[name] = first, second
+            self.weights[name] = self.weights[name] - first * stride / spread
 
     def _gradients(self, ids: mx.array) -> tuple[mx.array, Parameters]:
         """Mean losses ``[networks]`` and their gradients, summed over parts of the batch."""
@@ -64,8 +79,9 @@ class MLXNetworks:
 
     def keep(self, chosen: Sequence[int]) -> None:
         index = mx.array(np.array(chosen, np.int32))
-        self.weights = {name: weight[index] for name, weight in self.weights.items()}
-        self.optimizer.keep(index)
+        self.weights, self.first, self.second = (
+            {name: array[index] for name, array in part.items()} for part in (self.weights, self.first, self.second)
+        )
 
     def parameters(self, network: int) -> dict[str, np.ndarray]:
         return {name: np.array(self._computed(weight)[network]) for name, weight in self.weights.items()}
@@ -76,11 +92,14 @@ class MLXNetworks:
     def load_state(self, path: Path) -> None:
         arrays = read_arrays(path)
         check_state(path, arrays, {name: tuple(array.shape) for name, array in self._state().items()})
-        self.weights = {name: mx.array(arrays[f"weights.{name}"]) for name in self.weights}
-        self.optimizer.put(arrays)
+        self.steps = mx.array(arrays["steps"])
+        self.weights, self.first, self.second = (
+            {name: mx.array(arrays[f"{part}.{name}"]) for name in self.weights} for part in PARTS
+        )
 
     def _state(self) -> Parameters:
-        return {f"weights.{n}": w for n, w in self.weights.items()} | self.optimizer.state()
+        held = zip(PARTS, (self.weights, self.first, self.second), strict=True)
+        return {"steps": self.steps, **{f"{part}.{name}": array for part, each in held for name, array in each.items()}}
 
     def _computed(self, weight: mx.array) -> mx.array:
         """A weight as the networks compute with it."""

@@ -16,7 +16,11 @@ from engines.torch.model import Gemma3, Linear
 
 
 class LoRALinear(Linear):
-    """``x Wᵀ + alpha / rank · dropout(x) Aᵀ Bᵀ`` (Hu et al., arXiv:2106.09685, equation 3); A and B are float32."""
+    """``x Wᵀ + alpha / rank · dropout(x) Aᵀ Bᵀ`` (Hu et al., arXiv:2106.09685, equation 3); A and B are float32.
+
+    Attributes:
+        off: whether it computes ``x Wᵀ`` alone for now.
+    """
 
     def __init__(self, base: Linear, lora_a: Tensor, lora_b: Tensor, settings: LoRASettings) -> None:
         nn.Module.__init__(self)
@@ -24,9 +28,12 @@ class LoRALinear(Linear):
         self.lora_A = nn.Parameter(lora_a)
         self.lora_B = nn.Parameter(lora_b)
         self.scale = settings.scale
+        self.off = False
         self.dropout = settings.dropout
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.off:
+            return Linear.forward(self, x)
         rows = x.flatten(0, -2)
         z = F.linear(F.dropout(rows, self.dropout, self.training), self.lora_A.to(x.dtype))
         # Added in place: a sum of its own would be the largest tensor of the layer once more. The small copy of B gives
@@ -57,6 +64,8 @@ class DoRALinear(LoRALinear):
         self.lora_magnitude_vector = nn.Parameter(lengths)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.off:
+            return Linear.forward(self, x)
         rows = x.flatten(0, -2)
         dropped = F.dropout(rows, self.dropout, self.training)
         with torch.no_grad():

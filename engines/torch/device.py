@@ -65,18 +65,6 @@ def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return (weight @ columns).T[:rows].reshape(*x.shape[:-1], -1)
 
 
-def eigenvectors(matrices: torch.Tensor) -> torch.Tensor:
-    """Of symmetric ``[..., n, n]``, columns by falling eigenvalue; on the CPU where MPS has no routine for it."""
-    place = torch.device("cpu") if matrices.device.type == "mps" else matrices.device
-    return torch.linalg.eigh(matrices.to(place))[1].flip(-1).to(matrices.device)
-
-
-def orthonormal(matrices: torch.Tensor) -> torch.Tensor:
-    """Q of the QR decomposition of ``[..., n, n]``; computed on the CPU, where MPS has no routine for it."""
-    place = torch.device("cpu") if matrices.device.type == "mps" else matrices.device
-    return torch.linalg.qr(matrices.to(place))[0].to(matrices.device)
-
-
 def _total(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[1]

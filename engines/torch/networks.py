@@ -16,7 +16,6 @@ from engines.checkpoints import read_arrays, write_arrays
 from engines.networks import LAYER_NORM_EPSILON, NetworkShape, NetworkTraining, check_state, first_weights
 from engines.torch.attention import CAUSAL, attention
 from engines.torch.model import rotate, rotations
-from engines.torch.soap import Soap
 
 LOG2E = 1 / math.log(2)
 SAFE_LOGIT = 60.0
@@ -32,16 +31,30 @@ class TorchNetworks:
         self, shape: NetworkShape, seeds: Sequence[int], training: NetworkTraining, device: torch.device
     ) -> None:
         shape.check()
-        training.check()
         self.shape, self.training, self.device = shape, training, device
         self.weights = {n: torch.from_numpy(a).to(device) for n, a in first_weights(shape, seeds).items()}
-        self.optimizer = Soap(self.weights, training)
+        self.first = {name: torch.zeros_like(weight) for name, weight in self.weights.items()}
+        self.second = {name: torch.zeros_like(weight) for name, weight in self.weights.items()}
+        self.steps = torch.zeros(1)
 
     def step(self, tokens: np.ndarray, rates: np.ndarray) -> np.ndarray:
         ids = torch.from_numpy(tokens).to(self.device, torch.long)
         losses, gradients = self._gradients(ids)
-        self.optimizer.step(self.weights, gradients, torch.from_numpy(rates).to(self.device, torch.float32))
+        self._adam(gradients, torch.from_numpy(rates).to(self.device, torch.float32))
         return losses.cpu().double().numpy()
+
+    def _adam(self, gradients: Parameters, rates: Tensor) -> None:
+        """One step of Adam, each network at its rate (Kingma & Ba, arXiv:1412.6980, algorithm 1)."""
+        first_decay, second_decay = self.training.betas
+        self.steps += 1
+        count = int(self.steps)
+        for name, gradient in gradients.items():
+            first, second = self.first[name], self.second[name]
+            first.lerp_(gradient, 1 - first_decay)
+            second.lerp_(gradient.square_(), 1 - second_decay)
+            spread = (second / (1 - second_decay**count)).sqrt_().add_(self.training.epsilon)
+            stride = (rates / (1 - first_decay**count)).view(-1, *[1] * (first.ndim - 1))
+            self.weights[name].sub_(first * stride / spread)
 
     def _gradients(self, ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean losses ``[networks]`` and their gradients, summed over parts of the batch."""
@@ -71,8 +84,9 @@ class TorchNetworks:
 
     def keep(self, chosen: Sequence[int]) -> None:
         index = torch.tensor(chosen, dtype=torch.long, device=self.device)
-        self.weights = {name: weight[index] for name, weight in self.weights.items()}
-        self.optimizer.keep(index)
+        self.weights, self.first, self.second = (
+            {name: tensor[index] for name, tensor in part.items()} for part in (self.weights, self.first, self.second)
+        )
 
     def parameters(self, network: int) -> dict[str, np.ndarray]:
         return {name: self._computed(weight)[network].cpu().numpy() for name, weight in self.weights.items()}
@@ -87,7 +101,9 @@ class TorchNetworks:
             tensor.copy_(torch.from_numpy(arrays[name]))
 
     def _state(self) -> dict[str, Tensor]:
-        return {f"weights.{n}": w for n, w in self.weights.items()} | self.optimizer.state()
+        parts = {"weights": self.weights, "first": self.first, "second": self.second}
+        named = {f"{part}.{name}": tensor for part, held in parts.items() for name, tensor in held.items()}
+        return {"steps": self.steps, **named}
 
     def _computed(self, weight: Tensor) -> Tensor:
         """A copy of a weight as the networks compute with it."""

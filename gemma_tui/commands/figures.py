@@ -6,6 +6,7 @@ import argparse
 import os
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from gemma_tui.exports import check_target, export
@@ -34,8 +35,6 @@ def targets_of(args: argparse.Namespace) -> list[Path]:
 
 def tell(figure: Figure, output: Output, targets: list[Path]) -> None:
     """Print a figure, or its rows, and write it."""
-    for target in targets:
-        export(figure, target)
     if output.as_json:
         output.row("figure", title=figure.title, notes=list(figure.notes), facts=plain(figure.facts))
         for table in figure.tables:
@@ -44,6 +43,12 @@ def tell(figure: Figure, output: Output, targets: list[Path]) -> None:
     else:
         colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
         print(figure_text(figure, min(WIDEST, shutil.get_terminal_size((80, 24)).columns), colour, ROWS))
+    write(figure, output, targets)
+
+
+def write(figure: Figure, output: Output, targets: Sequence[Path]) -> None:
+    """Write a figure to files, and say so."""
     for target in targets:
+        export(figure, target)
         output.say(f"written: {target}")
         output.row("written", path=str(target))

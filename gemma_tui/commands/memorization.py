@@ -6,21 +6,27 @@ import argparse
 import os
 import shutil
 import sys
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
+from pathlib import Path
 
 from engines import open_engine
+from gemma_tui.commands.figures import targets_of, write
 from gemma_tui.commands.plans import plan_from
 from gemma_tui.commands.train import INTERRUPTED, stop_on_signal
+from gemma_tui.errors import UsageError
 from gemma_tui.exports.data import plain
 from gemma_tui.figure import Figure, Table
-from gemma_tui.figure_text import cell_text, figure_text
+from gemma_tui.figure_text import cell_text, figure_text, table_lines
 from gemma_tui.output import Output
 from gemma_tui.runs.store import RunStore
 from gemma_tui.studies.events import PASSING, Control, Event, passing
-from gemma_tui.studies.memorization.meter import STUDY, record_memorization, resume_memorization
+from gemma_tui.studies.memorization.meter import FURTHER, STUDY, record_memorization, resume_memorization
 from gemma_tui.studies.memorization.plan import MemorizationPlan
 from gemma_tui.studies.memorization.results import memorization_figure, read_measured
+from gemma_tui.studies.memorization.where import WherePlan
+from gemma_tui.studies.plan import options
 from gemma_tui.studies.recording import Recorded
 
 WIDEST = 100
@@ -28,12 +34,30 @@ ROWS = 20
 """Sequences that a person is shown; JSON and the run's folder have all."""
 
 
+BROAD = 10
+"""Columns above which a table goes in blocks below one another."""
+
+
 def memorization(args: argparse.Namespace, output: Output) -> int:
-    """Measure what a model has memorised of its training data."""
+    """Measure what a model has memorised of its training data, or find the parts that hold it."""
+    given, its_own = set(vars(args)), {o.name for o in options(MemorizationPlan)} - {"model"}
+    others = {o.name for o in options(WherePlan)} - {"model"}
+    if "where" in given:
+        from gemma_tui.commands.where import where
+
+        _refuse(given & (its_own - others), "measure with it, then name that run with --where")
+        return where(args, output)
+    _refuse(given & (others - its_own), "it goes with --where")
     plan = plan_from(MemorizationPlan, args, {"model": args.model}, "memorization")
+    targets = targets_of(args)
     engine, control = open_engine(args.engine), Control()
     with closing(RunStore()) as store:
-        return follow(record_memorization(engine, plan, control, store), control, output, store)
+        return follow(record_memorization(engine, plan, control, store), control, output, store, targets)
+
+
+def _refuse(given: set[str], why: str) -> None:
+    if given:
+        raise UsageError(f"--{min(given).replace('_', '-')}: {why}")
 
 
 def resume(run_name: str, output: Output) -> int:
@@ -43,7 +67,7 @@ def resume(run_name: str, output: Output) -> int:
         return follow(resume_memorization(open_engine(run.engine), run, control, store), control, output, store)
 
 
-def follow(recorded: Recorded, control: Control, output: Output, store: RunStore) -> int:
+def follow(recorded: Recorded, control: Control, output: Output, store: RunStore, targets: Sequence[Path] = ()) -> int:
     """Let a measurement take its course and tell what it found; returns the exit code."""
     run = recorded.run
     with stop_on_signal(control) as came, closing(recorded.events) as events, output.progress("scoring") as progress:
@@ -52,7 +76,9 @@ def follow(recorded: Recorded, control: Control, output: Output, store: RunStore
             _tell(event, output)
     stopped = control.stop.is_set()
     if not stopped:
-        _show(memorization_figure(read_measured(store, run)), output)
+        figure = memorization_figure(read_measured(store, run))
+        show(figure, output)
+        write(figure, output, targets)
     output.say(f"kept as {run.run_id}" + (f": `gemma-tui runs resume {run.run_id}` goes on" if stopped else ""))
     output.row("end", status="stopped" if stopped else "done", run=run.run_id)
     if came:
@@ -61,7 +87,7 @@ def follow(recorded: Recorded, control: Control, output: Output, store: RunStore
 
 
 def _tell(event: Event, output: Output) -> None:
-    if event.kind in (*PASSING, "end"):
+    if event.kind in (*PASSING, *FURTHER, "end"):  # the tables of the figure tell the further ones
         return
     row = event.row()
     output.row(row.pop("kind"), **row)
@@ -89,7 +115,12 @@ def rows_text(name: str, counts: dict[str, int]) -> str:
     return f"{text} ({', '.join(rest)})" if rest else text
 
 
-def _show(figure: Figure, output: Output) -> None:
+def show(figure: Figure, output: Output, rest: str = "in the run's folder") -> None:
+    """A figure, as a terminal shows it or as rows of JSON.
+
+    Args:
+        rest: where the rows are that a terminal is not shown.
+    """
     if output.as_json:
         output.row("figure", title=figure.title, notes=list(figure.notes), facts=plain(figure.facts))
         for table in figure.tables:
@@ -99,11 +130,14 @@ def _show(figure: Figure, output: Output) -> None:
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     print(figure_text(replace(figure, tables=()), min(WIDEST, shutil.get_terminal_size((80, 24)).columns), colour))
     for table in figure.tables:
-        _table(table, output)
+        _table(table, output, rest)
 
 
-def _table(table: Table, output: Output) -> None:
+def _table(table: Table, output: Output, rest: str) -> None:
+    if len(table.columns) > BROAD:
+        output.say("\n".join(table_lines(table, shutil.get_terminal_size((80, 24)).columns, ROWS)) + "\n")
+        return
     output.table(list(table.columns), [[cell_text(cell) for cell in row] for row in table.rows[:ROWS]])
     if len(table.rows) > ROWS:
-        output.say(f"… {len(table.rows) - ROWS:,} more in the run's folder")
+        output.say(f"… {len(table.rows) - ROWS:,} more {rest}")
     output.say("")

@@ -112,6 +112,10 @@ def resume_run(run: Run, output: Output) -> int:
         from gemma_tui.commands import capacity
 
         return capacity.resume(run.run_id, output)
+    if run.study == "where":
+        from gemma_tui.commands import where
+
+        return where.resume(run.run_id, output)
     if run.study != "training":
         raise UsageError(f"{run.run_id} is no training run: start it again with `{run.command}`")
     control = Control()

@@ -42,15 +42,21 @@ def export(figure: Figure, path: Path) -> None:
 
 
 def check_target(path: Path) -> None:
-    """Refuse a path that no file can be written to, before anything is computed for it."""
-    ending, folder = path.suffix.lower(), path.parent
+    """Refuse a path that no figure can be written to, before anything is computed for it."""
+    ending = path.suffix.lower()
     if ending not in FORMATS:
         raise UsageError(f"{path.name} has no ending that tells its format: take {', '.join(FORMATS)}")
+    check_writable(path)
+    if ending == ".png":
+        check_fonts()
+
+
+def check_writable(path: Path) -> None:
+    """Refuse a path that no file can be written to."""
+    folder = path.parent
     if not folder.is_dir():
         raise UsageError(f"folder {folder} is not there: make it, or take another")
     if path.is_dir():
         raise UsageError(f"{path} is a folder: name a file in it")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise UsageError(f"folder {folder} is not writable: take another")
-    if ending == ".png":
-        check_fonts()

@@ -55,7 +55,7 @@ def write_npz(figure: Figure, file: BinaryIO) -> None:
 
 
 def write_csv(figure: Figure, file: BinaryIO) -> None:
-    """Every table under a head of its own, its kind first in each row, an empty line between tables (RFC 4180).
+    """Every table under a head of its own, its kind first in each row, an empty line between (RFC 4180).
 
     Numbers are in full, what is not finite is empty, and no text is a formula to a spreadsheet.
 
@@ -69,7 +69,7 @@ def write_csv(figure: Figure, file: BinaryIO) -> None:
     for number, table in enumerate(figure.tables):
         if number:
             writer.writerow(())
-        writer.writerow(["kind", *map(_cell, table.columns)])
+        writer.writerow(["table", *map(_cell, table.columns)])
         writer.writerows([_cell(table.kind), *map(_cell, row)] for row in table.rows)
     file.write(text.getvalue().encode("utf-8"))
 

@@ -16,6 +16,7 @@ from gemma_tui.runs.tail import Tail
 from gemma_tui.studies.capacity.results import Sweep, sweep_figure
 from gemma_tui.studies.capacity.sweep import STUDY as SWEEP
 from gemma_tui.studies.capacity.sweep import sweep_plan
+from gemma_tui.studies.memorization.meter import FURTHER
 from gemma_tui.studies.memorization.meter import STUDY as MEASUREMENT
 from gemma_tui.studies.memorization.results import memorization_figure, read_measured
 
@@ -74,7 +75,7 @@ class FollowedRun:
             self._tail = self._tail or Tail(run.run_id)
             rows = self._tail.read(store)
             if run.study == MEASUREMENT:
-                if any(row.kind == MEASUREMENT for row in rows):
+                if any(row.kind in (MEASUREMENT, *FURTHER) for row in rows):
                     self.figure = memorization_figure(read_measured(store, run))
                 return
         plan = sweep_plan(run)

@@ -167,9 +167,11 @@ class RunList(RunTable):
 
 def what_else(run: Run) -> str:
     """What a run is that is no training run, and what can be done with it."""
+    resumed = f"`gemma-tui runs resume {run.run_id}` goes on with it or prints it"
     known = {
         "heads": ("study of heads over texts", "u in the list goes on with it and shows it"),
         "memorization": ("measurement of memorization", "press 3, where it is listed"),
+        "where": ("study of which parts hold what was memorised", resumed),
         "capacity": ("capacity sweep", "press 3, where it is listed"),
     }
     kind, again = known.get(run.study, (run.study, f"`gemma-tui runs show {run.run_id}` tells of it"))

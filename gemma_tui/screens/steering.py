@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from gemma_tui.errors import UsageError
 from gemma_tui.runs.store import Run, RunStore
-from gemma_tui.text import one_line
+from gemma_tui.screens.run_list import what_else
 
 if TYPE_CHECKING:
     from gemma_tui.app import GemmaTui
@@ -46,6 +46,7 @@ def go_on_elsewhere(bench: GemmaTui, run: Run) -> None:
 
     Raises:
         UnsupportedError: the engine is busy.
+        UsageError: no screen shows it.
     """
     session = bench.session
     places = {
@@ -54,7 +55,7 @@ def go_on_elsewhere(bench: GemmaTui, run: Run) -> None:
         "memorization": (session.resume_measure, "capacity"),
     }
     if run.study not in places:
-        raise UsageError(f"{run.run_id} is of another version ({one_line(run.study, 40)}): `gemma-tui runs show` tells")
+        raise UsageError(what_else(run))
     resume, mode = places[run.study]
     resume(run.run_id)
     bench.call_later(bench.action_switch_mode, mode)  # which follows it

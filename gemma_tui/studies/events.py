@@ -11,9 +11,9 @@ from typing import Any
 from gemma_tui.output import duration
 
 PACE_SECONDS = 1.0
-PASSING = ("waiting", "evaluating", "diagnosing", "scoring", "measuring", "training")
+PASSING = ("waiting", "evaluating", "diagnosing", "scoring", "measuring", "decoding", "training")
 """Kinds that tell only what a study is at between two steps: a pause, an evaluation, the spectra of all matrices, the
-scores of sequences, bits while a run trains. They are shown and not kept."""
+scores of sequences, bits while a run trains, greedy decoding. They are shown and not kept."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,8 @@ class Event:
     Attributes:
         kind: ``run``, ``load``, ``start``, ``resumed``, ``step``, ``merge``, ``diagnosis``, ``matrices``,
             ``evaluation``, ``memorized``, ``best``, ``early_stop``, ``checkpoint``, ``heads``, ``scored``,
-            ``memorization``, ``pause``, ``resume``, ``warning``, ``end``; or one of ``PASSING``.
+            ``memorization``, ``decoded``, ``membership``, ``extraction``, ``exposure``, ``part``, ``bits``, ``cell``,
+            ``pause``, ``resume``, ``warning``, ``end``; or one of ``PASSING``.
         step: the optimizer step it belongs to, 0 before the first.
         values: numbers and plain texts, ready for JSON.
     """

@@ -24,6 +24,7 @@ from engines.initialisation import gemma3_weights
 from gemma_tui import paths
 from gemma_tui.cli import main
 from gemma_tui.errors import UsageError
+from gemma_tui.exports import png
 from gemma_tui.hub.identity import model_digest
 from gemma_tui.hub.models import resolve
 from gemma_tui.runs.store import RunStore
@@ -119,8 +120,11 @@ def test_an_option_implies_its_view(command: Commands, tiny: str, words: tuple[s
     assert rows[-1]["view"] == view
 
 
-def test_files_are_whole_and_need_nothing_else(command: Commands, tiny: str, tmp_path: Path) -> None:
-    names = {name: tmp_path / f"a.{name}" for name in ("html", "svg", "npz")}
+def test_files_are_whole_and_need_nothing_else(
+    command: Commands, tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(png, "letters_drawn", lambda: True)
+    names = {name: tmp_path / f"a.{name}" for name in ("html", "svg", "png", "npz", "csv")}
     files = [word for name, path in names.items() for word in (f"--{name}", str(path))]
     code, rows, _ = command("attention", tiny, "--text", "<b>dogs & sleep", "--view", "sinks", *files)
     assert code == 0
@@ -134,7 +138,10 @@ def test_files_are_whole_and_need_nothing_else(command: Commands, tiny: str, tmp
     with np.load(names["npz"], allow_pickle=False) as arrays:
         assert json.loads(str(arrays["facts"]))["model_sha256"] == model_digest(resolve(tiny).folder)
         assert arrays.files
-    assert {path.name for path in tmp_path.iterdir() if path.is_file()} == {"a.html", "a.svg", "a.npz"}
+    assert names["png"].read_bytes().startswith(b"\x89PNG")
+    for kind in ("sink", "massive", "bos"):
+        assert names["csv"].read_text("utf-8").count(f"\n{kind},") == sum(row["kind"] == kind for row in rows)
+    assert {path for path in tmp_path.iterdir() if path.is_file()} == set(names.values())
 
 
 def test_a_part_of_a_heads_map_with_two_tokens(command: Commands, tiny: str, tmp_path: Path) -> None:
@@ -267,6 +274,8 @@ MISTAKES = {
     "unknown view": (("--view", "sky"), "view is 'sky'"),
     "filter": (("--where", "sink >"), "cannot be read"),
     "no folder": (("--html", "none/a.html"), "folder none is not there"),
+    "no folder of a picture": (("--png", "none/a.png"), "folder none is not there"),
+    "no ending": (("--csv", "a"), "a has no ending that tells its format"),
     "half a pair": (("--text", "a\ud800"), "not valid Unicode"),
     "patching without a text": (("--view", "patching"), "second text"),
     "no other side": (("--view", "differences"), "another side"),

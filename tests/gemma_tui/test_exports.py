@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 import os
@@ -15,12 +16,13 @@ import numpy as np
 import pytest
 
 from engines.errors import EngineError
-from gemma_tui.errors import UsageError
-from gemma_tui.exports import FORMATS, export
+from gemma_tui.errors import GemmaTuiError, UsageError
+from gemma_tui.exports import FORMATS, export, png
 from gemma_tui.exports.svg import colour
 from gemma_tui.figure import Figure, LineChart, Table
 from gemma_tui.heat import VIRIDIS, Heat
 from gemma_tui.plots import OKABE_ITO, Series
+from gemma_tui.text import clean
 
 HOSTILE = "</script></title></style><img src=x onerror=\"alert('1')\">&amp;\x1b[2J\x9b\u202e\u2028\x00\ufffe\ud800"
 SVG = "{http://www.w3.org/2000/svg}"
@@ -44,6 +46,12 @@ def figure(name: str = "the", **changes: Any) -> Figure:
     return Figure(**{**parts, **changes})
 
 
+@pytest.fixture(autouse=True)
+def fonts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine that has some."""
+    monkeypatch.setattr(png, "letters_drawn", lambda: True)
+
+
 class Tags(HTMLParser):
     """Every tag, attribute and text of a page."""
 
@@ -64,7 +72,7 @@ def test_a_hostile_token_is_harmless_in_every_format(tmp_path: Path, ending: str
     path = tmp_path / f"f{ending}"
     export(figure(HOSTILE), path)
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
-    if ending == ".npz":
+    if ending in (".npz", ".png", ".csv"):
         return
     text = path.read_bytes().decode("utf-8")
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2028\ufffe\ud800-\udfff]", text)
@@ -142,7 +150,44 @@ def test_npz_has_the_arrays_and_where_they_are_from(tmp_path: Path) -> None:
         assert json.loads(str(found["facts"]))["model"] == "▁the"
 
 
-@pytest.mark.parametrize("ending", FORMATS)
+def test_csv_has_every_table_in_full(tmp_path: Path) -> None:
+    third = 1 / 3
+    tables = [
+        Table("head", ("head", "kl"), [("L0.H1", third), ("L1.H0", np.float32(0.1)), ("L1.H1", math.nan)]),
+        Table("token", ("token", "n"), [('a "b",\nc', -7), (None, np.int64(2**53 + 1))]),
+    ]
+    export(figure(tables=tables), tmp_path / "f.csv")
+    text = (tmp_path / "f.csv").read_bytes().decode("utf-8")
+    assert text.replace("\r\n", "").count("\n") == 1  # lines end as RFC 4180 has it, but inside a cell
+    head, token = text.split("\r\n\r\n")
+    rows = list(csv.reader(head.splitlines(), strict=True))
+    assert rows[0] == ["table", "head", "kl"]
+    assert [float(row[2]) for row in rows[1:3]] == [third, float(np.float32(0.1))]
+    assert rows[3] == ["head", "L1.H1", ""]
+    rows = list(csv.reader(token.splitlines(keepends=True), strict=True))
+    assert rows == [["table", "token", "n"], ["token", 'a "b",\nc', "-7"], ["token", "", "9007199254740993"]]
+
+
+def test_csv_is_harmless_to_a_terminal_and_a_spreadsheet(tmp_path: Path) -> None:
+    cells = ["=1+1", "+", "-2", "@SUM(A1)", "\t=1", " \n-x", "＝1", "a=b", "", "'=", HOSTILE, -2, -0.5, True]
+    table = Table("edge", ("=token", HOSTILE), [(cell, "") for cell in cells])
+    export(figure(tables=[table]), tmp_path / "f.csv")
+    with (tmp_path / "f.csv").open(encoding="utf-8", newline="") as file:
+        head, *rows = csv.reader(file, strict=True)
+    assert head == ["table", "'=token", clean(HOSTILE)]
+    shown = ["'=1+1", "'+", "'-2", "'@SUM(A1)", "'\t=1", "' \n-x", "'＝1", "a=b", "", "'=", clean(HOSTILE)]
+    assert [row[1] for row in rows] == [*shown, "-2", "-0.5", "True"]
+    assert "\x1b" in HOSTILE
+    assert "\x1b" not in clean(HOSTILE)
+
+
+def test_csv_of_no_table_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(GemmaTuiError, match="no table"):
+        export(figure(tables=[]), tmp_path / "f.csv")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("ending", [ending for ending in FORMATS if ending != ".csv"])
 def test_a_figure_with_nothing_in_it_is_written(tmp_path: Path, ending: str) -> None:
     export(Figure("nothing"), tmp_path / f"f{ending}")
     empty = figure(heats=[Heat("m", [], [], np.zeros((0, 0)))], charts=[LineChart("c", [])])
@@ -157,7 +202,7 @@ def test_where_no_file_can_be_is_told_in_one_line(tmp_path: Path) -> None:
         ("none/f.svg", "is not there"),
         ("file/f.svg", "is not there"),
         ("folder.svg", "is a folder"),
-        ("f.png", "take .json, .npz, .svg, .html"),
+        ("f.gif", "take .json, .npz, .csv, .svg, .png, .html"),
         ("f", "no ending"),
     ):
         with pytest.raises(UsageError, match=words) as caught:

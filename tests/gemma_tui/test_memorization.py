@@ -203,7 +203,7 @@ def test_the_checkpoints_of_a_run_are_followed(
     moved = next(table for table in figure.tables if table.kind == "checkpoint")
     assert [row[0] for row in moved.rows] == [0, 2, 4, 6]
     assert any("memoris" in note and "step" in note for note in figure.notes)
-    assert [chart.x_label for chart in figure.charts] == ["training step"] * 2
+    assert [chart.x_label for chart in figure.charts] == [*["training step"] * 2, "false positives"]
 
 
 def test_new_weights_have_no_reference_of_their_own(

@@ -165,7 +165,7 @@ def _parts_table(parts: Attribution, heads: np.ndarray) -> Table:
     rows = [("embedding", "embedding", parts.embedding)]
     rows += [(f"L{layer}.MLP", "mlp", float(value)) for layer, value in enumerate(parts.mlps)]
     rows += [(head_name(layer, head), "head", float(value)) for (layer, head), value in np.ndenumerate(heads)]
-    return Table("part", ("part", "kind", "logits"), sorted(rows, key=lambda row: -abs(row[2])))
+    return Table("part", ("part", "type", "logits"), sorted(rows, key=lambda row: -abs(row[2])))
 
 
 def _sources_table(reading: Reading, kind: str, sources: np.ndarray) -> Table:

@@ -152,7 +152,7 @@ def _columns(reading: Reading, found: Sinks, top: int) -> list[tuple[Any, ...]]:
 
 _SINK = ("position", "token", "share", "share_gu", "alpha", "alpha_gu", "drain")
 _MASSIVE = ("layer", "value", "position", "token", "dimension", "over_median")
-_LAYER = ("layer", "kind", "share", "share_gu", "alpha", "alpha_gu", "drain", "rms", "largest", "massive")
+_LAYER = ("layer", "type", "share", "share_gu", "alpha", "alpha_gu", "drain", "rms", "largest", "massive")
 _BOS = ("text", "first_token", "share", "share_gu", "alpha", "alpha_gu", "drain", "massive")
 
 

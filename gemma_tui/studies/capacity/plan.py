@@ -7,14 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from engines.networks import ARCHITECTURES, OPTIMIZERS, NetworkShape, NetworkTraining
+from engines.networks import ARCHITECTURES, NetworkShape, NetworkTraining
 from gemma_tui.errors import UsageError
 from gemma_tui.studies.plan import build, option
 
 MAX_CELLS = 10_000
 MAX_SEQUENCES = 10_000_000
 DTYPES = ("float32", "bfloat16")
-HEAD_DIM = 8
+HEAD_DIM = 4
 """Dimensions of a head where their number is not given: short heads hold more than long ones."""
 
 
@@ -25,15 +25,14 @@ class CapacityPlan:
     arch: str = option("gpt2", "architecture; gpt2 is that of arXiv:2505.24832", choices=ARCHITECTURES)
     layers: str = option("1", "numbers of layers, with commas")
     width: str = option("32", "widths, with commas")
-    heads: int = option(0, "heads; 0 for heads of 8 dimensions", low=0, high=1024)
+    heads: int = option(0, "heads; 0 for heads of 4 dimensions", low=0, high=1024)
     vocab: int = option(2048, "tokens that strings are drawn from, uniformly", unit="tokens", low=2, high=65_536)
     length: int = option(64, "tokens of a string", unit="tokens", low=2, high=4096)
     sizes: str = option("100,200,400,600,800,1200", "numbers of strings, with commas")
     seeds: int = option(1, "networks of each kind, with data and first weights of their own", low=1, high=1000)
-    steps: int = option(2000, "optimizer steps at most", low=1, high=10_000_000)
+    steps: int = option(1000, "optimizer steps at most", low=1, high=10_000_000)
     batch_size: int = option(200, "strings in a step at most", low=1, high=65_536)
-    optimizer: str = option("soap", "optimizer: Adam, or Adam in Shampoo's eigenbasis", choices=OPTIMIZERS)
-    learning_rate: float = option(0.03, "learning rate before it falls", low=1e-8, high=10.0)
+    learning_rate: float = option(0.05, "learning rate before it falls", low=1e-8, high=10.0)
     warmup: float = option(0.025, "share of the steps over which the rate rises", low=0.0, high=0.9)
     cooldown: float = option(0.5, "share of the steps over which the rate falls to zero", low=0.0, high=1.0)
     flat: float = option(
@@ -115,7 +114,7 @@ def cells_of(plan: CapacityPlan) -> list[Cell]:
 
 def training_of(plan: CapacityPlan) -> NetworkTraining:
     """What an engine must know to train the networks."""
-    return NetworkTraining(plan.optimizer, dtype=plan.dtype)
+    return NetworkTraining(dtype=plan.dtype)
 
 
 def plan_of(values: Mapping[str, Any], where: str) -> CapacityPlan:

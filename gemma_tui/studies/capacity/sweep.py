@@ -131,10 +131,9 @@ def check_room(engine: Engine, plan: CapacityPlan, cells: Sequence[Cell], folder
     Raises:
         EngineError: it does not fit; the message has both numbers.
     """
-    training = training_of(plan)
     needed = kept = 0
     for stack in stacks(cells, plan):
-        memory, disk = stack_bytes(stack[0].shape, len(stack), training)
+        memory, disk = stack_bytes(stack[0].shape, len(stack))
         strings = sum(cell.sequences for cell in stack) * plan.length * 4
         needed, kept = max(needed, memory + strings), max(kept, 2 * disk)
     ensure_memory("the largest stack of networks", needed, max(0, engine.device().memory_total - engine.memory()))

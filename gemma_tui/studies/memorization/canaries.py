@@ -15,7 +15,7 @@ from itertools import product
 import numpy as np
 
 from gemma_tui.errors import UsageError
-from gemma_tui.rows import TextRow
+from gemma_tui.rows import Row, TextRow
 
 ENUMERATED = 1 << 20
 """Spaces of at most this many strings can be listed."""
@@ -124,7 +124,7 @@ class Planted:
         places: for each canary, the numbers of its rows.
     """
 
-    rows: list[TextRow]
+    rows: list[Row]
     canaries: tuple[Canary, ...]
     places: tuple[tuple[int, ...], ...]
 
@@ -157,7 +157,7 @@ class ExposureRow:
 
 
 def plant(
-    rows: Sequence[TextRow],
+    rows: Sequence[Row],
     space: CanarySpace,
     repeats: Sequence[int] = (0, 1, 4, 16),
     per_repeat: int = 4,
@@ -183,7 +183,7 @@ def plant(
     places = np.sort(generator.choice(total, len(owners), replace=False))
     planted: dict[int, int] = dict(zip(places.tolist(), owners.tolist(), strict=True))
     rest = iter(rows)
-    merged = [TextRow(canaries[planted[at]].text) if at in planted else next(rest) for at in range(total)]
+    merged: list[Row] = [TextRow(canaries[planted[at]].text) if at in planted else next(rest) for at in range(total)]
     found = tuple(tuple(places[owners == number].tolist()) for number in range(len(canaries)))
     return Planted(merged, canaries, found)
 

@@ -7,8 +7,8 @@ run's folder, token by token, for all that is made of it: bits, membership.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,27 @@ import numpy as np
 from engines.base import Engine, TokenScores
 from engines.checkpoints import replacing
 from gemma_tui.errors import GemmaTuiError, UsageError
+from gemma_tui.rows import data_path
 from gemma_tui.runs.store import Run, RunStore
 from gemma_tui.studies.events import Control, Event, Pace, wait_while_paused
+from gemma_tui.studies.memorization.extraction import parse_split
+from gemma_tui.studies.memorization.extras import Extra, read_extra
 from gemma_tui.studies.memorization.plan import MemorizationPlan
-from gemma_tui.studies.memorization.scores import Scores, score
+from gemma_tui.studies.memorization.planting import EXPOSURE, exposure_extra, exposure_summary, read_sidecar
+from gemma_tui.studies.memorization.reciting import (
+    EXTRACTION,
+    SCHEME,
+    compared,
+    decode,
+    decoded,
+    extracted_rows,
+    extraction_extra,
+    extraction_summary,
+    is_decoded,
+)
+from gemma_tui.studies.memorization.scores import SCORES, Scores, score
 from gemma_tui.studies.memorization.sequences import (
+    HELD_OUT,
     Counts,
     Sequences,
     check_vocabulary,
@@ -32,13 +48,17 @@ from gemma_tui.studies.memorization.sequences import (
 )
 from gemma_tui.studies.memorization.subjects import REFERENCE, Subject, Subjects, subjects_of
 from gemma_tui.studies.memorization.summary import sequence_rows, summary, supervised
+from gemma_tui.studies.memorization.suspects import RECALL, evidence, membership_steps, recall_extra, set_facts
 from gemma_tui.studies.plan import build, command
 from gemma_tui.studies.recording import Recorded, recorded
 from gemma_tui.tokenizer import Tokenizer, read_tokenizer
 
 STUDY = "memorization"
-ROWS_FILE = "sequences.jsonl"
-SCORES = "scores"
+MEMBERSHIP = "membership"
+FURTHER = (MEMBERSHIP, EXTRACTION, EXPOSURE)
+"""Kinds of events that tell what else was found of the last target."""
+
+ROWS_FILE, EXTRACTED_FILE, CURVES_FILE = "sequences.jsonl", "extraction.jsonl", "membership.npz"
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +70,7 @@ class Measurement:
     tokenizer: Tokenizer
     sequences: Sequences
     counts: dict[str, Counts]
+    extras: list[Extra] = field(default_factory=list)
 
     @property
     def order(self) -> list[Subject]:
@@ -60,7 +81,29 @@ class Measurement:
     @property
     def steps(self) -> int:
         """Sequences to be scored, counted once for each model."""
-        return len(self.order) * len(self.sequences)
+        return len(self.order) * len(self.sequences) + sum(len(extra.sequences) for extra in self.extras)
+
+    def parts(self, folder: Path) -> list[tuple[Subject, Scores]]:
+        """All that is scored, in order; what is further asked of the last target comes last."""
+        main = [(subject, Scores(folder / SCORES / subject.key, self.sequences)) for subject in self.order]
+        return main + [(self.subjects.targets[-1], extra.scores(folder)) for extra in self.extras]
+
+
+@dataclass
+class Desk:
+    """The engine, and which subject is on it."""
+
+    engine: Engine
+    measurement: Measurement
+    subject: Subject | None = None
+
+    def hold(self, subject: Subject, step: int) -> Iterator[Event]:
+        """Load a subject that is not there."""
+        if self.subject is not subject:
+            yield Event("load", step, {"model": subject.name})
+            self.subject = None
+            subject.load(self.engine, self.measurement.subjects.dtype)
+            self.subject = subject
 
 
 def record_memorization(engine: Engine, plan: MemorizationPlan, control: Control, store: RunStore) -> Recorded:
@@ -73,6 +116,8 @@ def record_memorization(engine: Engine, plan: MemorizationPlan, control: Control
     words = words_of(engine.name, plan)
     run = store.create(plan.name or STUDY, STUDY, engine.name, asdict(plan), words, measurement.steps)
     measurement.sequences.write(run.folder)
+    for extra in measurement.extras:
+        extra.write(run.folder)
     return Recorded(run, recorded(store, run, lambda folder: measure(engine, measurement, folder, control), control))
 
 
@@ -91,7 +136,8 @@ def resume_memorization(engine: Engine, run: Run, control: Control, store: RunSt
     plan = plan_of(run)
     if run.engine != engine.name:
         raise UsageError(f"{run.run_id} was computed with {run.engine}: resume it with --engine {run.engine}")
-    measurement = _prepared(plan, subjects_of(plan, store), read_sequences(run.folder), {})
+    extras = [read_extra(key, run.folder, SCHEME if key == EXTRACTION else None) for key in _asked(plan)]
+    measurement = _prepared(plan, subjects_of(plan, store), read_sequences(run.folder), {}, extras)
     run = store.adopt(run.run_id)
     return Recorded(run, recorded(store, run, lambda folder: measure(engine, measurement, folder, control), control))
 
@@ -114,6 +160,12 @@ def prepare(plan: MemorizationPlan, store: RunStore) -> Measurement:
         EngineError: a model is not here, the data is not usable or holds nothing to score, or the reference has another
             vocabulary.
     """
+    for name, beside in (("extraction_rows", "extraction"), ("exposure_strings", "exposure")):
+        if getattr(plan, name) != getattr(MemorizationPlan, name) and not getattr(plan, beside):
+            flag = name.replace("_", "-")
+            raise UsageError(f"{name}: --{flag} makes no difference without --{beside}: leave it out")
+    split = parse_split(plan.extraction) if plan.extraction else None
+    sidecar = read_sidecar(data_path(plan.exposure)) if plan.exposure else None
     subjects = subjects_of(plan, store)
     tokenizer = read_tokenizer(subjects.folder)
     train_rows, held_rows = measured_rows(plan.data, plan.held_out, tokenizer, subjects.trained)
@@ -129,17 +181,39 @@ def prepare(plan: MemorizationPlan, store: RunStore) -> Measurement:
     train_counts.drawn, held_counts.drawn = map(len, drawn)
     pairs = [*drawn[0], *drawn[1]]
     sequences = Sequences([window for _, window in pairs], np.array([number for number, _ in pairs]), len(drawn[0]))
-    return _prepared(plan, subjects, sequences, {"train": train_counts, "held_out": held_counts})
+    extras = []
+    if plan.recall:
+        extras.append(recall_extra(sequences, subjects.config.max_position_embeddings, plan.seed))
+    if split is not None:
+        extras.append(extraction_extra(plan, split, tokenizer, (train_rows, held_rows)))
+    if sidecar is not None:
+        extras.append(exposure_extra(sidecar, plan.exposure_strings, plan.seed, tokenizer, plan.prompts))
+    return _prepared(plan, subjects, sequences, {"train": train_counts, "held_out": held_counts}, extras)
+
+
+def _asked(plan: MemorizationPlan) -> list[str]:
+    """The keys of the further sequences that a plan asks for."""
+    return [key for key in (RECALL, EXTRACTION, EXPOSURE) if getattr(plan, key)]
 
 
 def _prepared(
-    plan: MemorizationPlan, subjects: Subjects, sequences: Sequences, counts: dict[str, Counts]
+    plan: MemorizationPlan,
+    subjects: Subjects,
+    sequences: Sequences,
+    counts: dict[str, Counts],
+    extras: list[Extra],
 ) -> Measurement:
     tokenizer = read_tokenizer(subjects.folder)
     if subjects.reference is not None and subjects.reference.model.folder.resolve() != subjects.folder.resolve():
         check_vocabulary(tokenizer, read_tokenizer(subjects.reference.model.folder), subjects.reference.name)
     longest = max(len(window) for window in sequences.windows)
-    measurement = Measurement(plan, subjects, tokenizer, sequences, counts)
+    measurement = Measurement(plan, subjects, tokenizer, sequences, counts, extras)
+    for extra in extras:
+        context, needed = subjects.config.max_position_embeddings, max(map(len, extra.sequences.windows))
+        if needed > context:
+            raise UsageError(
+                f"{extra.key}: {plan.model} has a context of {context:,} tokens, not {needed:,}: take fewer"
+            )
     for subject in measurement.order:
         config = subject.model.config()
         if longest > config.max_position_embeddings:
@@ -161,16 +235,16 @@ def measure(engine: Engine, measurement: Measurement, folder: Path, control: Con
         EngineError: a model is not usable or has changed since the run began, or the disk is full.
     """
     sequences, subjects = measurement.sequences, measurement.subjects
-    vocabulary = subjects.config.vocab_size
+    vocabulary, desk = subjects.config.vocab_size, Desk(engine, measurement)
     yield Event("start", values=_facts(engine, measurement))
     yield from (Event("warning", values={"text": text}) for text in warnings(measurement))
-    done, pace = 0, _pace(measurement, folder)
+    done, pace, last = 0, _pace(measurement, folder), False
     reference: np.ndarray | None = None
     for subject in measurement.order:
         scores = Scores(folder / SCORES / subject.key, sequences)
-        yield from _score(engine, measurement, subject, scores, control, done, pace)
+        yield from _score(desk, subject, scores, control, done, pace)
         done += len(sequences)
-        if control.stop.is_set() and not all(map(scores.has, range(len(scores.parts)))):
+        if control.stop.is_set() and not scores.whole:
             return
         if subject.key == REFERENCE:
             reference = scores.log_likelihoods()
@@ -181,7 +255,8 @@ def measure(engine: Engine, measurement: Measurement, folder: Path, control: Con
                 yield Event(STUDY, done, {"target": subject.name, "checkpoint": 0, **found})
             continue
         target = scores.log_likelihoods()
-        if not np.isfinite(target).all():
+        last = bool(np.isfinite(target).all())
+        if not last:
             if len(subjects.targets) == 1:
                 raise GemmaTuiError(_broken(subject))
             yield Event("warning", done, {"text": f"{_broken(subject)}; it is left out"})
@@ -190,24 +265,86 @@ def measure(engine: Engine, measurement: Measurement, folder: Path, control: Con
         _write_rows(folder / ROWS_FILE, rows)
         found = summary(sequences, target, reference, subjects.parameters, vocabulary)
         yield Event(STUDY, done, {"target": subject.name, "checkpoint": subject.step, **found})
+    if last:
+        yield from _further(desk, folder, control, done, pace)
+
+
+def _further(desk: Desk, folder: Path, control: Control, done: int, pace: Pace) -> Iterator[Event]:
+    """What else is asked of the last target: further sequences are scored first, so that it is loaded once."""
+    measurement, target = desk.measurement, desk.measurement.subjects.targets[-1]
+    for extra in measurement.extras:
+        yield from _score(desk, target, extra.scores(folder), control, done, pace)
+        done += len(extra.sequences)
+        if control.stop.is_set() and not extra.scores(folder).whole:
+            return
+        if extra.key == EXTRACTION:
+            yield from _extraction(desk, extra, target, folder, control, done)
+        elif extra.key == EXPOSURE:
+            yield Event(EXPOSURE, done, exposure_summary(extra, extra.scores(folder).log_likelihoods()))
+    if HELD_OUT in measurement.sequences.sets and not control.stop.is_set():
+        yield from _membership(measurement, target, folder, control, done)
+
+
+def _extraction(
+    desk: Desk, extra: Extra, target: Subject, folder: Path, control: Control, done: int
+) -> Iterator[Event]:
+    plan, split = desk.measurement.plan, parse_split(desk.measurement.plan.extraction)
+    scored = extra.scores(folder).read()
+    numbers = compared(extra, plan.extraction_rows, plan.seed)
+    if not is_decoded(scored, split, numbers, folder):
+        yield from desk.hold(target, done)
+        yield from decode(desk.engine, extra, scored, split, numbers, folder, control, done)
+    if is_decoded(scored, split, numbers, folder):
+        suffixes = decoded(extra, scored, split, numbers, folder)
+        rows = extracted_rows(extra, scored, split, suffixes, desk.measurement.tokenizer)
+        _write_rows(folder / EXTRACTED_FILE, rows)
+        yield Event(EXTRACTION, done, extraction_summary(rows, extra, plan.extraction))
+
+
+def _membership(
+    measurement: Measurement, target: Subject, folder: Path, control: Control, done: int
+) -> Iterator[Event]:
+    sequences, reference = measurement.sequences, measurement.subjects.reference
+
+    def kept(subject: Subject) -> list[TokenScores]:
+        return Scores(folder / SCORES / subject.key, sequences).read()
+
+    recall = next((extra for extra in measurement.extras if extra.key == RECALL), None)
+    members, others = evidence(
+        sequences,
+        measurement.tokenizer,
+        kept(target),
+        kept(reference) if reference else None,
+        recall,
+        recall.scores(folder).read() if recall else None,
+    )
+    found: dict[str, Any] = {}
+    curves: dict[str, Any] = {}
+    for name, told, split in membership_steps(members, others, measurement.plan.seed):
+        if control.stop.is_set():
+            return
+        found[name] = told
+        if split is not None:
+            curves |= {f"{name}_fpr": split.curve.false_positives, f"{name}_tpr": split.curve.true_positives}
+    with replacing(folder / CURVES_FILE) as file:
+        np.savez_compressed(file, **curves)
+    baseline = found.pop("baseline")
+    yield Event(MEMBERSHIP, done, {**set_facts(members, others, recall), "attacks": found, "baseline": baseline})
 
 
 def _broken(subject: Subject) -> str:
     return f"{subject.name} gives probabilities that are no numbers: its training diverged, or its weights are broken"
 
 
-def _score(
-    engine: Engine, measurement: Measurement, subject: Subject, scores: Scores, control: Control, done: int, pace: Pace
-) -> Iterator[Event]:
+def _score(desk: Desk, subject: Subject, scores: Scores, control: Control, done: int, pace: Pace) -> Iterator[Event]:
     """Score the parts of one model that are missing; a part that is stopped in its middle is not kept."""
-    windows, size = measurement.sequences.windows, measurement.plan.batch_size
+    windows, size = scores.sequences.windows, desk.measurement.plan.batch_size
     pace.step = done
     missing = [part for part in range(len(scores.parts)) if not scores.has(part)]
     if not missing or control.stop.is_set():
         return
-    yield Event("load", done, {"model": subject.name})
     scores.claim(subject.name, subject.digest())
-    subject.load(engine, measurement.subjects.dtype)
+    yield from desk.hold(subject, done)
     for part, numbers in enumerate(scores.parts):
         done += len(numbers)
         if part not in missing:
@@ -218,23 +355,22 @@ def _score(
             if control.stop.is_set():
                 return
             batch = [windows[i] for i in numbers[start : start + size]]
-            scored += score(engine, batch)
+            scored += score(desk.engine, batch, scores.sampling)
             yield from pace.advance(sum(map(len, batch)))
         scores.keep(part, scored)
         pace.step = done
-        yield Event("scored", done, {"model": subject.name, "sequences": len(numbers), "memory": engine.memory()})
+        values = {"model": subject.name, "sequences": len(numbers), "memory": desk.engine.memory()}
+        yield Event("scored", done, values)
 
 
 def _pace(measurement: Measurement, folder: Path) -> Pace:
     """All batches that are to be scored, weighed by their tokens."""
-    windows, size = measurement.sequences.windows, measurement.plan.batch_size
-    batches, whole = 0, 0
-    for subject in measurement.order:
-        scores = Scores(folder / SCORES / subject.key, measurement.sequences)
+    size, batches, whole = measurement.plan.batch_size, 0, 0
+    for _, scores in measurement.parts(folder):
         for part, numbers in enumerate(scores.parts):
             if not scores.has(part):
                 batches += -(-len(numbers) // size)
-                whole += sum(len(windows[i]) for i in numbers)
+                whole += sum(len(scores.sequences.windows[i]) for i in numbers)
     return Pace("scoring", 0, batches, whole)
 
 
@@ -271,7 +407,7 @@ def _facts(engine: Engine, measurement: Measurement) -> dict[str, Any]:
     }
 
 
-def _write_rows(path: Path, rows: Iterator[dict[str, Any]]) -> None:
+def _write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     with replacing(path) as file:
         for row in rows:
             file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())

@@ -33,4 +33,14 @@ class MemorizationPlan:
         None, "dtype of the weights", choices=("float32", "bfloat16"), open_means="the device's default"
     )
     seed: int = option(0, "seed of the choice of sequences", low=0, high=2**31)
+    recall: bool = option(False, "also ReCaLL: likelihoods after held-out sequences, which are then no non-members")
+    extraction: str = option("", "also extraction: tokens of prefix and suffix, such as 50/50 or 32/32; empty for none")
+    extraction_rows: int = option(
+        64,
+        "sequences of each set that are decoded for near matches; exact ones are found of all",
+        low=1,
+        high=1_000_000,
+    )
+    exposure: str = option("", "also exposure: the file on planted canaries that `gemma-tui canaries` wrote")
+    exposure_strings: int = option(1000, "strings that each canary is ranked among", low=1, high=1_000_000)
     name: str = option("", "name of the run; empty for memorization")

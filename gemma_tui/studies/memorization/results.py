@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,10 +15,26 @@ from gemma_tui.errors import GemmaTuiError
 from gemma_tui.figure import Figure, LineChart, Table
 from gemma_tui.plots import Series
 from gemma_tui.runs.store import Run, RunStore
+from gemma_tui.studies.memorization.findings import (
+    Findings,
+    exposure_findings,
+    extraction_findings,
+    membership_findings,
+)
 from gemma_tui.studies.memorization.history import told
-from gemma_tui.studies.memorization.meter import ROWS_FILE, SCORES, STUDY, plan_of
-from gemma_tui.studies.memorization.scores import Scores
-from gemma_tui.studies.memorization.sequences import HELD_OUT, TRAIN, Sequences, read_sequences
+from gemma_tui.studies.memorization.meter import (
+    CURVES_FILE,
+    EXPOSURE,
+    EXTRACTED_FILE,
+    EXTRACTION,
+    FURTHER,
+    MEMBERSHIP,
+    ROWS_FILE,
+    STUDY,
+    plan_of,
+)
+from gemma_tui.studies.memorization.scores import SCORES, Scores
+from gemma_tui.studies.memorization.sequences import HELD_OUT, TRAIN, Sequences, read_kept, read_sequences
 from gemma_tui.studies.memorization.subjects import REFERENCE
 
 MEASURES = {
@@ -50,6 +67,9 @@ class Measured:
         summaries: of the target, or of each checkpoint; the last one is shown in full.
         sequences: as they were scored.
         rows: of ``sequences.jsonl``: each sequence under the last target.
+        further: what the events ``membership``, ``extraction`` and ``exposure`` told of the last target.
+        extracted: of ``extraction.jsonl``: each sequence that was cut to prefix and suffix.
+        curves: of the ROC of each attack: ``loss_fpr``, ``loss_tpr`` and so on.
     """
 
     run: Run
@@ -57,6 +77,9 @@ class Measured:
     summaries: list[dict[str, Any]]
     sequences: Sequences
     rows: list[dict[str, Any]]
+    further: dict[str, dict[str, Any]] = field(default_factory=dict)
+    extracted: list[dict[str, Any]] = field(default_factory=list)
+    curves: dict[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def models(self) -> list[str]:
@@ -83,16 +106,32 @@ def read_measured(store: RunStore, run: Run) -> Measured:
     plan_of(run)
     events = store.events(run.run_id, limit=1_000_000)
     found = {event.values["target"]: dict(event.values) for event in events if event.kind == STUDY}
-    path = run.folder / ROWS_FILE
     if not found:
         raise GemmaTuiError(f"{run.run_id} has no bits yet: `gemma-tui runs resume {run.run_id}` goes on with it")
     facts = next(dict(event.values) for event in events if event.kind == "start")
+    further = {event.kind: dict(event.values) for event in events if event.kind in FURTHER}
+    curves = {}
+    if MEMBERSHIP in further:
+        drawn = [name for name, told in further[MEMBERSHIP]["attacks"].items() if "auc" in told]
+        curves = read_kept(run.folder / CURVES_FILE, [f"{name}_{rate}" for name in drawn for rate in ("fpr", "tpr")])
+    return Measured(
+        run,
+        facts,
+        list(found.values()),
+        read_sequences(run.folder),
+        _read_rows(run.folder / ROWS_FILE),
+        further,
+        _read_rows(run.folder / EXTRACTED_FILE) if EXTRACTION in further else [],
+        curves,
+    )
+
+
+def _read_rows(path: Path) -> list[dict[str, Any]]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        rows = [json.loads(line) for line in lines]
+        return [json.loads(line) for line in lines]
     except (OSError, ValueError):
         raise GemmaTuiError(f"{path} is broken: start the measurement again") from None
-    return Measured(run, facts, list(found.values()), read_sequences(run.folder), rows)
 
 
 def memorization_figure(measured: Measured) -> Figure:
@@ -108,14 +147,31 @@ def memorization_figure(measured: Measured) -> Figure:
     if "gap" in last:
         notes.append(f"generalisation gap: {last['gap']:.4f} nats per token (held-out loss less training loss)")
     charts, moved = _history(measured.summaries, notes) if facts["checkpoints"] else ([], [])
+    parts = _further(measured)
     return Figure(
         f"what {last['target']} has memorised",
-        notes,
-        charts=charts,
-        tables=[Table("measure", ("measure", *sets), rows), *moved, _most(measured.rows)],
-        arrays=_arrays(measured.rows),
+        [*notes, *(note for part in parts for note in part.notes)],
+        charts=[*charts, *(chart for part in parts for chart in part.charts)],
+        tables=[
+            Table("measure", ("measure", *sets), rows),
+            *moved,
+            *(table for part in parts for table in part.tables),
+            _most(measured.rows),
+        ],
+        arrays={**_arrays(measured.rows), **{f"roc_{name}": curve for name, curve in measured.curves.items()}},
         facts=facts,
     )
+
+
+def _further(measured: Measured) -> list[Findings]:
+    found, parts = measured.further, []
+    if MEMBERSHIP in found:
+        parts.append(membership_findings(found[MEMBERSHIP], measured.curves, measured.facts))
+    if EXTRACTION in found:
+        parts.append(extraction_findings(found[EXTRACTION], measured.extracted))
+    if EXPOSURE in found:
+        parts.append(exposure_findings(found[EXPOSURE]))
+    return parts
 
 
 def _against(facts: dict[str, Any]) -> str:

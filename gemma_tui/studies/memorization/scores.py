@@ -9,10 +9,11 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from engines.base import Engine, TokenScores
+from engines.base import Engine, Sampling, TokenScores
 from engines.checkpoints import replacing, write_json
 from gemma_tui.errors import GemmaTuiError
 from gemma_tui.studies.data import PADDING
@@ -22,6 +23,9 @@ from gemma_tui.tokenizer import PAD
 
 PART = 128
 """Sequences of a part."""
+
+SCORES = "scores"
+"""The folder of what was scored."""
 
 IDENTITY = "model.json"
 FIELDS = ("log_probs", "means", "deviations", "best")
@@ -33,10 +37,12 @@ class Scores:
 
     Attributes:
         folder: of the parts, and of what tells which model they are of.
+        sampling: the decoding scheme of ``sampled``, which is there only with one.
     """
 
     folder: Path
     sequences: Sequences
+    sampling: Sampling | None = None
 
     @property
     def parts(self) -> list[np.ndarray]:
@@ -47,6 +53,11 @@ class Scores:
     def has(self, part: int) -> bool:
         """Whether a part was kept."""
         return self._path(part).is_file()
+
+    @property
+    def whole(self) -> bool:
+        """Whether every part was kept."""
+        return all(map(self.has, range(len(self.parts))))
 
     def claim(self, name: str, digest: str) -> None:
         """Tell which model the parts are of.
@@ -71,14 +82,11 @@ class Scores:
         Raises:
             EngineError: the disk is full or not writable.
         """
+        arrays: dict[str, Any] = {
+            name: np.concatenate([getattr(s, name) for s in scored]) for name in fields(self.sampling)
+        }
         with replacing(self._path(part)) as file:
-            np.savez(
-                file,
-                log_probs=np.concatenate([s.log_probs for s in scored]),
-                means=np.concatenate([s.means for s in scored]),
-                deviations=np.concatenate([s.deviations for s in scored]),
-                best=np.concatenate([s.best for s in scored]),
-            )
+            np.savez(file, **arrays)
 
     def read(self) -> list[TokenScores]:
         """The scores of every sequence: arrays of one entry for each of its tokens but ``<bos>``.
@@ -107,7 +115,7 @@ class Scores:
     def _read(self, part: int, numbers: np.ndarray) -> Iterator[TokenScores]:
         path = self._path(part)
         cuts = np.cumsum([len(self.sequences.windows[number]) - 1 for number in numbers])
-        arrays = list(read_kept(path, FIELDS).values())
+        arrays = list(read_kept(path, fields(self.sampling)).values())
         if any(array.shape != (cuts[-1],) for array in arrays):
             raise GemmaTuiError(f"{path} is of other sequences: start the measurement again")
         for pieces in zip(*(np.split(array, cuts[:-1]) for array in arrays), strict=True):
@@ -117,14 +125,19 @@ class Scores:
         return self.folder / f"part-{part:06d}.npz"
 
 
-def score(engine: Engine, windows: list[Window]) -> list[TokenScores]:
+def fields(sampling: Sampling | None) -> tuple[str, ...]:
+    """What is kept of each token."""
+    return FIELDS if sampling is None else (*FIELDS, "sampled")
+
+
+def score(engine: Engine, windows: list[Window], sampling: Sampling | None = None) -> list[TokenScores]:
     """The scores of a batch of sequences, without their padding."""
     longest = max(len(window) for window in windows) - 1
     tokens = np.full((len(windows), 1 + -(-longest // PADDING) * PADDING), PAD, np.int32)
     for row, window in enumerate(windows):
         tokens[row, : len(window)] = window.ids
-    found = engine.token_scores(tokens)
+    found = engine.token_scores(tokens, sampling)
     return [
-        TokenScores(*(getattr(found, name)[row, : len(window) - 1] for name in FIELDS))
+        TokenScores(*(getattr(found, name)[row, : len(window) - 1] for name in fields(sampling)))
         for row, window in enumerate(windows)
     ]

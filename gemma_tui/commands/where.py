@@ -1,0 +1,64 @@
+"""``gemma-tui memorization RUN --where``: which parts of a model hold what it has memorised."""
+
+from __future__ import annotations
+
+import argparse
+from contextlib import closing
+
+from engines import open_engine
+from gemma_tui.commands.memorization import show
+from gemma_tui.commands.plans import plan_from
+from gemma_tui.commands.train import INTERRUPTED, stop_on_signal
+from gemma_tui.output import Output
+from gemma_tui.runs.store import RunStore
+from gemma_tui.studies.events import PASSING, Control, Event, passing
+from gemma_tui.studies.memorization.held import where_figure
+from gemma_tui.studies.memorization.where import WherePlan, record_where, resume_where
+from gemma_tui.studies.recording import Recorded
+
+
+def where(args: argparse.Namespace, output: Output) -> int:
+    """Take parts of a measured model away, one after the other."""
+    plan = plan_from(WherePlan, args, {"model": args.model}, "memorization")
+    engine, control = open_engine(args.engine), Control()
+    with closing(RunStore()) as store:
+        return follow(record_where(engine, plan, control, store), control, output, store)
+
+
+def resume(run_name: str, output: Output) -> int:
+    """Go on with a study of parts, or print it again."""
+    with closing(RunStore()) as store:
+        run, control = store.run(run_name), Control()
+        return follow(resume_where(open_engine(run.engine), run, control, store), control, output, store)
+
+
+def follow(recorded: Recorded, control: Control, output: Output, store: RunStore) -> int:
+    """Let a study take its course and show what it found; returns the exit code."""
+    run = recorded.run
+    with stop_on_signal(control) as came, closing(recorded.events) as events, output.progress("scoring") as progress:
+        for event in events:
+            progress(event.step / max(1, run.steps), passing(event) or f"{event.step:,}/{run.steps:,} parts")
+            _tell(event, output)
+    stopped = control.stop.is_set()
+    if not stopped:
+        show(where_figure(store, run), output, f"with `gemma-tui runs resume {run.run_id} --json`")
+    output.say(f"kept as {run.run_id}" + (f": `gemma-tui runs resume {run.run_id}` goes on" if stopped else ""))
+    output.row("end", status="stopped" if stopped else "done", run=run.run_id)
+    if came:
+        return 128 + came[0]
+    return INTERRUPTED if stopped else 0
+
+
+def _tell(event: Event, output: Output) -> None:
+    if event.kind in (*PASSING, "end", "part"):  # parts are rows of the figure
+        return
+    row, values = event.row(), event.values
+    output.row(row.pop("kind"), **row)
+    if event.kind == "start":
+        counts = values["sequences"]
+        output.say(
+            f"{values['parts']:,} parts, each taken away once: {values['passes']:,} passes of {values['target']} over "
+            f"{counts['train']:,} memorised and {counts['held_out']:,} held-out sequences"
+        )
+    elif event.kind == "warning":
+        output.say(f"warning: {values['text']}")
