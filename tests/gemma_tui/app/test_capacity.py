@@ -334,6 +334,8 @@ async def test_memorization_is_measured_and_the_model_comes_back(
         await it.until(lambda: view(it).count > 0, "the figure")
         expected = memorization_figure(read_measured(store, store.run("memorization-1")))
         assert view(it).figure.tables[0].rows == expected.tables[0].rows
+        while not view(it).place.startswith("table measure"):
+            await it.press("v")
         await it.until(lambda: it.sees("loss, nats per token"), "the table")
         assert not _layout_faults(it)
         after = it.app.session.place
