@@ -30,6 +30,9 @@ from gemma_tui.widgets.status import StatusLine, describe
 QUIT_SECONDS = 1.5
 """How long leaving waits for a step in hand; with what the terminal takes it stays under two seconds."""
 
+GOES_ON = {"study": "y with its name", "sweep": "u on the capacity screen", "measure": "u on the capacity screen"}
+"""Jobs that are runs beside training, and the key that goes on with one that was stopped."""
+
 HUNG_UP = 129
 STDIN = 0
 
@@ -168,7 +171,7 @@ class GemmaTui(App[None]):
 
     async def action_leave(self) -> None:
         """Quit; with a run going on, ask first."""
-        training = [job for job in self.session.jobs if job.kind in ("train", "study")]
+        training = [job for job in self.session.jobs if job.kind in ("train", *GOES_ON)]
         if not training or isinstance(self.screen, Question):
             self._leave()
             return
@@ -197,6 +200,7 @@ class GemmaTui(App[None]):
             importlib.import_module("gemma_tui.screens.training")
             importlib.import_module("gemma_tui.screens.generation")
             importlib.import_module("gemma_tui.screens.attention")
+            importlib.import_module("gemma_tui.screens.capacity")
             importlib.import_module("gemma_tui.studies.forecast")
 
         threading.Thread(target=imports, daemon=True).start()  # no worker: leaving would wait for one
@@ -219,8 +223,8 @@ class GemmaTui(App[None]):
             self.tell(text, "error")
         elif job.kind == "train":
             self.tell(f"{job.run} has ended and is saved; the tuned model is loaded")
-        elif job.kind == "study":
-            again = f"; y with its name, or `gemma-tui runs resume {job.run}`, goes on with it"
+        elif job.kind in GOES_ON:
+            again = f"; {GOES_ON[job.kind]}, or `gemma-tui runs resume {job.run}`, goes on with it"
             stopped = again if job.control.stop.is_set() else ""
             self.tell(f"{job.run} has ended and is kept{stopped}")
 

@@ -6,9 +6,9 @@ Nothing here waits and nothing calls the screen: a screen reads these plain valu
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -23,11 +23,16 @@ if TYPE_CHECKING:
     from gemma_tui.studies.attention.looking import Board, Desk
     from gemma_tui.studies.attention.plan import AttentionPlan
     from gemma_tui.studies.attention.survey import HeadStudyPlan
+    from gemma_tui.studies.capacity.plan import CapacityPlan
     from gemma_tui.studies.generation import Generation, GenerationPlan
+    from gemma_tui.studies.memorization.plan import MemorizationPlan
     from gemma_tui.studies.recording import Recorded
     from gemma_tui.studies.training_plan import TrainingPlan
 
 Progress = Callable[[float, str], None]
+
+Begin = Callable[["Engine", "Control", "RunStore"], "Recorded"]
+"""Registers a run, or takes one over; runs on the engine's thread."""
 
 NO_MODEL = "no model is loaded: press 1, choose one and press enter"
 
@@ -37,12 +42,13 @@ class Job:
     """Something an engine is doing.
 
     Attributes:
-        kind: ``load``, ``train``, ``generate``, ``look`` or ``study``.
+        kind: ``load``, ``train``, ``generate``, ``look``, ``study``, ``sweep`` or ``measure``.
         label: a few words for the status line.
         share: how much of it is done, 0 to 1.
         detail: what is being done now.
         passing: what is done between two steps, how far that is, and the time it still takes.
         run: the run it belongs to, once that is registered.
+        before: the share that was done before it began, of a run that goes on.
     """
 
     kind: str
@@ -53,14 +59,15 @@ class Job:
     detail: str = ""
     passing: str = ""
     run: str = ""
+    before: float = 0.0
     started: float = field(default_factory=time.monotonic)
     future: Future[Any] = field(default_factory=Future)
 
     @property
     def seconds_left(self) -> float | None:
         """An estimate from the share done; None while there is nothing to go by."""
-        passed = time.monotonic() - self.started
-        return passed * (1 - self.share) / self.share if self.share > 0.02 and passed > 0.5 else None
+        passed, done = time.monotonic() - self.started, self.share - self.before
+        return passed * (1 - self.share) / done if done > 0.02 and passed > 0.5 else None
 
 
 @dataclass
@@ -202,7 +209,7 @@ class Session:
 
         return self._record(begin)
 
-    def _record(self, begin: Callable[[Engine, Control, RunStore], Recorded]) -> Job:
+    def _record(self, begin: Begin) -> Job:
         """Let a run take its course; what it has trained stays loaded."""
         place = self.place
 
@@ -311,19 +318,16 @@ class Session:
 
         return self._study(begin)
 
-    def _study(self, begin: Callable[[Engine, Control, RunStore], Recorded]) -> Job:
+    def _study(self, begin: Begin) -> Job:
         """Let a study of heads take its course."""
         place = self.place
 
         def work(engine: Engine, job: Job) -> None:
-            from gemma_tui.runs.store import RunStore
             from gemma_tui.studies.attention.survey import plan_of
 
             held = engine.model()
-            with closing(RunStore()) as store:
-                recorded = begin(engine, job.control, store)
+            with _registered(engine, job, begin) as recorded:
                 plan, total = plan_of(recorded.run), recorded.run.steps
-                job.run = job.label = recorded.run.run_id
                 try:
                     for event in recorded.events:
                         if event.kind == "start":
@@ -336,6 +340,106 @@ class Session:
                         place.settle(engine, place.model if plan.over else plan.model, bool(plan.over))
 
         return self._start(Job("study", "heads", self.engine), work)
+
+    def sweep(self, plan: CapacityPlan) -> Job:
+        """Sweep over the capacity of small networks, as a run; the loaded model is left alone.
+
+        Raises:
+            UnsupportedError: the engine is busy.
+        """
+
+        def begin(engine: Engine, control: Control, store: RunStore) -> Recorded:
+            from gemma_tui.studies.capacity.sweep import record_capacity
+
+            return record_capacity(engine, plan, control, store)
+
+        return self._sweep(begin)
+
+    def resume_sweep(self, run: str, more: Mapping[str, Any] | None = None) -> Job:
+        """Go on with a sweep on the chosen engine.
+
+        Args:
+            more: ``sizes`` and ``seeds`` that are added to it.
+
+        Raises:
+            UnsupportedError: the engine is busy.
+        """
+
+        def begin(engine: Engine, control: Control, store: RunStore) -> Recorded:
+            from gemma_tui.studies.capacity.sweep import resume_capacity
+
+            return resume_capacity(engine, store.run(run), control, store, more)
+
+        return self._sweep(begin)
+
+    def _sweep(self, begin: Begin) -> Job:
+        """Let a sweep take its course."""
+        place = self.place
+
+        def work(engine: Engine, job: Job) -> None:
+            with _registered(engine, job, begin) as recorded:
+                total = recorded.run.steps
+                for event in recorded.events:
+                    if event.kind == "start":
+                        job.before = event.step / total
+                    at = event.values.get("done" if event.kind == "training" else "at")
+                    job.share = event.values.get("share", event.step / total)
+                    job.detail = f"{event.step:,}/{total:,} cells" + (f", step {at:,}" if at else "")
+                    place.memory = engine.memory()
+
+        return self._start(Job("sweep", "capacity", self.engine), work)
+
+    def measure(self, plan: MemorizationPlan) -> Job:
+        """Measure what a model has memorised, as a run; the model that is loaded is so afterwards, too.
+
+        Raises:
+            UnsupportedError: the engine is busy.
+        """
+
+        def begin(engine: Engine, control: Control, store: RunStore) -> Recorded:
+            from gemma_tui.studies.memorization.meter import record_memorization
+
+            return record_memorization(engine, plan, control, store)
+
+        return self._measure(begin)
+
+    def resume_measure(self, run: str) -> Job:
+        """Go on with a measurement on the chosen engine.
+
+        Raises:
+            UnsupportedError: the engine is busy.
+        """
+
+        def begin(engine: Engine, control: Control, store: RunStore) -> Recorded:
+            from gemma_tui.studies.memorization.meter import resume_memorization
+
+            return resume_memorization(engine, store.run(run), control, store)
+
+        return self._measure(begin)
+
+    def _measure(self, begin: Begin) -> Job:
+        """Let a measurement take its course, and load again what was there before."""
+        place = self.place
+
+        def work(engine: Engine, job: Job) -> None:
+            held, name = engine.model(), place.model
+            with _registered(engine, job, begin) as recorded:
+                total = max(1, recorded.run.steps)
+                try:
+                    for event in recorded.events:
+                        if event.kind == "load":
+                            place.model = event.values["model"]
+                        job.share, job.passing = event.step / total, passing(event)
+                        job.detail = f"{event.step:,}/{total:,} sequences"
+                        place.info, place.memory = engine.model(), engine.memory()
+                finally:
+                    if engine.model() is held:
+                        place.model = name
+                    else:
+                        place.model, place.info = "", None
+                        place.settle(engine, name, anew=True)
+
+        return self._start(Job("measure", "memorization", self.engine), work)
 
     def stop(self) -> None:
         """Ask everything that runs to end; training saves first."""
@@ -373,3 +477,14 @@ class Session:
 
         job.future = place.thread.submit(run)
         return job
+
+
+@contextmanager
+def _registered(engine: Engine, job: Job, begin: Begin) -> Iterator[Recorded]:
+    """A run that a job computes, with the store open as long."""
+    from gemma_tui.runs.store import RunStore
+
+    with closing(RunStore()) as store:
+        recorded = begin(engine, job.control, store)
+        job.run = job.label = recorded.run.run_id
+        yield recorded

@@ -10,7 +10,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
@@ -200,11 +200,12 @@ class RunStore(Database):
             raise GemmaTuiError(f"{run_id!r} fits {len(rows)} runs: give more of the name")
         return _run(rows[0])
 
-    def runs(self, limit: int = 1000) -> list[Run]:
-        """All runs, the newest first."""
+    def runs(self, limit: int = 1000, studies: Sequence[str] = ()) -> list[Run]:
+        """The runs of some studies, or all, the newest first."""
+        some = f"WHERE study IN ({', '.join('?' * len(studies))})" if studies else ""
         with self._guard():
             rows = self._db.execute(
-                f"SELECT {_COLUMNS} FROM gt_runs ORDER BY created DESC LIMIT ?", (limit,)
+                f"SELECT {_COLUMNS} FROM gt_runs {some} ORDER BY created DESC LIMIT ?", (*studies, limit)
             ).fetchall()
         return [_run(row) for row in rows]
 

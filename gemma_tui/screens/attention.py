@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import re
-import threading
 from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from textual.binding import Binding
@@ -16,10 +13,9 @@ from textual.message import Message
 from textual.widget import Widget
 from textual.widgets import DataTable, Static
 
-from engines.errors import EngineError
 from gemma_tui.errors import UsageError
-from gemma_tui.exports import export
 from gemma_tui.pair_grid import PairGrid, zoomed
+from gemma_tui.screens.exporting import ask_and_export
 from gemma_tui.screens.head_study import FollowedStudy, StudyDialog, is_study, small_plan
 from gemma_tui.screens.workbench import Workbench
 from gemma_tui.session import NO_MODEL
@@ -39,7 +35,6 @@ if TYPE_CHECKING:
 
 SECONDS = 0.2
 JUMP = Option("jump", str, "", "a layer (L5), a head (L5.H1), a position (34) or a token of the text")
-EXPORT = Option("export", str, "attention.html", "file to write: .html, .svg, .png, .npz, .csv or .json")
 HEAD = re.compile(r"[lL]?(\d{1,3})\.[hH]?(\d{1,3})")
 LAYER = re.compile(r"[lL](\d{1,3})")
 NUMBER = re.compile(r"\d{1,9}")
@@ -313,23 +308,8 @@ class AttentionScreen(Workbench):
         figure = self.board.figure
         if figure is None:
             self.bench.tell("nothing is shown yet", "warning")
-            return
-
-        def named(name: str | None) -> None:
-            if name:
-                # The digest of a large model takes seconds; no worker, because leaving would wait for one.
-                threading.Thread(target=write, args=(Path(name).expanduser(),), daemon=True).start()
-
-        def write(path: Path) -> None:
-            try:
-                export(signed(figure), path)
-                said = f"written: {path}", "information"
-            except EngineError as error:
-                said = str(error), "warning"
-            with suppress(RuntimeError):  # the app has ended
-                self.app.call_from_thread(self.bench.tell, *said)
-
-        self.app.push_screen(Field(EXPORT, EXPORT.default), named)
+        else:
+            ask_and_export(self.bench, lambda: signed(figure), "attention.html")
 
     def action_stop(self) -> None:
         """Break off what is computed."""

@@ -17,6 +17,7 @@ from textual.widgets import Label
 from gemma_tui import paths
 from gemma_tui.errors import GemmaTuiError
 from gemma_tui.runs.store import Row, RunStore
+from gemma_tui.runs.tail import Tail
 from gemma_tui.studies.attention.looking import Board
 from gemma_tui.studies.attention.plan import AttentionPlan
 from gemma_tui.studies.attention.survey import STUDY, HeadStudy, HeadStudyPlan, study_figure, study_of
@@ -106,6 +107,7 @@ class FollowedStudy:
     command: str = ""
     found: HeadStudy | None = None
     _rows: list[Row] = field(default_factory=list)
+    _tail: Tail | None = None
     _looked: float = -math.inf
     _over: bool = False
 
@@ -131,7 +133,8 @@ class FollowedStudy:
             run = store.run(self.job.run)
             self.command, self.texts = run.command, str(run.plan.get("study", ""))
             # Only what is new: a text of a model with many heads is a long line.
-            new = store.events(run.run_id, self._rows[-1].cursor if self._rows else 0)
+            self._tail = self._tail or Tail(run.run_id)
+            new = self._tail.read(store)
         self._rows += new
         if all(row.kind != STUDY for row in new):
             return False

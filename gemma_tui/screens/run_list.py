@@ -30,7 +30,6 @@ class RunList(RunTable):
     """What is queued, and the runs; enter opens one, m marks, o compares what is marked or a group, delete cancels."""
 
     BINDINGS = [
-        Binding("enter", "select_cursor", "Open", id="runs.open"),
         Binding("m", "mark", "Mark", id="runs.mark", tooltip="Mark the run for a comparison, or take it out"),
         Binding("o", "overlay", "Over", id="runs.overlay",
                 tooltip="Compare the runs that are marked, or else the group under the cursor"),
@@ -171,9 +170,9 @@ def what_else(run: Run) -> str:
     resumed = f"`gemma-tui runs resume {run.run_id}` goes on with it or prints it"
     known = {
         "heads": ("study of heads over texts", "u in the list goes on with it and shows it"),
-        "memorization": ("measurement of memorization", resumed),
+        "memorization": ("measurement of memorization", "press 3, where it is listed"),
         "where": ("study of which parts hold what was memorised", resumed),
-        "capacity": ("capacity sweep", f"`gemma-tui capacity show {run.run_id}` tells of it"),
+        "capacity": ("capacity sweep", "press 3, where it is listed"),
     }
     kind, again = known.get(run.study, (run.study, f"`gemma-tui runs show {run.run_id}` tells of it"))
     return f"{run.run_id} is a {kind}, no training run: {again}"

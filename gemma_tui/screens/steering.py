@@ -1,10 +1,12 @@
-"""Pausing and stopping a run: of this app by its job's control, of another process through the run store."""
+"""Pausing and stopping a run, of this app by its job's control, of another process through the run store; going on."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from gemma_tui.errors import UsageError
 from gemma_tui.runs.store import Run, RunStore
+from gemma_tui.screens.run_list import what_else
 
 if TYPE_CHECKING:
     from gemma_tui.app import GemmaTui
@@ -37,6 +39,26 @@ def stop(bench: GemmaTui, job: Job | None, run: Run | None, store: RunStore | No
         _ask(bench, store, run, "stop")
     else:
         bench.tell("no run that goes on is shown", "warning")
+
+
+def go_on_elsewhere(bench: GemmaTui, run: Run) -> None:
+    """Go on with a run that is no training run, on the screen that shows such runs.
+
+    Raises:
+        UnsupportedError: the engine is busy.
+        UsageError: no screen shows it.
+    """
+    session = bench.session
+    places = {
+        "heads": (session.resume_study, "attention"),
+        "capacity": (session.resume_sweep, "capacity"),
+        "memorization": (session.resume_measure, "capacity"),
+    }
+    if run.study not in places:
+        raise UsageError(what_else(run))
+    resume, mode = places[run.study]
+    resume(run.run_id)
+    bench.call_later(bench.action_switch_mode, mode)  # which follows it
 
 
 def _ask(bench: GemmaTui, store: RunStore, run: Run, what: str) -> None:

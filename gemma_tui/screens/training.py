@@ -162,12 +162,8 @@ class TrainingScreen(Workbench):
             return
 
         def go_on() -> None:
-            if (run := store.run(name)).study == "heads":
-                self.bench.session.resume_study(name)
-                self.call_later(self.bench.action_switch_mode, "attention")  # which follows it
-                return
-            if run.study != "training":
-                self.bench.tell(what_else(run), "warning")
+            if (run := store.run(name)).study != "training":
+                steering.go_on_elsewhere(self.bench, run)
                 return
             self._started = self.bench.session.resume(name)
             self._await_run()

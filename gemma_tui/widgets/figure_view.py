@@ -9,6 +9,7 @@ import numpy as np
 from rich.text import Text
 from textual.app import ComposeResult
 from textual.containers import Horizontal, Vertical
+from textual.coordinate import Coordinate
 from textual.widgets import DataTable, Static
 
 from gemma_tui.figure import Figure, Table
@@ -23,11 +24,18 @@ from gemma_tui.widgets.pair_map import PairMap
 NOTHING = Heat("", [], [], np.zeros((0, 0)))
 NO_PAIRS = PairGrid(np.zeros((1, 1), np.float32), np.arange(2), np.arange(2), [""], [""], None, "max")
 MOST_ROWS = 500
+MOST_LINES = 16
+"""Of a chart, each of which takes some milliseconds to draw."""
+
 WIDE = 110
 
 
 class FigureView(Vertical):
-    """Notes above the parts; ``turn`` shows the next part."""
+    """Notes above the parts; ``turn`` shows the next part.
+
+    Args:
+        grabs: whether the part that is seen takes the keys by itself, also from widgets beside.
+    """
 
     DEFAULT_CSS = """
     FigureView { height: 1fr; }
@@ -36,11 +44,14 @@ class FigureView(Vertical):
     FigureView DataTable { width: 1fr; }
     """
 
-    def __init__(self, id: str | None = None) -> None:
+    def __init__(self, id: str | None = None, grabs: bool = True) -> None:
         super().__init__(id=id)
+        self.grabs = grabs
         self.figure = Figure("")
         self.part = 0
         self._pairs: PairGrid | None = None
+        self._rows: list[Sequence[object]] = []
+        """Of the table, as they are drawn."""
 
     def compose(self) -> ComposeResult:
         """Every kind of part; those that are not seen are not displayed."""
@@ -124,7 +135,11 @@ class FigureView(Vertical):
         elif kind == "line":
             chart, line = self.query_one(Chart), figure.charts[at - maps].cleaned()
             chart.title, chart.x_label, chart.log_axis = line.title, line.x_label, line.log
-            chart.show(list(line.series))
+            series, every = list(line.series), len(line.series)
+            if every > MOST_LINES:
+                series = [series[i * (every - 1) // (MOST_LINES - 1)] for i in range(MOST_LINES)]
+                chart.title += f" ({MOST_LINES} of {every} lines)"
+            chart.show(series)
             chart.redraw()
         elif kind == "table":
             self._table(figure.tables[at - maps - len(figure.charts)])
@@ -147,18 +162,26 @@ class FigureView(Vertical):
         for name, selector in shown.items():
             beside = name == "table" and self._wide and bool(self.figure.tables)
             self.query_one(selector).display = name == kind or (beside and kind != "")
-        if self.is_mounted and self.screen.is_current:
+        if self.is_mounted and self.screen.is_current and (self.grabs or self.has_focus_within):
             self.focus_part()
 
     def _table(self, table: Table) -> None:
+        """Draw what has changed; the cursor stays where rows and columns do."""
         widget = self.query_one(DataTable)
-        widget.clear(columns=True)
-        for number, name in enumerate(table.columns):
-            widget.add_column(Text(one_line(name, 24), justify=_side(table.rows, number)))
-        for row in table.rows[:MOST_ROWS]:
-            widget.add_row(
-                *(Text(one_line(cell_text(cell), 60), justify=_side([row], i)) for i, cell in enumerate(row))
-            )
+        columns = [Text(one_line(name, 24), justify=_side(table.rows, i)) for i, name in enumerate(table.columns)]
+        before, self._rows = self._rows, [tuple(row) for row in table.rows[:MOST_ROWS]]
+        if [column.label for column in widget.ordered_columns] != columns or len(before) != len(self._rows):
+            widget.clear(columns=True)
+            widget.add_columns(*columns)
+            widget.add_rows([_text(cell) for cell in row] for row in self._rows)
+            return
+        for row, (old, new) in enumerate(zip(before, self._rows, strict=True)):
+            for column in (i for i in range(len(new)) if old[i] != new[i]):
+                widget.update_cell_at(Coordinate(row, column), _text(new[column]), update_width=True)
+
+
+def _text(cell: object) -> Text:
+    return Text(one_line(cell_text(cell), 60), justify="right" if is_number(cell) else "left")
 
 
 def _side(rows: Sequence[Sequence[object]], column: int) -> Literal["left", "right"]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 from rich.text import Text
+from textual.binding import Binding
 from textual.widgets import DataTable
 
 from gemma_tui.output import age
@@ -20,7 +21,9 @@ QUEUED = "queue:"
 
 
 class RunTable(DataTable[Text]):
-    """A row for each queued plan and each run."""
+    """A row for each queued plan and each run; enter opens one."""
+
+    BINDINGS = [Binding("enter", "select_cursor", "Open", id="runs.open")]
 
     def __init__(self, id: str) -> None:
         super().__init__(id=id, cursor_type="row", classes="pane")
@@ -30,6 +33,11 @@ class RunTable(DataTable[Text]):
     def chosen(self) -> str:
         """The key of the row under the cursor: a run's name, or ``QUEUED`` and a number; nothing in an empty table."""
         return str(self.coordinate_to_cell_key(self.cursor_coordinate).row_key.value) if self.row_count else ""
+
+    def go_to(self, key: str) -> None:
+        """Put the cursor on a row, if it is there."""
+        if key in self.rows:
+            self.move_cursor(row=self.get_row_index(key))
 
     def show(self, items: Sequence[Item], runs: Sequence[Run], marked: Collection[str] = ()) -> None:
         """Draw what has changed; the cursor stays on what it is on, while that is there."""

@@ -54,12 +54,17 @@ def record_memorization(engine: Engine, plan: MemorizationPlan, control: Control
         EngineError: a model or the data is not usable; no run is made.
     """
     measurement = prepare(plan, store)
-    words = command(("memorization", plan.model, "--engine", engine.name), replace(plan, model=MemorizationPlan.model))
+    words = words_of(engine.name, plan)
     run = store.create(plan.name or STUDY, STUDY, engine.name, asdict(plan), words, measurement.steps)
     measurement.sequences.write(run.folder)
     for extra in measurement.extras:
         extra.write(run.folder)
     return Recorded(run, recorded(store, run, lambda folder: measure(engine, measurement, folder, control), control))
+
+
+def words_of(engine: str, plan: MemorizationPlan) -> str:
+    """The command of a measurement."""
+    return command(("memorization", plan.model, "--engine", engine), replace(plan, model=MemorizationPlan.model))
 
 
 def resume_memorization(engine: Engine, run: Run, control: Control, store: RunStore) -> Recorded:

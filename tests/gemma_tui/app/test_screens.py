@@ -29,12 +29,6 @@ async def test_the_keys_1_to_5_reach_the_five_screens(opened: Open, size: Size) 
             assert it.sees(*(f"{k} {name.capitalize()}" for k, name in MODES.items()))
 
 
-async def test_a_screen_that_is_not_built_says_in_one_line_what_it_will_do(opened: Open) -> None:
-    async with opened() as it:
-        await it.mode("3", "capacity")
-        assert it.sees("Capacity will show how many bits a model memorises")
-
-
 async def test_the_status_line_names_engine_device_dtype_model_memory_and_what_runs(
     opened: Open, tiny: str, corpus: Path, size_and_engine: tuple[Size, str]
 ) -> None:

@@ -1,0 +1,100 @@
+"""The plans of a capacity sweep and of a measurement of memorization, as forms of which one is seen at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import suppress
+from typing import Any
+
+from textual.containers import Vertical
+from textual.widgets import Static
+
+from engines.errors import EngineError
+from gemma_tui.runs.store import RunStore
+from gemma_tui.studies.capacity.plan import PRESETS, CapacityPlan, cells_of, with_preset
+from gemma_tui.studies.capacity.sweep import words_of
+from gemma_tui.studies.memorization.meter import words_of as memorization_words
+from gemma_tui.studies.memorization.plan import MemorizationPlan
+from gemma_tui.studies.plan import honoured
+from gemma_tui.widgets.plan_form import PlanForm
+
+SWEEP, MEASURE = "sweep", "measure"
+FORMS: dict[str, type[Any]] = {SWEEP: CapacityPlan, MEASURE: MemorizationPlan}
+
+
+class CapacityPlans(Vertical):
+    """Both forms, and what the option under the cursor does; none is seen at first."""
+
+    DEFAULT_CSS = "CapacityPlans { height: 1fr; } CapacityPlans PlanForm { height: 1fr; }"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kind = ""
+        """Of the form that is open: ``SWEEP``, ``MEASURE`` or nothing."""
+        self._preset = ""
+        self.display = False
+
+    def compose(self) -> Iterable[PlanForm[Any] | Static]:
+        """The forms and the line below."""
+        for kind, plan in FORMS.items():
+            yield PlanForm(plan, id=f"{kind}-plan")
+        yield Static("", id="explained", markup=False)
+
+    def open(self, kind: str) -> None:
+        """Show a form; nothing closes the one that is open."""
+        self.kind, self.display = kind, bool(kind)
+        for each in FORMS:
+            self.form(each).display = each == kind
+        if kind:
+            self.form(kind).focus()
+
+    def form(self, kind: str) -> PlanForm[Any]:
+        """One of the forms."""
+        return self.query_one(f"#{kind}-plan", PlanForm)
+
+    def measure_of(self, model: str, store: RunStore) -> None:
+        """Fill in a model, and what it was trained on if it is a run's."""
+        form = self.form(MEASURE)
+        if not model or model == form.values["model"]:
+            return
+        form.set("model", model)
+        with suppress(EngineError):
+            if (run := store.run(model)).run_id == model and run.study == "training":
+                form.set("data", str(run.plan.get("data", "")))
+
+    def turn_preset(self) -> None:
+        """Fill the sweep's form with the next preset, or with its defaults."""
+        names, form = ["", *PRESETS], self.form(SWEEP)
+        self._preset = names[(names.index(self._preset) + 1) % len(names)]
+        values = with_preset(self._preset, {})
+        for name, option in form.options.items():
+            form.set(name, values.get(name, option.default))
+
+    def plan(self) -> CapacityPlan | MemorizationPlan:
+        """What the form that is open says.
+
+        Raises:
+            EngineError: a value is missing, a list is none, or a network cannot be built.
+        """
+        plan: CapacityPlan | MemorizationPlan = self.form(self.kind).build()
+        if isinstance(plan, CapacityPlan):
+            cells_of(plan)
+        return plan
+
+    def command(self, engine: str) -> str:
+        """The command that does what the form says; that of a sweep if none is open."""
+        form = self.form(self.kind or SWEEP)
+        plan = honoured(form.plan(**form.values))
+        return words_of(engine, plan) if isinstance(plan, CapacityPlan) else memorization_words(engine, plan)
+
+    @property
+    def line(self) -> str:
+        """What is planned, for a person."""
+        if self.kind == MEASURE:
+            return "new measurement: s starts it"
+        return f"new sweep{f', preset {self._preset}' if self._preset else ''}: s starts it"
+
+    def on_plan_form_explained(self, event: PlanForm.Explained) -> None:
+        """What the option under the cursor does."""
+        event.stop()
+        self.query_one("#explained", Static).update(event.text, layout=False)

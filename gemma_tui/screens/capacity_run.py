@@ -1,0 +1,104 @@
+"""A capacity sweep or a measurement of memorization, as the capacity screen follows it while it grows."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass
+
+from engines.errors import EngineError
+from gemma_tui.errors import UsageError
+from gemma_tui.figure import Figure
+from gemma_tui.runs.store import Run, RunStore
+from gemma_tui.runs.tail import Tail
+from gemma_tui.studies.capacity.results import Sweep, sweep_figure
+from gemma_tui.studies.capacity.sweep import STUDY as SWEEP
+from gemma_tui.studies.capacity.sweep import sweep_plan
+from gemma_tui.studies.memorization.inquiry import FURTHER
+from gemma_tui.studies.memorization.meter import STUDY as MEASUREMENT
+from gemma_tui.studies.memorization.results import memorization_figure, read_measured
+
+STUDIES, JOBS = (SWEEP, MEASUREMENT), ("sweep", "measure")
+"""Runs that the capacity screen lists, and the kinds of the jobs that compute them."""
+
+LISTED = 200
+
+REST = 9
+"""Times what reading takes that are left to other threads before the next one."""
+
+
+@dataclass
+class FollowedRun:
+    """What is known of one run, read by a thread of its own.
+
+    Attributes:
+        figure: of what was found so far; None before there is anything.
+    """
+
+    name: str
+    figure: Figure | None = None
+    _seen: Run | None = None
+    _reading: bool = False
+    _rested: float = 0.0
+    _tail: Tail | None = None
+    _sweep: Sweep | None = None
+
+    def follow(self, run: Run, grown: Callable[[str], object]) -> None:
+        """Let a thread read the run, if it has changed and it is time.
+
+        Args:
+            run: as it is now.
+            grown: called in the thread after it, with what was wrong or nothing.
+        """
+        if run == self._seen or self._reading or time.monotonic() < self._rested:
+            return
+
+        def read() -> None:
+            began, error = time.monotonic(), ""
+            try:
+                self._read()
+            except EngineError as wrong:
+                error = str(wrong)
+            now = time.monotonic()
+            self._rested, self._reading = now + REST * (now - began), False
+            grown(error)
+
+        self._seen, self._reading = run, True
+        threading.Thread(target=read, daemon=True).start()  # no worker, because leaving would wait for one
+
+    def _read(self) -> None:
+        """Read what is new, and make the figure again if there is something to see in that."""
+        with closing(RunStore()) as store:
+            run = store.run(self.name)
+            self._tail = self._tail or Tail(run.run_id)
+            rows = self._tail.read(store)
+            if run.study == MEASUREMENT:
+                if any(row.kind in (MEASUREMENT, *FURTHER) for row in rows):
+                    self.figure = memorization_figure(read_measured(store, run))
+                return
+        plan = sweep_plan(run)
+        sweep = self._sweep = self._sweep or Sweep(plan)
+        if rows or sweep.plan != plan or self.figure is None:
+            sweep.plan = plan  # cells may have been added
+            sweep.add(rows)
+            self.figure = sweep_figure(sweep)
+
+
+def in_words(run: Run) -> str:
+    """A run and how far it is, for a person."""
+    what = "cells" if run.study == SWEEP else "sequences"
+    return f"{run.run_id} · {run.state} · {run.step:,}/{run.steps:,} {what}"
+
+
+def check_idle(run: Run, engine: str) -> None:
+    """Refuse to go on with a run that goes on already, or that another engine computed.
+
+    Raises:
+        UsageError: it is so.
+    """
+    if run.active:
+        raise UsageError(f"{run.run_id} is {run.state}: x stops it")
+    if run.engine != engine:
+        raise UsageError(f"{run.run_id} was computed with {run.engine}: e switches to it")
