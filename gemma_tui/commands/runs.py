@@ -20,7 +20,8 @@ def list_runs(args: argparse.Namespace, output: Output) -> int:
         for run in runs:
             output.row("run", **_facts(run))
         rows = [
-            (r.run_id, r.state, r.study, r.engine, f"{r.step}/{r.steps}", age(r.created), r.plan["model"]) for r in runs
+            (r.run_id, r.state, r.study, r.engine, f"{r.step}/{r.steps}", age(r.created), str(r.plan.get("model", "")))
+            for r in runs
         ]
         if rows:
             output.table(("run", "state", "study", "engine", "step", "age", "model"), rows)

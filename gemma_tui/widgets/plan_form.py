@@ -73,8 +73,15 @@ class PlanForm(DataTable[Text], Generic[P]):
     def on_data_table_row_highlighted(self, event: DataTable.RowHighlighted) -> None:
         """Tell what the row is for."""
         event.stop()
-        o = self.options.get(str(event.row_key.value))
-        if o is not None:
+        self._explain(str(event.row_key.value))
+
+    def on_focus(self) -> None:
+        """Tell it again: another form may have told of its own."""
+        if self.row_count:
+            self._explain(str(self.coordinate_to_cell_key(self.cursor_coordinate).row_key.value))
+
+    def _explain(self, name: str) -> None:
+        if (o := self.options.get(name)) is not None:
             self.post_message(self.Explained(f"{o.help} ({o.hint})" if o.hint else o.help))
 
     def on_data_table_row_selected(self, event: DataTable.RowSelected) -> None:

@@ -284,6 +284,7 @@ def test_the_command_tells_and_writes_it(command: Commands, tmp_path: Path) -> N
     code, rows, _ = command("capacity", "show", "capacity-1", "--json")
     assert code == 0
     assert any(row["kind"] == "model" and row["model"] == "1x8" for row in rows)
+    assert command("runs", "list")[0] == command("runs", "show", "capacity-1")[0] == 0
     code, rows, _ = command("capacity", "sweep", "--add", "capacity-1", "--sizes", "6", "--json")
     assert code == 0
     assert [row["name"] for row in rows if row["kind"] == "cell" and "name" in row] == ["1x8 N=6 seed 0"]
