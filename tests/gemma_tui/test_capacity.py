@@ -174,6 +174,11 @@ def test_a_sweep_tells_what_every_cell_holds(engine: Engine, store: RunStore) ->
     model, every = figure.tables
     assert model.rows[0][2] == 30 or model.rows[0][2] == 8
     assert [row[1] for row in every.rows] == ["done"] * 6
+    descent = next(chart for chart in figure.charts if chart.title.startswith("held-out"))
+    assert list(descent.series[0].x) == sorted({c["data_bits"] / (3.6 * c["parameters"]) for c in found.cells.values()})
+    of_four = [c["held_out_loss"] for c in found.cells.values() if c["sequences"] == 4]
+    assert descent.series[0].y[0] == pytest.approx(np.mean(of_four) / math.log(2))
+    assert list(descent.series[-1].x) == [1.0, 1.0]
     assert not list(recorded.run.folder.glob("stack*"))
 
 

@@ -124,9 +124,12 @@ def _charts(sweep: Sweep, models: dict[str, list[Cell]]) -> list[LineChart]:
                 strings, bits, loss = sweep.traces[cell.name]
                 budgets.append(Series(cell.name, strings, [b / parameters for b in bits]))
                 losses.append(Series(cell.name, strings, loss))
-        ratios = sorted((d["data_bits"] / (plan.alpha * parameters), d["held_out_loss"] / math.log(2)) for d in done)
-        if ratios:
-            descent.append(Series(model, [r for r, _ in ratios], [loss for _, loss in ratios]))
+        by_data: dict[float, list[float]] = {}
+        for d in sorted(done, key=lambda d: float(d["data_bits"])):
+            ratio = d["data_bits"] / (plan.alpha * parameters)
+            by_data.setdefault(ratio, []).append(d["held_out_loss"] / math.log(2))
+        if by_data:
+            descent.append(Series(model, list(by_data), [float(np.mean(found)) for found in by_data.values()]))
     if descent:
         lows = [y for line in descent for y in line.y if y is not None]
         descent.append(Series("data = capacity", [1.0, 1.0], [min(lows), max(lows)]))

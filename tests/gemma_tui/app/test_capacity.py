@@ -230,6 +230,7 @@ async def test_the_forms_presets_and_their_command(opened: Open, store: RunStore
     async with opened(size) as it:
         await it.mode("3", "capacity")
         await it.press("n")
+        await it.until(lambda: "architecture" in it.static("#explained"), "what the first row is for")
         for name in (*PRESETS, ""):
             await it.press("p")
             expected = {
