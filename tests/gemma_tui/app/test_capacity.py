@@ -19,7 +19,7 @@ from gemma_tui.screens.capacity import CapacityScreen
 from gemma_tui.studies.capacity import sweep as sweeps
 from gemma_tui.studies.capacity.plan import PRESETS, CapacityPlan
 from gemma_tui.studies.capacity.results import read_sweep, sweep_figure
-from gemma_tui.studies.memorization import meter
+from gemma_tui.studies.memorization import desk
 from gemma_tui.studies.memorization.results import memorization_figure, read_measured
 from gemma_tui.widgets.figure_view import FigureView
 from gemma_tui.widgets.plan_form import Field, PlanForm
@@ -349,14 +349,14 @@ async def test_memorization_is_measured_and_the_model_comes_back(
 async def test_a_measurement_that_was_stopped_goes_on(
     opened: Open, tiny: str, corpus: Path, store: RunStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    score, held, go_on = meter.score, threading.Event(), threading.Event()
+    score, held, go_on = desk.score, threading.Event(), threading.Event()
 
     def slow(*arguments: Any) -> Any:
         held.set()
         assert go_on.wait(30)
         return score(*arguments)
 
-    monkeypatch.setattr(meter, "score", slow)
+    monkeypatch.setattr(desk, "score", slow)
     async with opened() as it:
         await it.mode("3", "capacity")
         await it.press("m")
