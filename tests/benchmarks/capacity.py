@@ -3,7 +3,7 @@
 One layer, width 32, 2,048 tokens, strings of 64, 200 in a step. Both take AdamW's steps in float32 on all cores;
 transformers' loop is the plain one, ``loss.backward(); step(); zero_grad()``.
 
-python -m tests.benchmarks.capacity [ROUNDS] [ENGINE]
+python -m tests.benchmarks.capacity [ROUNDS] [ENGINE] [HEADS]
 """
 
 from __future__ import annotations
@@ -19,14 +19,13 @@ from engines import open_engine
 from engines.networks import NetworkShape, NetworkTraining
 from tests.benchmarks.measure import machine
 
-SHAPE = NetworkShape("gpt2", 1, 32, 4, 2048, 64)
 NETWORKS, BATCH, STEPS = 10, 200, 3
 
 
-def ours(engine: str) -> Callable[[], float]:
+def ours(shape: NetworkShape, engine: str) -> Callable[[], float]:
     """Sequences per second of all ten networks."""
-    networks = open_engine(engine).networks(SHAPE, range(NETWORKS), NetworkTraining())
-    tokens = np.random.default_rng(0).integers(0, SHAPE.vocabulary, (NETWORKS, BATCH, SHAPE.length), dtype=np.int32)
+    networks = open_engine(engine).networks(shape, range(NETWORKS), NetworkTraining())
+    tokens = np.random.default_rng(0).integers(0, shape.vocabulary, (NETWORKS, BATCH, shape.length), dtype=np.int32)
     rates = np.full(NETWORKS, 1e-3)
     networks.step(tokens, rates)
 
@@ -39,18 +38,18 @@ def ours(engine: str) -> Callable[[], float]:
     return run
 
 
-def transformers_loop() -> Callable[[], float]:
+def transformers_loop(shape: NetworkShape) -> Callable[[], float]:
     """The same of transformers: what one network takes is what each of ten takes."""
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config = GPT2Config(
-        vocab_size=SHAPE.vocabulary, n_positions=SHAPE.length, n_embd=SHAPE.width, n_layer=SHAPE.layers,
-        n_head=SHAPE.heads, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=None, eos_token_id=None,
+        vocab_size=shape.vocabulary, n_positions=shape.length, n_embd=shape.width, n_layer=shape.layers,
+        n_head=shape.heads, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
     model = GPT2LMHeadModel(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    tokens = torch.randint(0, SHAPE.vocabulary, (BATCH, SHAPE.length))
+    tokens = torch.randint(0, shape.vocabulary, (BATCH, shape.length))
 
     def step() -> None:
         model(tokens, labels=tokens).loss.backward()
@@ -68,16 +67,18 @@ def transformers_loop() -> Callable[[], float]:
     return run
 
 
-def main(rounds: int, engine: str) -> None:
+def main(rounds: int, engine: str, heads: int) -> None:
     """Rounds in turn; ratios of each."""
-    theirs, stacked, ratios = transformers_loop(), ours(engine), []
+    shape = NetworkShape("gpt2", 1, 32, heads, 2048, 64)
+    theirs, stacked, ratios = transformers_loop(shape), ours(shape, engine), []
     for _ in range(rounds):
         plain = theirs()
         ratios.append(stacked() / plain)
     middle, ends = statistics.median(ratios), f"{min(ratios):.2f} to {max(ratios):.2f}"
-    print(f"ten networks of {SHAPE.parameter_count():,} parameters, {machine()}, {rounds} rounds")
+    print(f"ten networks of {shape.parameter_count():,} parameters, {heads} heads, {machine()}, {rounds} rounds")
     print(f"  {engine} / transformers + AdamW, sequences per second: {middle:.2f} ({ends})")
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 5, sys.argv[2] if len(sys.argv) > 2 else "torch")
+    given = dict(enumerate(sys.argv))
+    main(int(given.get(1, 5)), given.get(2, "torch"), int(given.get(3, 1)))
