@@ -397,9 +397,10 @@ class AttentionScreen(Workbench):
         return not (action in ("turn", "jump") and self.is_mounted and self._form.display)
 
     def _open_plan(self, shown: bool) -> None:
-        self._form.display, self._figure.display = shown, not shown
-        self.refresh_bindings()
-        self.query_one("#explained").display = shown
+        if self._form.display != shown:
+            self._form.display, self._figure.display = shown, not shown
+            self.query_one("#explained").display = shown
+            self.refresh_bindings()  # lays out the footer anew
         if not shown:
             self._figure.focus_part()
 

@@ -50,6 +50,7 @@ class FigureView(Vertical):
         self.figure = Figure("")
         self.part = 0
         self._pairs: PairGrid | None = None
+        self._notes = ""
         self._rows: list[Sequence[object]] = []
         """Of the table, as they are drawn."""
 
@@ -75,7 +76,10 @@ class FigureView(Vertical):
         same = figure.title == self.figure.title or (pairs is not None and self._pairs is not None)
         self.figure, self._pairs = figure, pairs
         self.part = self.part % self.count if same and self.count else 0
-        self.query_one("#notes", Static).update("\n".join(one_line(note, 240) for note in figure.notes))
+        notes = "\n".join(one_line(note, 240) for note in figure.notes)
+        if notes != self._notes:  # an update lays out the whole screen
+            self._notes = notes
+            self.query_one("#notes", Static).update(notes)
         self._fill()
 
     @property
