@@ -14,6 +14,7 @@ from gemma_tui import paths
 from gemma_tui.cli import _parser
 from gemma_tui.commands.plans import plan_from
 from gemma_tui.errors import UsageError
+from gemma_tui.studies.capacity.plan import CapacityPlan, cells_of
 from gemma_tui.studies.generation import GenerationPlan
 from gemma_tui.studies.plan import Option, build, command, honoured, options, read_toml
 from gemma_tui.studies.queueing import check, variations
@@ -225,7 +226,8 @@ def test_a_sweep_over_methods_leaves_out_what_a_method_ignores() -> None:
         variations({**NEEDED, "rank": 16, "method": "full"}, {"seed": "1,2"}, "sweep")
 
 
-PLAN_FILES = sorted((paths.assets() / "plans").glob("*.toml"))
+EVERY_PLAN = sorted((paths.assets() / "plans").glob("*.toml"))
+PLAN_FILES = [path for path in EVERY_PLAN if not path.stem.startswith("capacity")]
 
 
 @pytest.mark.parametrize("path", PLAN_FILES, ids=lambda path: path.stem)
@@ -235,8 +237,13 @@ def test_the_plans_of_the_results_can_be_run(path: Path) -> None:
     assert plan.name == path.stem
 
 
+@pytest.mark.parametrize("path", sorted(set(EVERY_PLAN) - set(PLAN_FILES)), ids=lambda path: path.stem)
+def test_the_sweeps_of_the_results_have_cells(path: Path) -> None:
+    assert cells_of(build(CapacityPlan, read_toml(path), path.name))
+
+
 def test_the_results_compare_at_equal_data_and_tokens() -> None:
-    assert len(PLAN_FILES) == 9
+    assert len(PLAN_FILES) == 10
     for group in ("scratch", "tune"):
         plans = [build(TrainingPlan, read_toml(path)) for path in PLAN_FILES if path.stem.startswith(group)]
         assert len({(p.model, p.data, p.steps, p.batch_size, p.sequence_length, p.seed, p.group) for p in plans}) == 1
