@@ -114,8 +114,8 @@ class FigureView(Vertical):
         """Give the keys to the part that is seen."""
         kind = self._kind()
         target = {"heat": "#heat", "pairs": "#pairs", "table": "#rows"}.get(kind)
-        if target is not None:
-            self.query_one(target).focus()
+        if target is not None and not (widget := self.query_one(target)).has_focus:
+            widget.focus()  # draws it anew
 
     def _names(self) -> list[str]:
         figure = self.figure

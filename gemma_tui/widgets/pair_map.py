@@ -114,7 +114,8 @@ class PairMap(ScrollView, can_focus=True):
     def gutter_width(self) -> int:
         """Cells left of the map: the query's name and a mark."""
         digits = len(str(max(0, int(self.grid.row_edges[-1]) - 1)))
-        wanted = 2 * digits + 1 if (np.diff(self.grid.row_edges) > 1).any() else digits + 1 + NAME_WIDTH
+        pooled = self.grid.row_edges[-1] - self.grid.row_edges[0] > self.grid.rows
+        wanted = 2 * digits + 1 if pooled else digits + 1 + NAME_WIDTH
         return min(wanted, max(digits, self.room.width // 5)) + 1
 
     def show(self, grid: PairGrid) -> None:
