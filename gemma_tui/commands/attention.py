@@ -7,11 +7,12 @@ import shutil
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from engines import open_engine
 from gemma_tui.commands.figures import ROWS, WIDEST, targets_of, tell
+from gemma_tui.commands.following import follow
 from gemma_tui.commands.plans import plan_from
-from gemma_tui.commands.train import stop_on_signal
 from gemma_tui.errors import UsageError
 from gemma_tui.figure import Figure
 from gemma_tui.heat import NARROWEST
@@ -29,7 +30,7 @@ from gemma_tui.studies.attention.survey import (
     study_figure,
     texts_of,
 )
-from gemma_tui.studies.events import PASSING, Control
+from gemma_tui.studies.events import PASSING, Control, Event
 from gemma_tui.studies.plan import check_honoured, options
 from gemma_tui.studies.recording import Recorded
 
@@ -38,8 +39,6 @@ LABELS = 16
 
 OF_A_HEAD = {"layer", "head", "key_position", "queries", "keys"}
 """Options that imply the view of a head."""
-
-INTERRUPTED = 130
 
 
 def attention(args: argparse.Namespace, output: Output) -> int:
@@ -108,7 +107,7 @@ def _study(args: argparse.Namespace, output: Output, targets: list[Path]) -> int
     check_metric(metric)
     engine, control = open_engine(args.engine), Control()
     with closing(RunStore()) as store:
-        return follow(record_heads(engine, plan, control, store), control, output, metric, store, targets)
+        return _follow(record_heads(engine, plan, control, store), control, output, metric, store, targets)
 
 
 def resume(run_name: str, output: Output) -> int:
@@ -116,27 +115,26 @@ def resume(run_name: str, output: Output) -> int:
     with closing(RunStore()) as store:
         run, control = store.run(run_name), Control()
         recorded = resume_heads(open_engine(run.engine), run, control, store)
-        return follow(recorded, control, output, AttentionPlan().metric, store, [])
+        return _follow(recorded, control, output, AttentionPlan().metric, store, [])
 
 
-def follow(
+def _follow(
     recorded: Recorded, control: Control, output: Output, metric: str, store: RunStore, targets: list[Path]
 ) -> int:
-    """Let a study take its course and tell what it found; returns the exit code."""
-    run, looked_at = recorded.run, texts_of(store, recorded.run)
-    with stop_on_signal(control) as came, closing(recorded.events) as events, output.progress("texts") as progress:
-        for event in events:
-            if event.kind == STUDY:
-                looked_at += 1
-                progress(event.step / run.steps, f"{event.step}/{run.steps}")
-            elif event.kind not in (*PASSING, "end"):
-                row = event.row()
-                output.row(row.pop("kind"), **row)
-    stopped = control.stop.is_set()
-    if looked_at or not stopped:
-        tell(study_figure(read_study(store, run), metric), output, targets)
-    output.say(f"kept as {run.run_id}" + (f": `gemma-tui runs resume {run.run_id}` goes on" if stopped else ""))
-    output.row("end", status="stopped" if stopped else "done", run=run.run_id, texts=looked_at)
-    if came:
-        return 128 + came[0]
-    return INTERRUPTED if stopped else 0
+    run = recorded.run
+
+    def place(event: Event) -> tuple[float, str]:
+        return event.step / run.steps, f"{event.step}/{run.steps}"
+
+    def told(event: Event) -> None:
+        if event.kind not in (*PASSING, STUDY, "end"):
+            row = event.row()
+            output.row(row.pop("kind"), **row)
+
+    def shown(stopped: bool) -> dict[str, Any]:
+        looked_at = texts_of(store, run)
+        if looked_at or not stopped:
+            tell(study_figure(read_study(store, run), metric), output, targets)
+        return {"texts": looked_at}
+
+    return follow(recorded, control, output, "texts", place, told, shown)

@@ -9,8 +9,8 @@ from typing import Any
 
 from engines import open_engine
 from gemma_tui.commands.figures import targets_of, tell
+from gemma_tui.commands.following import follow
 from gemma_tui.commands.plans import plan_from
-from gemma_tui.commands.train import INTERRUPTED, stop_on_signal
 from gemma_tui.errors import UsageError
 from gemma_tui.output import Output, duration
 from gemma_tui.runs.store import RunStore
@@ -33,11 +33,11 @@ def sweep(args: argparse.Namespace, output: Output) -> int:
         with closing(RunStore()) as store:
             run = store.run(args.add)
             recorded = resume_capacity(open_engine(run.engine), run, control, store, more)
-            return follow(recorded, control, output, store, targets)
+            return _follow(recorded, control, output, store, targets)
     values = with_preset(args.preset, read_toml(Path(args.plan)) if args.plan else {})
     plan = plan_from(CapacityPlan, args, values, args.plan or "capacity sweep")
     with closing(RunStore()) as store:
-        return follow(record_capacity(open_engine(args.engine), plan, control, store), control, output, store, targets)
+        return _follow(record_capacity(open_engine(args.engine), plan, control, store), control, output, store, targets)
 
 
 def show(args: argparse.Namespace, output: Output) -> int:
@@ -54,25 +54,21 @@ def resume(run_name: str, output: Output) -> int:
     """Go on with a sweep."""
     with closing(RunStore()) as store:
         run, control = store.run(run_name), Control()
-        return follow(resume_capacity(open_engine(run.engine), run, control, store), control, output, store, [])
+        return _follow(resume_capacity(open_engine(run.engine), run, control, store), control, output, store, [])
 
 
-def follow(recorded: Recorded, control: Control, output: Output, store: RunStore, targets: list[Path]) -> int:
-    """Let a sweep take its course and tell what it found; returns the exit code."""
-    run, seen = recorded.run, False
-    with stop_on_signal(control) as came, closing(recorded.events) as events, output.progress("cells") as progress:
-        for event in events:
-            seen = seen or event.kind == TRACE
-            progress(event.values.get("share", event.step / run.steps), f"{event.step:,}/{run.steps:,} cells")
-            _say(event, output)
-    stopped = control.stop.is_set()
-    if seen or not stopped:
-        tell(sweep_figure(read_sweep(store, run)), output, targets)
-    output.say(f"kept as {run.run_id}" + (f": `gemma-tui runs resume {run.run_id}` goes on" if stopped else ""))
-    output.row("end", status="stopped" if stopped else "done", run=run.run_id)
-    if came:
-        return 128 + came[0]
-    return INTERRUPTED if stopped else 0
+def _follow(recorded: Recorded, control: Control, output: Output, store: RunStore, targets: list[Path]) -> int:
+    run = recorded.run
+
+    def place(event: Event) -> tuple[float, str]:
+        return event.values.get("share", event.step / run.steps), f"{event.step:,}/{run.steps:,} cells"
+
+    def shown(stopped: bool) -> dict[str, Any]:
+        if not stopped or any(event.kind == TRACE for event in store.events(run.run_id)):
+            tell(sweep_figure(read_sweep(store, run)), output, targets)
+        return {}
+
+    return follow(recorded, control, output, "cells", place, lambda event: _say(event, output), shown)
 
 
 def _more(args: argparse.Namespace) -> dict[str, Any]:

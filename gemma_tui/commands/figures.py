@@ -36,14 +36,19 @@ def targets_of(args: argparse.Namespace) -> list[Path]:
 def tell(figure: Figure, output: Output, targets: list[Path]) -> None:
     """Print a figure, or its rows, and write it."""
     if output.as_json:
-        output.row("figure", title=figure.title, notes=list(figure.notes), facts=plain(figure.facts))
-        for table in figure.tables:
-            for row in table.rows:
-                output.row(table.kind, **dict(zip(table.columns, plain(row), strict=True)))
+        tell_rows(figure, output)
     else:
         colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
         print(figure_text(figure, min(WIDEST, shutil.get_terminal_size((80, 24)).columns), colour, ROWS))
     write(figure, output, targets)
+
+
+def tell_rows(figure: Figure, output: Output) -> None:
+    """A figure as rows of JSON: its notes and facts, then every row of its tables."""
+    output.row("figure", title=figure.title, notes=list(figure.notes), facts=plain(figure.facts))
+    for table in figure.tables:
+        for row in table.rows:
+            output.row(table.kind, **dict(zip(table.columns, plain(row), strict=True)))
 
 
 def write(figure: Figure, output: Output, targets: Sequence[Path]) -> None:

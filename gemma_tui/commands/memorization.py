@@ -10,13 +10,13 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from engines import open_engine
-from gemma_tui.commands.figures import targets_of, write
+from gemma_tui.commands.figures import ROWS, WIDEST, targets_of, tell_rows, write
+from gemma_tui.commands.following import follow
 from gemma_tui.commands.plans import plan_from
-from gemma_tui.commands.train import INTERRUPTED, stop_on_signal
 from gemma_tui.errors import UsageError
-from gemma_tui.exports.data import plain
 from gemma_tui.figure import Figure, Table
 from gemma_tui.figure_text import cell_text, figure_text, table_lines
 from gemma_tui.output import Output
@@ -29,11 +29,6 @@ from gemma_tui.studies.memorization.results import memorization_figure, read_mea
 from gemma_tui.studies.memorization.where import WherePlan
 from gemma_tui.studies.plan import options
 from gemma_tui.studies.recording import Recorded
-
-WIDEST = 100
-ROWS = 20
-"""Sequences that a person is shown; JSON and the run's folder have all."""
-
 
 BROAD = 10
 """Columns above which a table goes in blocks below one another."""
@@ -53,7 +48,7 @@ def memorization(args: argparse.Namespace, output: Output) -> int:
     targets = targets_of(args)
     engine, control = open_engine(args.engine), Control()
     with closing(RunStore()) as store:
-        return follow(record_memorization(engine, plan, control, store), control, output, store, targets)
+        return _follow(record_memorization(engine, plan, control, store), control, output, store, targets)
 
 
 def _refuse(given: set[str], why: str) -> None:
@@ -65,26 +60,23 @@ def resume(run_name: str, output: Output) -> int:
     """Go on with a measurement, or print it again."""
     with closing(RunStore()) as store:
         run, control = store.run(run_name), Control()
-        return follow(resume_memorization(open_engine(run.engine), run, control, store), control, output, store)
+        return _follow(resume_memorization(open_engine(run.engine), run, control, store), control, output, store)
 
 
-def follow(recorded: Recorded, control: Control, output: Output, store: RunStore, targets: Sequence[Path] = ()) -> int:
-    """Let a measurement take its course and tell what it found; returns the exit code."""
+def _follow(recorded: Recorded, control: Control, output: Output, store: RunStore, targets: Sequence[Path] = ()) -> int:
     run = recorded.run
-    with stop_on_signal(control) as came, closing(recorded.events) as events, output.progress("scoring") as progress:
-        for event in events:
-            progress(event.step / max(1, run.steps), passing(event) or f"{event.step:,}/{run.steps:,} sequences")
-            _tell(event, output)
-    stopped = control.stop.is_set()
-    if not stopped:
-        figure = memorization_figure(read_measured(store, run))
-        show(figure, output)
-        write(figure, output, targets)
-    output.say(f"kept as {run.run_id}" + (f": `gemma-tui runs resume {run.run_id}` goes on" if stopped else ""))
-    output.row("end", status="stopped" if stopped else "done", run=run.run_id)
-    if came:
-        return 128 + came[0]
-    return INTERRUPTED if stopped else 0
+
+    def place(event: Event) -> tuple[float, str]:
+        return event.step / max(1, run.steps), passing(event) or f"{event.step:,}/{run.steps:,} sequences"
+
+    def shown(stopped: bool) -> dict[str, Any]:
+        if not stopped:
+            figure = memorization_figure(read_measured(store, run))
+            show(figure, output)
+            write(figure, output, targets)
+        return {}
+
+    return follow(recorded, control, output, "scoring", place, lambda event: _tell(event, output), shown)
 
 
 def _tell(event: Event, output: Output) -> None:
@@ -123,10 +115,7 @@ def show(figure: Figure, output: Output, rest: str = "in the run's folder") -> N
         rest: where the rows are that a terminal is not shown.
     """
     if output.as_json:
-        output.row("figure", title=figure.title, notes=list(figure.notes), facts=plain(figure.facts))
-        for table in figure.tables:
-            for row in table.rows:
-                output.row(table.kind, **dict(zip(table.columns, plain(row), strict=True)))
+        tell_rows(figure, output)
         return
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     print(figure_text(replace(figure, tables=()), min(WIDEST, shutil.get_terminal_size((80, 24)).columns), colour))

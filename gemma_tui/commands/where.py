@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 from contextlib import closing
+from typing import Any
 
 from engines import open_engine
+from gemma_tui.commands.following import follow
 from gemma_tui.commands.memorization import show
 from gemma_tui.commands.plans import plan_from
-from gemma_tui.commands.train import INTERRUPTED, stop_on_signal
 from gemma_tui.output import Output
 from gemma_tui.runs.store import RunStore
 from gemma_tui.studies.events import PASSING, Control, Event, passing
@@ -22,31 +23,28 @@ def where(args: argparse.Namespace, output: Output) -> int:
     plan = plan_from(WherePlan, args, {"model": args.model}, "memorization")
     engine, control = open_engine(args.engine), Control()
     with closing(RunStore()) as store:
-        return follow(record_where(engine, plan, control, store), control, output, store)
+        return _follow(record_where(engine, plan, control, store), control, output, store)
 
 
 def resume(run_name: str, output: Output) -> int:
     """Go on with a study of parts, or print it again."""
     with closing(RunStore()) as store:
         run, control = store.run(run_name), Control()
-        return follow(resume_where(open_engine(run.engine), run, control, store), control, output, store)
+        return _follow(resume_where(open_engine(run.engine), run, control, store), control, output, store)
 
 
-def follow(recorded: Recorded, control: Control, output: Output, store: RunStore) -> int:
-    """Let a study take its course and show what it found; returns the exit code."""
+def _follow(recorded: Recorded, control: Control, output: Output, store: RunStore) -> int:
     run = recorded.run
-    with stop_on_signal(control) as came, closing(recorded.events) as events, output.progress("scoring") as progress:
-        for event in events:
-            progress(event.step / max(1, run.steps), passing(event) or f"{event.step:,}/{run.steps:,} parts")
-            _tell(event, output)
-    stopped = control.stop.is_set()
-    if not stopped:
-        show(where_figure(store, run), output, f"with `gemma-tui runs resume {run.run_id} --json`")
-    output.say(f"kept as {run.run_id}" + (f": `gemma-tui runs resume {run.run_id}` goes on" if stopped else ""))
-    output.row("end", status="stopped" if stopped else "done", run=run.run_id)
-    if came:
-        return 128 + came[0]
-    return INTERRUPTED if stopped else 0
+
+    def place(event: Event) -> tuple[float, str]:
+        return event.step / max(1, run.steps), passing(event) or f"{event.step:,}/{run.steps:,} parts"
+
+    def shown(stopped: bool) -> dict[str, Any]:
+        if not stopped:
+            show(where_figure(store, run), output, f"with `gemma-tui runs resume {run.run_id} --json`")
+        return {}
+
+    return follow(recorded, control, output, "scoring", place, lambda event: _tell(event, output), shown)
 
 
 def _tell(event: Event, output: Output) -> None:
