@@ -214,19 +214,14 @@ class Session:
         place = self.place
 
         def work(engine: Engine, job: Job) -> None:
-            from gemma_tui.runs.store import RunStore
-
             place.desk = None
-            store = RunStore()
-            recorded = begin(engine, job.control, store)
-            place.model, place.info = "", None
-            run = recorded.run
-            job.run = job.label = run.run_id
-            for event in recorded.events:
-                job.share, job.passing = event.step / run.steps, passing(event)
-                job.detail = f"step {event.step:,}/{run.steps:,}"
-                place.memory = engine.memory()
-            store.close()
+            with _registered(engine, job, begin) as recorded:
+                place.model, place.info = "", None
+                run = recorded.run
+                for event in recorded.events:
+                    job.share, job.passing = event.step / run.steps, passing(event)
+                    job.detail = f"step {event.step:,}/{run.steps:,}"
+                    place.memory = engine.memory()
             place.model, place.info = run.run_id, engine.model()
 
         return self._start(Job("train", "training", self.engine), work)

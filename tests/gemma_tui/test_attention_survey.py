@@ -18,13 +18,13 @@ from gemma_tui.studies.attention.heads import METRICS, head_metrics
 from gemma_tui.studies.attention.reading import read_tokens
 from gemma_tui.studies.attention.survey import (
     HeadStudyPlan,
-    interval,
     read_study,
     record_heads,
     resume_heads,
     study_figure,
 )
 from gemma_tui.studies.events import Control, Event
+from gemma_tui.studies.intervals import interval
 from gemma_tui.studies.recording import record_training
 from gemma_tui.studies.training_plan import TrainingPlan
 from gemma_tui.tokenizer import read_tokenizer

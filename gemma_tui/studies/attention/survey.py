@@ -24,6 +24,7 @@ from gemma_tui.studies.attention.heads import METRICS, check_metric, grid, head_
 from gemma_tui.studies.attention.reading import read_tokens
 from gemma_tui.studies.data import windows
 from gemma_tui.studies.events import Control, Event, wait_while_paused
+from gemma_tui.studies.intervals import CONFIDENCE, interval
 from gemma_tui.studies.loading import load
 from gemma_tui.studies.plan import build, command, option
 from gemma_tui.studies.recording import Recorded, recorded
@@ -32,9 +33,6 @@ from gemma_tui.text import one_line
 from gemma_tui.tokenizer import Tokenizer, read_tokenizer
 
 STUDY = "heads"
-CONFIDENCE = 1.96
-"""Standard errors on each side of a mean that hold 95 % of a normal distribution."""
-
 TOP = 3
 SHOWN = 60
 
@@ -183,20 +181,6 @@ def study_figure(study: HeadStudy, metric: str) -> Figure:
         arrays=study.values,
         facts={"texts": len(study.texts), "metrics": {name: m.meaning for name, m in METRICS.items()}},
     )
-
-
-def interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean over the first axis, and half the width of its 95 % confidence interval; NaN where a metric is missing.
-
-    Normal approximation: 1.96 · s / √n, s with n - 1.
-    """
-    known = np.isfinite(values)
-    n = known.sum(0)
-    total = np.where(known, values, 0.0).sum(0)
-    mean = np.where(n > 0, total / np.maximum(n, 1), np.nan)
-    squares = np.where(known, (values - mean) ** 2, 0.0).sum(0)
-    deviation = np.sqrt(np.where(n > 1, squares / np.maximum(n - 1, 1), np.nan))
-    return mean, CONFIDENCE * deviation / np.sqrt(np.maximum(n, 1))
 
 
 def history(study: HeadStudy, metric: str) -> tuple[list[LineChart], list[Table]]:

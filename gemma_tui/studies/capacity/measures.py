@@ -11,11 +11,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from gemma_tui.studies.intervals import interval
+
 REFERENCE_LINES = {"bfloat16": 3.51, "float32": 3.83}
 """Bits per parameter that arXiv:2505.24832 found for GPT-2 shapes, mean of its table, by dtype."""
-
-CONFIDENCE = 1.96
-"""Standard errors on each side of a mean that hold 95 % of a normal distribution."""
 
 
 @dataclass(frozen=True)
@@ -75,9 +74,9 @@ def plateau(sizes: Sequence[int], bits: Sequence[float]) -> Plateau:
 
 
 def summary(size: int, bits: Sequence[float]) -> Plateau:
-    """Mean and interval over the seeds of one data-set size; normal approximation, s with n - 1."""
-    half = CONFIDENCE * float(np.std(bits, ddof=1)) / math.sqrt(len(bits)) if len(bits) > 1 else None
-    return Plateau(size, float(np.mean(bits)), half)
+    """Mean and interval over the seeds of one data-set size."""
+    mean, half = interval(np.array(bits))
+    return Plateau(size, float(mean), float(half) if len(bits) > 1 else None)
 
 
 def expected_bits(sequences: int, length: int, vocabulary: int, parameters: int, alpha: float) -> float:
