@@ -117,6 +117,16 @@ def test_the_rate_rises_stays_and_falls_to_zero() -> None:
     assert course.ended(100, plan)
 
 
+@pytest.mark.parametrize(("cooldown", "rates"), [(0.0, [1, 1, 1, 1, 0]), (1.0, [1, 0.75, 0.5, 0.25, 0])])
+def test_the_rate_may_fall_at_once_or_never(
+    torch_engine: Engine, store: RunStore, cooldown: float, rates: list[float]
+) -> None:
+    plan = replace(TINY, sizes="4", steps=4, warmup=0.0, cooldown=cooldown, learning_rate=1.0, evaluate_every=1)
+    course = Course.of(cells_of(plan)[0])
+    assert [course.rate(step, plan) for step in range(5)] == pytest.approx(rates)
+    done(record_capacity(torch_engine, replace(plan, learning_rate=0.01), Control(), store))
+
+
 def test_the_rate_falls_sooner_where_bits_grow_no_more() -> None:
     plan = replace(TINY, steps=1000, warmup=0.01, cooldown=0.5, learning_rate=1.0, flat=0.01)
     course = Course.of(cells_of(plan)[0])

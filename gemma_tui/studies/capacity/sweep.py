@@ -199,7 +199,8 @@ class Course:
     def rate(self, step: int, plan: CapacityPlan) -> float:
         """The learning rate of a step: it rises, stays, and falls to zero."""
         rise, top, end = min(1.0, (step + 1) / max(1.0, plan.warmup * plan.steps)), self.falls_at(plan), self.end(plan)
-        return plan.learning_rate * rise * (1.0 if step < top else max(0.0, (end - step) / (end - top)))
+        left = 0.0 if step >= end else 1.0 if step < top else (end - step) / (end - top)
+        return plan.learning_rate * rise * left
 
     def ended(self, step: int, plan: CapacityPlan) -> bool:
         """Whether the rate has come to zero, or nothing is left to learn."""
