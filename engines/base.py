@@ -9,12 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
+from engines.blocks import BlockDecoding, DecodingPass, Noise
 from engines.edits import Edit
 from engines.errors import UnsupportedError
 from engines.gemma3 import Gemma3Config
@@ -44,7 +45,13 @@ class DeviceInfo:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen. ``temperature`` 0 is greedy; ``top_k`` 0 and ``top_p`` 1 keep every token."""
+    """How a token is chosen. ``temperature`` 0 is greedy; ``top_k`` 0, ``top_p`` 1 and ``min_p`` 0 keep every token.
+
+    Attributes:
+        min_p: tokens less probable than this share of the most probable one are left out (arXiv:2407.01082).
+        repetition_penalty: what logits of tokens that were seen are divided by, or multiplied where they are negative
+            (CTRL, arXiv:1909.05858, section 4.1); 1 for none.
+    """
 
     max_tokens: int = 128
     temperature: float = 0.0
@@ -52,15 +59,24 @@ class Sampling:
     top_p: float = 1.0
     seed: int = 0
     stop_ids: tuple[int, ...] = ()
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is the most probable token, as the model gives it."""
+        return self.temperature == 0 and self.repetition_penalty == 1
 
     def check_scored(self) -> None:
         """Whether the probability of a token under the scheme can be told.
 
         Raises:
-            UnsupportedError: it has a nucleus.
+            UnsupportedError: it depends on more than the ``top_k`` tokens.
         """
-        if self.top_p < 1:
-            raise UnsupportedError("the probability of a token is told without a nucleus: leave top_p at 1")
+        if self.top_p < 1 or self.min_p > 0:
+            raise UnsupportedError("the probability of a token is told without a nucleus: leave top_p at 1, min_p at 0")
+        if self.repetition_penalty != 1:
+            raise UnsupportedError("the probability of a token is told without a repetition penalty: leave it at 1")
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,18 +109,21 @@ class Batch:
             ``tokens[b, t + 1]``, or ``IGNORED``.
         segments: int32 ``[batch, length]``, the number of the document each token belongs to, where several are packed
             into a row; no token sees another document, and positions start at 0 with each. None: a row is one document.
+        noise: the masked copy of set-block-decoding training, which goes through the model beside the rows.
     """
 
     tokens: np.ndarray
     labels: np.ndarray
     segments: np.ndarray | None = None
+    noise: Noise | None = None
 
     def split(self, parts: int) -> list[Batch]:
         """The rows in at most so many batches; those without a supervised token are left out."""
 
         def piece(rows: np.ndarray) -> Batch:
             segments = None if self.segments is None else self.segments[rows]
-            return Batch(self.tokens[rows], self.labels[rows], segments)
+            noise = self.noise and replace(self.noise, tokens=self.noise.tokens[rows], labels=self.noise.labels[rows])
+            return Batch(self.tokens[rows], self.labels[rows], segments, noise)
 
         pieces = map(piece, np.array_split(np.arange(len(self.tokens)), min(parts, len(self.tokens))))
         return [batch for batch in pieces if batch.supervised]
@@ -113,6 +132,23 @@ class Batch:
     def supervised(self) -> int:
         """Number of positions that count in the loss."""
         return int((self.labels != IGNORED).sum())
+
+    def noised(self) -> Noise:
+        """The masked copy.
+
+        Raises:
+            UnsupportedError: there is none.
+        """
+        if self.noise is None:
+            raise UnsupportedError("the batch has no masked copy")
+        return self.noise
+
+    @property
+    def masked(self) -> int:
+        """Number of masked tokens that count in the loss."""
+        if self.noise is None or self.noise.masked_weight == 0:
+            return 0
+        return int((self.noise.labels != IGNORED).sum())
 
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -270,7 +306,9 @@ class StepResult:
             more of the gradient than they find, the norm of that.
         applied: False when the gradient was not finite and the step was left out.
         gradients: of a step that was observed, the gradient of each matrix of a layer.
-        predicted: of a step that was observed, the decrease of the loss to first order, nats.
+        predicted: of a step that was observed, the decrease of the objective to first order, nats: that of ``loss``,
+            or with a masked copy of the weighted sum of both sides over the supervised tokens.
+        masked_loss: mean negative log-likelihood over the masked tokens, nats; None where none was masked.
     """
 
     loss: float
@@ -279,6 +317,7 @@ class StepResult:
     applied: bool
     gradients: Mapping[str, GradientFacts] | None = None
     predicted: float | None = None
+    masked_loss: float | None = None
 
 
 @dataclass(frozen=True)
@@ -394,6 +433,22 @@ class Engine(Protocol):
     def generate(self, prompt: Sequence[int], sampling: Sampling) -> Iterator[int]:
         """Yield new tokens one by one; ends at ``max_tokens`` or after a stop id, which is yielded too."""
 
+    def decode(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, blocks: BlockDecoding | None = None
+    ) -> Iterator[DecodingPass]:
+        """Write after several prompts at once, and yield what each forward pass said.
+
+        A prompt ends after ``max_tokens`` or a stop id with all before it decided; what comes after that is nothing.
+        What is written after a prompt does not depend on the others where nothing is drawn. Keys and values are those
+        of decided tokens, read causally, so that none is an approximation.
+
+        Args:
+            blocks: decide blocks of tokens together; None decides one token of each prompt a pass.
+
+        Raises:
+            UnsupportedError: a prompt is empty, or the blocks cannot be.
+        """
+
     def start_training(self, settings: TrainingSettings) -> int:
         """Prepare the loaded model and an optimizer; returns the number of trainable parameters.
 
@@ -403,6 +458,9 @@ class Engine(Protocol):
 
     def train_step(self, batches: Sequence[Batch], learning_rate: float, observe: bool = False) -> StepResult:
         """One optimizer step over micro-batches, weighted by their supervised tokens.
+
+        With noise the objective is the weighted sum of both sides, over the supervised tokens (arXiv:2509.04185,
+        equation 13); a masked side that weighs 0 is not computed.
 
         Args:
             observe: also form the gradients of the layers' matrices and tell what they are like.
@@ -453,6 +511,9 @@ class Engine(Protocol):
 
     def loss(self, batch: Batch) -> float:
         """Sum of negative log-likelihoods over the supervised tokens of a batch, nats; no gradient, no dropout."""
+
+    def masked_loss(self, batch: Batch) -> float:
+        """Sum of negative log-likelihoods over the masked tokens of a batch with noise, nats; as ``loss``."""
 
     def stop_training(self) -> None:
         """Drop the optimizer; adapters stay on the model."""

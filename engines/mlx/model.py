@@ -13,7 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from engines.gemma3 import Gemma3Config, Rope
-from engines.mlx.attention import KVCache, attention, masks, packed_masks
+from engines.mlx.attention import KVCache, Layout, Mask, attention, causal
 
 
 class RMSNorm(nn.Module):
@@ -96,9 +96,7 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(hd, config.rms_norm_eps)
         self.k_norm = RMSNorm(hd, config.rms_norm_eps)
 
-    def __call__(
-        self, x: mx.array, rotation: tuple[mx.array, mx.array], mask: mx.array | str | None, cache: KVCache | None
-    ) -> mx.array:
+    def __call__(self, x: mx.array, rotation: tuple[mx.array, mx.array], mask: Mask, cache: KVCache | None) -> mx.array:
         q, k, v = self.project(x, rotation)
         if cache is not None:
             k, v = cache.append(k, v)
@@ -152,9 +150,7 @@ class Block(nn.Module):
         self.pre_feedforward_layernorm = RMSNorm(d, eps)
         self.post_feedforward_layernorm = RMSNorm(d, eps)
 
-    def __call__(
-        self, x: mx.array, rotation: tuple[mx.array, mx.array], mask: mx.array | str | None, cache: KVCache | None
-    ) -> mx.array:
+    def __call__(self, x: mx.array, rotation: tuple[mx.array, mx.array], mask: Mask, cache: KVCache | None) -> mx.array:
         y = self.self_attn(self.input_layernorm(x), rotation, mask, cache)
         x = x + self.post_attention_layernorm(y)
         if self.mlp_off:
@@ -187,32 +183,20 @@ class Gemma3(nn.Module):
         self.checkpoint_activations = False
         self.model = Decoder(config)
 
-    def __call__(
-        self,
-        tokens: mx.array,
-        cache: list[KVCache] | None = None,
-        positions: mx.array | None = None,
-        segments: mx.array | None = None,
-    ) -> mx.array:
+    def __call__(self, tokens: mx.array, cache: list[KVCache] | None = None, layout: Layout | None = None) -> mx.array:
         """Final-normed hidden states ``[batch, length, hidden]`` of int32 tokens ``[batch, length]``.
 
         Args:
             cache: one per layer; tokens then follow those already in it.
-            positions, segments: ``[batch, length]``, where several documents are packed into a row: the place of each
-                token in its document, and the document's number.
+            layout: where tokens stand and what they see; None for a text.
         """
-        config, length, start = self.config, tokens.shape[1], cache[0].length if cache else 0
-        if positions is None or segments is None:
-            places = mx.arange(start, start + length)
-            mask = masks(start, length, config.sliding_window)
-        else:
-            places = positions[:, None]
-            mask = packed_masks(positions, segments, config.sliding_window)
+        config, start = self.config, cache[0].length if cache else 0
+        layout = layout or causal(start, tokens.shape[1], config.sliding_window)
         ropes = {config.rope_local, config.rope_global}
-        rotation = {rope: rotations(places, rope, config.head_dim) for rope in ropes}
+        rotation = {rope: rotations(layout.places, rope, config.head_dim) for rope in ropes}
         x = self.model.embed_tokens(tokens, self.dtype)
         for i, layer in enumerate(self.model.layers):
-            arguments = (rotation[config.rope(i)], mask[config.window(i)], cache[i] if cache else None)
+            arguments = (rotation[config.rope(i)], layout.masks[config.window(i)], cache[i] if cache else None)
             if self.checkpoint_activations and self.training:
                 x = checkpoint(layer, x, *arguments)
             else:

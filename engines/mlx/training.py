@@ -14,8 +14,10 @@ from mlx.optimizers import Optimizer
 from mlx.utils import tree_flatten
 
 from engines.base import IGNORED, Batch, StepResult, TrainingSettings
+from engines.blocks import Noise
 from engines.mlx import merging, optimizers
 from engines.mlx.adapters import add_lora, lora_layers
+from engines.mlx.attention import Layout, doubled, packed
 from engines.mlx.device import number
 from engines.mlx.model import Gemma3
 from engines.mlx.observing import observed
@@ -92,20 +94,43 @@ def _head_gradient(hidden: mx.array, tiles: Sequence[mx.array], labels: mx.array
 
 def summed_loss(model: Gemma3, batch: Batch) -> mx.array:
     """Negative log-likelihood summed over the supervised tokens of a batch, nats."""
-    embedding = model.model.embed_tokens
-    labels = batch.labels.reshape(-1)
-    supervised = mx.array(np.flatnonzero(labels != IGNORED))
-    hidden = model(mx.array(batch.tokens), None, *_documents(batch)).reshape(-1, model.config.hidden_size)
+    return _cross_entropy(model, model(mx.array(batch.tokens), None, _documents(batch, model)), batch.labels)
+
+
+def summed_losses(model: Gemma3, batch: Batch, noise: Noise) -> tuple[mx.array, mx.array]:
+    """The same, and that of the masked tokens, which the copy beside the text predicts at their own places, nats."""
+    length, copied = batch.tokens.shape[1], noise.tokens.shape[1]
+    tokens = mx.array(np.concatenate((batch.tokens, noise.tokens), axis=1))
+    hidden = model(tokens, None, doubled(length, copied, noise.block, model.config.sliding_window))
+    text, copy = hidden[:, :length], hidden[:, length:]
+    return _cross_entropy(model, text, batch.labels), _cross_entropy(model, copy, noise.labels)
+
+
+def _cross_entropy(model: Gemma3, hidden: mx.array, labels: np.ndarray) -> mx.array:
+    embedding, targets = model.model.embed_tokens, labels.reshape(-1)
+    supervised = mx.array(np.flatnonzero(targets != IGNORED))
     train_weight = "weight" in embedding.trainable_parameters()
     weight = embedding.weight if train_weight else mx.stop_gradient(embedding.weight)
-    return chunked_cross_entropy(hidden[supervised], weight, mx.array(labels)[supervised], train_weight)
+    chosen = hidden.reshape(-1, hidden.shape[-1])[supervised]
+    return chunked_cross_entropy(chosen, weight, mx.array(targets)[supervised], train_weight)
 
 
-def _documents(batch: Batch) -> tuple[mx.array | None, mx.array | None]:
-    """Positions and segments of a packed batch; None for one whose rows are documents."""
+def _documents(batch: Batch, model: Gemma3) -> Layout | None:
+    """Where the tokens of a packed batch stand; None for one whose rows are documents."""
     if batch.segments is None:
-        return None, None
-    return mx.array(document_positions(batch.segments)), mx.array(batch.segments)
+        return None
+    positions = mx.array(document_positions(batch.segments))
+    return packed(positions, mx.array(batch.segments), model.config.sliding_window)
+
+
+def objective(model: Gemma3, batch: Batch) -> tuple[mx.array, mx.array, mx.array]:
+    """What is made smaller, summed over a batch, and the losses of the text and of its masked tokens, nats."""
+    noise = batch.noise
+    if noise is None or noise.masked_weight == 0:
+        loss = summed_loss(model, batch)
+        return loss if noise is None else loss * noise.next_token_weight, loss, mx.array(0.0)
+    loss, masked = summed_losses(model, batch, noise)
+    return noise.next_token_weight * loss + noise.masked_weight * masked, loss, masked
 
 
 @dataclass
@@ -167,17 +192,18 @@ def train_step(
         if settings.rank1.mode == "sketch":
             draw(merged, settings.seed, training.step)
 
-    tokens, loss, facts = sum(batch.supervised for batch in batches), 0.0, None
+    tokens, masked_tokens = sum(b.supervised for b in batches), sum(b.masked for b in batches)
+    loss, masked, facts = 0.0, 0.0, None
     gradients: dict[str, mx.array] = {}
     for batch in batches:
         with observed(model, training.seen, observe and facts is None) as found:
-            share, tree = nn.value_and_grad(model, lambda batch: summed_loss(model, batch) / tokens)(batch)
+            (_, text, copy), tree = nn.value_and_grad(model, lambda batch: _shares(model, batch, tokens))(batch)
             flat = dict(tree_flatten(tree))
             gradients = {name: gradients[name] + g if name in gradients else g for name, g in flat.items()}
             # What is not evaluated keeps its graph, and with it the activations of every micro-batch.
-            mx.eval(share, gradients)
+            mx.eval(text, copy, gradients)
         facts = facts or found
-        loss += number(share)
+        loss, masked = loss + number(text / tokens), masked + number(copy / max(1, masked_tokens))
 
     # Clipping comes before a buffer: after it, a buffer would either lose what was clipped or grow without bound.
     buffered = {f"{name}.weight" for name, layer in merged.items() if layer.buffer is not None}
@@ -185,7 +211,7 @@ def train_step(
     gradients = {name: g for name, g in gradients.items() if name in training.trained or name in buffered}
     squares = [g.square().sum() for g in (*gradients.values(), *(p for _, p in pairs.values()))]
     norm = number(mx.sqrt(mx.stack(squares).sum()))
-    applied = math.isfinite(norm) and math.isfinite(loss)
+    applied = math.isfinite(norm) and math.isfinite(loss + masked)
     predicted = None
     if applied:
         scale = min(1.0, settings.clip / (norm + 1e-6)) if settings.clip else 1.0
@@ -204,7 +230,12 @@ def train_step(
         for name, (v, p) in pairs.items():
             merged[name].update(v, p, stride, decay, clipped.get(f"{name}.weight"))
         mx.eval(model.parameters(), [layer.buffer for layer in merged.values() if layer.buffer is not None])
-    return StepResult(loss, tokens, norm, applied, facts or None, predicted)
+    return StepResult(loss, tokens, norm, applied, facts or None, predicted, masked if masked_tokens else None)
+
+
+def _shares(model: Gemma3, batch: Batch, tokens: int) -> tuple[mx.array, mx.array, mx.array]:
+    total, text, copy = objective(model, batch)
+    return total / tokens, text, copy
 
 
 def _stride(settings: TrainingSettings, learning_rate: float, scale: float) -> float:

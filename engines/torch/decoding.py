@@ -1,38 +1,74 @@
-"""Next-token decoding in torch. The file mirrors ``engines/mlx/decoding.py``."""
+"""Reading prompts side by side in torch. The file mirrors ``engines/mlx/decoding.py``."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-
 import numpy as np
 import torch
+from torch import Tensor
 
-from engines.base import Sampling
-from engines.sampling import choose
+from engines.blocks import Predictions
+from engines.torch.attention import causal
 from engines.torch.model import Gemma3
 
 PREFILL = 512
 """Prompt tokens per forward pass, so that a long prompt needs no long square of scores."""
 
 
-def generate(model: Gemma3, prompt: Sequence[int], sampling: Sampling) -> Iterator[int]:
-    """Yield tokens after the prompt, until ``max_tokens`` or a stop id, which is yielded too."""
-    device = model.model.embed_tokens.weight.device
-    generator = np.random.default_rng(sampling.seed)
-    cache = model.make_cache()
-    tokens = torch.tensor([list(prompt)], device=device)
-    for _ in range(sampling.max_tokens):
-        # Not a decorator: a mode left on while the generator waits would leak to its caller.
+class Reader:
+    """See ``engines.decoding.Reader``.
+
+    Args:
+        pads: int64 ``[rows]``, how many columns come before the first token of each prompt.
+        banned: a token that is never predicted.
+    """
+
+    def __init__(self, model: Gemma3, pads: np.ndarray, banned: int | None) -> None:
+        self._model = model
+        self._device = model.model.embed_tokens.weight.device
+        self._cache = model.make_cache()
+        self._pads = torch.from_numpy(pads).to(self._device) if pads.any() else None
+        self._banned = banned
+
+    def read(self, tokens: np.ndarray, block: np.ndarray, wanted: np.ndarray, full: bool) -> Predictions:
+        width = block.shape[1]
+        # Not a decorator: a mode left on while a generator waits would leak to its caller.
         with torch.inference_mode():
-            for part in tokens.split(PREFILL, dim=1):
-                hidden = model(part, cache)
-            logits = model.logits(hidden[0, -1])
-            token = int(logits.argmax()) if sampling.temperature == 0 else _draw(logits, sampling, generator)
-        yield token
-        if token in sampling.stop_ids:
-            return
-        tokens = torch.tensor([[token]], device=device)
+            ids = torch.from_numpy(np.concatenate((tokens, block), axis=1)).to(self._device, torch.long)
+            while ids.shape[1] > PREFILL + width:
+                self._forward(ids[:, :PREFILL], 0)
+                ids = ids[:, PREFILL:]
+            hidden = self._forward(ids, width)[:, -max(1, width) :]
+            for layer in self._cache:
+                layer.crop(width)
+            at = torch.from_numpy(wanted).to(self._device)
+            return self._predictions(self._model.logits(hidden[at]).float(), full)
 
+    def keep(self, rows: np.ndarray) -> None:
+        chosen = torch.from_numpy(rows).to(self._device)
+        for layer in self._cache:
+            layer.select(chosen)
+        self._pads = None if self._pads is None else self._pads[chosen]
 
-def _draw(logits: torch.Tensor, sampling: Sampling, generator: np.random.Generator) -> int:
-    return choose(logits.float().cpu().numpy(), sampling, generator)
+    def _forward(self, ids: Tensor, block: int) -> Tensor:
+        window, start = self._model.config.sliding_window, self._cache[0].length
+        layout = causal(start, ids.shape[1], window, self._device, block, self._pads)
+        return self._model(ids, self._cache, layout)
+
+    def _predictions(self, logits: Tensor, full: bool) -> Predictions:
+        if self._banned is not None:
+            # Finite, because 0 times infinity is not a number.
+            logits[:, self._banned] = torch.finfo(logits.dtype).min
+        kept = logits.cpu().numpy().copy() if full else None
+        top, best = logits.max(dim=-1, keepdim=True)
+        scores = logits.sub_(top)
+        p = scores.softmax(dim=-1)
+        first = p.gather(-1, best)
+        entropies = (-first.log()[:, 0] - torch.linalg.vecdot(p, scores)).clamp_(min=0)
+        seconds = p.scatter_(-1, best, 0).amax(dim=-1)
+        return Predictions(
+            best[:, 0].int().cpu().numpy(),
+            entropies.cpu().numpy(),
+            first[:, 0].cpu().numpy(),
+            seconds.cpu().numpy(),
+            kept,
+        )

@@ -27,7 +27,9 @@ from engines.base import (
     TokenScores,
     TrainingSettings,
 )
+from engines.blocks import BlockDecoding, DecodingPass
 from engines.checkpoints import as_bfloat16, iterate_model, write_json, write_safetensors
+from engines.decoding import decode, prompt_lengths
 from engines.edits import Edit
 from engines.errors import UnsupportedError
 from engines.gemma3 import Gemma3Config, read_config
@@ -125,7 +127,17 @@ class TorchEngine:
         return TorchNetworks(shape, seeds, training, self._device)
 
     def generate(self, prompt: Sequence[int], sampling: Sampling) -> Iterator[int]:
-        return decoding.generate(self._loaded().eval(), prompt, sampling)
+        return (int(said.tokens[0]) for said in self.decode([prompt], sampling))
+
+    def decode(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, blocks: BlockDecoding | None = None
+    ) -> Iterator[DecodingPass]:
+        how = blocks or BlockDecoding(block=1)
+        how.check()
+        lengths = prompt_lengths(prompts)
+        banned = None if blocks is None else blocks.mask
+        reader = decoding.Reader(self._loaded().eval(), lengths.max() - lengths, banned)
+        return decode(reader, prompts, sampling, how)
 
     def start_training(self, settings: TrainingSettings) -> int:
         model = self._whole()
@@ -170,6 +182,11 @@ class TorchEngine:
         model = self._loaded().eval()
         with torch.inference_mode():
             return float(training.summed_loss(model, batch))
+
+    def masked_loss(self, batch: Batch) -> float:
+        model = self._loaded().eval()
+        with torch.inference_mode():
+            return float(training.summed_losses(model, batch, batch.noised())[1])
 
     def stop_training(self) -> None:
         self._training = None

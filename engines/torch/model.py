@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from engines.gemma3 import Gemma3Config, Rope
-from engines.torch.attention import KVCache, attention, masks, packed_masks
+from engines.torch.attention import KVCache, Layout, Mask, attention, causal
 from engines.torch.device import linear
 
 
@@ -97,9 +97,7 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(hd, config.rms_norm_eps)
         self.k_norm = RMSNorm(hd, config.rms_norm_eps)
 
-    def forward(
-        self, x: Tensor, rotation: tuple[Tensor, Tensor], mask: Tensor | str | None, cache: KVCache | None
-    ) -> Tensor:
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], mask: Mask, cache: KVCache | None) -> Tensor:
         q, k, v = self.project(x, rotation)
         if cache is not None:
             k, v = cache.append(k, v)
@@ -160,9 +158,7 @@ class Block(nn.Module):
         self.pre_feedforward_layernorm = RMSNorm(d, eps)
         self.post_feedforward_layernorm = RMSNorm(d, eps)
 
-    def forward(
-        self, x: Tensor, rotation: tuple[Tensor, Tensor], mask: Tensor | str | None, cache: KVCache | None
-    ) -> Tensor:
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], mask: Mask, cache: KVCache | None) -> Tensor:
         y = self.self_attn(self.input_layernorm(x), rotation, mask, cache)
         x = x + self.post_attention_layernorm(y)
         if self.mlp_off:
@@ -195,32 +191,20 @@ class Gemma3(nn.Module):
         self.checkpoint_activations = False
         self.model = Decoder(config)
 
-    def forward(
-        self,
-        tokens: Tensor,
-        cache: list[KVCache] | None = None,
-        positions: Tensor | None = None,
-        segments: Tensor | None = None,
-    ) -> Tensor:
+    def forward(self, tokens: Tensor, cache: list[KVCache] | None = None, layout: Layout | None = None) -> Tensor:
         """Final-normed hidden states ``[batch, length, hidden]`` of int64 tokens ``[batch, length]``.
 
         Args:
             cache: one per layer; tokens then follow those already in it.
-            positions, segments: ``[batch, length]``, where several documents are packed into a row: the place of each
-                token in its document, and the document's number.
+            layout: where tokens stand and what they see; None for a text.
         """
-        config, length, start = self.config, tokens.shape[1], cache[0].length if cache else 0
-        if positions is None or segments is None:
-            places = torch.arange(start, start + length, device=tokens.device)
-            mask = masks(start, length, config.sliding_window, tokens.device)
-        else:
-            places = positions[:, None]
-            mask = packed_masks(positions, segments, config.sliding_window)
+        config, start = self.config, cache[0].length if cache else 0
+        layout = layout or causal(start, tokens.shape[1], config.sliding_window, tokens.device)
         ropes = {config.rope_local, config.rope_global}
-        rotation = {rope: rotations(places, rope, config.head_dim) for rope in ropes}
+        rotation = {rope: rotations(layout.places, rope, config.head_dim) for rope in ropes}
         x = self.model.embed_tokens(tokens, self.dtype)
         for i, layer in enumerate(self.model.layers):
-            arguments = (rotation[config.rope(i)], mask[config.window(i)], cache[i] if cache else None)
+            arguments = (rotation[config.rope(i)], layout.masks[config.window(i)], cache[i] if cache else None)
             if self.checkpoint_activations and self.training:
                 x = checkpoint(layer, x, *arguments, use_reentrant=False)
             else:

@@ -7,14 +7,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engines.base import IGNORED, Batch, StepResult, TrainingSettings
+from engines.blocks import Noise
 from engines.packing import document_positions
 from engines.torch import merging, optimizers
 from engines.torch.adapters import add_lora, lora_layers
+from engines.torch.attention import Layout, doubled, packed
 from engines.torch.model import Gemma3
 from engines.torch.observing import observed
 from engines.torch.rank1 import draw, put_rank1, rank1_layers
@@ -76,20 +79,46 @@ def _head_gradient(hidden: Tensor, tiles: Sequence[Tensor], labels: Tensor, part
 
 def summed_loss(model: Gemma3, batch: Batch) -> Tensor:
     """Negative log-likelihood summed over the supervised tokens of a batch, nats."""
+    tokens = _tensor(batch.tokens, model)
+    return _cross_entropy(model, model(tokens, None, _documents(batch, model)), batch.labels)
+
+
+def summed_losses(model: Gemma3, batch: Batch, noise: Noise) -> tuple[Tensor, Tensor]:
+    """The same, and that of the masked tokens, which the copy beside the text predicts at their own places, nats."""
+    length, copied = batch.tokens.shape[1], noise.tokens.shape[1]
+    tokens = _tensor(np.concatenate((batch.tokens, noise.tokens), axis=1), model)
+    hidden = model(tokens, None, doubled(length, copied, noise.block, model.config.sliding_window, tokens.device))
+    text, copy = hidden.split((length, copied), dim=1)
+    return _cross_entropy(model, text, batch.labels), _cross_entropy(model, copy, noise.labels)
+
+
+def _cross_entropy(model: Gemma3, hidden: Tensor, labels: np.ndarray) -> Tensor:
+    targets = _tensor(labels, model).flatten()
+    supervised = (targets != IGNORED).nonzero().squeeze(1)
     weight = model.model.embed_tokens.weight
-    tokens = torch.from_numpy(batch.tokens).to(weight.device, torch.long)
-    labels = torch.from_numpy(batch.labels).to(weight.device, torch.long).flatten()
-    supervised = (labels != IGNORED).nonzero().squeeze(1)
-    hidden = model(tokens, None, *_documents(batch, weight.device)).flatten(0, 1)
-    return ChunkedCrossEntropy.apply(hidden[supervised], weight, labels[supervised])
+    return ChunkedCrossEntropy.apply(hidden.flatten(0, 1)[supervised], weight, targets[supervised])
 
 
-def _documents(batch: Batch, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
-    """Positions and segments of a packed batch; None for one whose rows are documents."""
+def _tensor(ids: np.ndarray, model: Gemma3) -> Tensor:
+    return torch.from_numpy(ids).to(model.model.embed_tokens.weight.device, torch.long)
+
+
+def _documents(batch: Batch, model: Gemma3) -> Layout | None:
+    """Where the tokens of a packed batch stand; None for one whose rows are documents."""
     if batch.segments is None:
-        return None, None
-    positions = torch.from_numpy(document_positions(batch.segments)).to(device)
-    return positions, torch.from_numpy(batch.segments).to(device)
+        return None
+    positions = _tensor(document_positions(batch.segments), model)
+    return packed(positions, _tensor(batch.segments, model), model.config.sliding_window)
+
+
+def objective(model: Gemma3, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """What is made smaller, summed over a batch, and the losses of the text and of its masked tokens, nats."""
+    noise = batch.noise
+    if noise is None or noise.masked_weight == 0:
+        loss = summed_loss(model, batch)
+        return loss if noise is None else loss * noise.next_token_weight, loss, torch.zeros(())
+    loss, masked = summed_losses(model, batch, noise)
+    return noise.next_token_weight * loss + noise.masked_weight * masked, loss, masked
 
 
 @dataclass
@@ -151,13 +180,14 @@ def train_step(
         if settings.rank1.mode == "sketch":
             draw(merged, settings.seed, training.step)
 
-    tokens, loss, facts = sum(batch.supervised for batch in batches), 0.0, None
+    tokens, masked_tokens = sum(b.supervised for b in batches), sum(b.masked for b in batches)
+    loss, masked, facts = 0.0, 0.0, None
     for batch in batches:
         with observed(model, training.seen, observe and facts is None) as found:
-            share = summed_loss(model, batch) / tokens
-            share.backward()
+            total, text, copy = objective(model, batch)
+            (total / tokens).backward()
         facts = facts or found
-        loss += share.item()
+        loss, masked = loss + (text / tokens).item(), masked + (copy / max(1, masked_tokens)).item()
 
     # Clipping comes before a buffer: after it, a buffer would either lose what was clipped or grow without bound.
     buffered = [layer.weight for layer in merged.values() if layer.buffer is not None]
@@ -165,7 +195,7 @@ def train_step(
     pairs = {} if buffered else {name: layer.found() for name, layer in merged.items()}
     squares = [g.square().sum() for g in (*gradients, *(p for _, p in pairs.values()))]
     norm = float(torch.stack(squares).sum().sqrt())
-    applied = math.isfinite(norm) and math.isfinite(loss)
+    applied = math.isfinite(norm) and math.isfinite(loss + masked)
     predicted = None
     if applied:
         scale = min(1.0, settings.clip / (norm + 1e-6)) if settings.clip else 1.0
@@ -181,7 +211,7 @@ def train_step(
         for name, (v, p) in pairs.items():
             merged[name].update(v, p, stride, decay)
     model.zero_grad(set_to_none=True)
-    return StepResult(loss, tokens, norm, applied, facts or None, predicted)
+    return StepResult(loss, tokens, norm, applied, facts or None, predicted, masked if masked_tokens else None)
 
 
 def _stride(settings: TrainingSettings, learning_rate: float, scale: float) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +116,8 @@ def without_borders(right: Callable[..., Any], positions: Any, segments: Any, wi
 
 
 def without_window(right: Callable[..., Any], positions: Any, segments: Any, window: int) -> Any:
-    return dict.fromkeys((None, window), right(positions, segments, 1000)[None])
+    layout = right(positions, segments, 1000)
+    return replace(layout, masks=dict.fromkeys((None, window), layout.masks[None]))
 
 
 @pytest.mark.parametrize("wrong", [without_borders, without_window])
@@ -123,9 +125,9 @@ def test_a_mask_that_leaks_is_told(
     engine: Engine, folder: Path, monkeypatch: pytest.MonkeyPatch, wrong: Callable[..., Any]
 ) -> None:
     engine.load(folder, "float32")
-    exact, model = engine.loss(packed()), inside.module(engine, "model")
-    right = model.packed_masks
-    monkeypatch.setattr(model, "packed_masks", lambda *given: wrong(right, *given))
+    exact, training = engine.loss(packed()), inside.module(engine, "training")
+    right = training.packed
+    monkeypatch.setattr(training, "packed", lambda *given: wrong(right, *given))
     assert abs(engine.loss(packed()) - exact) > 100 * TOLERANCE * abs(exact)
 
 
