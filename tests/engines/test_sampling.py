@@ -150,3 +150,31 @@ def test_frequencies_follow_the_probabilities() -> None:
     drawn = [choose(logits, Sampling(temperature=1.0), generator) for _ in range(count)]
     expected = np.arange(1, 11) / 55 * count
     assert ((np.bincount(drawn, minlength=10) - expected) ** 2 / expected).sum() < 27.9
+
+
+@settings(max_examples=40, deadline=None)
+@given(logits=distinct_logits, min_p=st.integers(1, 49).map(lambda step: step / 49.3), temperature=st.floats(0.5, 3))
+def test_the_least_probable_are_left_out_as_transformers_does(
+    logits: np.ndarray, min_p: float, temperature: float
+) -> None:
+    import torch
+    from transformers import MinPLogitsWarper
+
+    scores = torch.from_numpy(logits)[None] / temperature
+    expected = MinPLogitsWarper(min_p)(torch.zeros(1, 1, dtype=torch.long), scores)[0].softmax(-1).numpy()
+    found = shares(logits, Sampling(temperature=temperature, min_p=min_p))
+    np.testing.assert_allclose(found, expected, atol=1.01 / DRAWS)
+
+
+@settings(max_examples=40, deadline=None)
+@given(logits=distinct_logits, seen=st.sets(st.integers(0, 29)), penalty=st.floats(0.5, 3))
+def test_what_was_seen_is_penalised_as_transformers_does(logits: np.ndarray, seen: set[int], penalty: float) -> None:
+    import torch
+    from transformers import RepetitionPenaltyLogitsProcessor
+
+    known = {token for token in seen if token < logits.size}
+    ids = torch.tensor([list(known)], dtype=torch.long)
+    expected = RepetitionPenaltyLogitsProcessor(penalty)(ids, torch.from_numpy(logits.copy())[None])[0].numpy()
+    sampling, before = Sampling(repetition_penalty=penalty), logits.copy()
+    assert expected[choose(logits, sampling, fixed(0.5), known)] == pytest.approx(expected.max())
+    np.testing.assert_array_equal(logits, before)
