@@ -112,6 +112,7 @@ def _parser(given: Sequence[str]) -> Parser:
     _models(groups)
     _generate(groups, wanted="generate" in given)
     _data(groups, wanted="data" in given)
+    _task(groups, wanted="task" in given)
     _train(groups, wanted="train" in given)
     _attention(groups, wanted="attention" in given)
     _capacity(groups, wanted="capacity" in given)
@@ -267,6 +268,16 @@ def _canaries(groups: argparse._SubParsersAction) -> None:
     command.add_argument("--repeats", default="0,1,4,16", metavar="N,N", help="how often each (default 0,1,4,16)")
     command.add_argument("--each", type=int, default=4, metavar="N", help="canaries of each number (default 4)")
     command.add_argument("--seed", type=int, default=0, metavar="N", help="of strings and places (default 0)")
+
+
+def _task(groups: argparse._SubParsersAction, wanted: bool) -> None:
+    command = _command(groups, "task", "make rows whose answers follow from their questions", "tasks:task")
+    command.add_argument("folder", metavar="FOLDER", help="gets train, valid and test.jsonl; not there yet")
+    if wanted:
+        from gemma_tui.commands.plans import add_options
+        from gemma_tui.studies.tasks import TaskPlan
+
+        add_options(command, TaskPlan)
 
 
 def _adapters(groups: argparse._SubParsersAction) -> None:

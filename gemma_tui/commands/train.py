@@ -124,6 +124,8 @@ def _say(output: Output, event: Event, plan: TrainingPlan) -> None:
             )
         case "evaluation":
             output.say(f"       validation loss {v['valid_loss']:.4f}  perplexity {v['perplexity']:.2f}")
+            if "masked_valid_loss" in v:
+                output.say(f"       masked {v['masked_valid_loss']:.4f}  tokens per pass {v['tokens_per_pass']:.2f}")
         case "checkpoint":
             output.say(f"saved {v['path']}")
         case "resumed":

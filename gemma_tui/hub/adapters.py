@@ -27,6 +27,7 @@ from gemma_tui.hub.models import (
     summary,
     whole_model,
 )
+from gemma_tui.hub.set_blocks import set_blocks_of, write_set_blocks
 
 FORMATS = ("peft", "mlx")
 ITEM_BYTES = {"float32": 4, "bfloat16": 2}
@@ -169,6 +170,8 @@ def fuse_adapter(name: str, new: str, dtype: str | None = None, progress: Progre
     with staging(paths.models() / new) as folder:
         fuse(model.folder, factors, settings, folder, kept, progress)
         copy_tokenizer(model.folder, folder)
+        if (trained := set_blocks_of(model)) is not None:
+            write_set_blocks(folder, trained)
     return paths.models() / new
 
 

@@ -15,13 +15,16 @@ if TYPE_CHECKING:
 ROWS_PER_READ = 2000
 """Few enough that reading never holds up a frame; a long run is caught up with over several reads."""
 
-MEASURES = ("loss", "learning_rate", "grad_norm", "tokens_per_second")
+MEASURES = ("loss", "masked_loss", "learning_rate", "grad_norm", "tokens_per_second")
 DIAGNOSED = (
     "rank1_energy", "gradient_stable_rank", "drift", "effective_rank", "relative_update", "predicted", "measured",
 )  # fmt: skip
 """Of a diagnosis; the one at the end of a run has only some."""
 MEMORIZED = ("memorized_bits", "held_out_bits", "memorized_loss", "held_out_loss", "generalisation")
 """Of a measurement of memorised bits; there is nothing held out in some runs."""
+
+BLOCKWISE = ("masked_valid_loss", "tokens_per_pass")
+"""Of the evaluations of a run that trains on masked copies."""
 
 
 @dataclass
@@ -69,10 +72,14 @@ class RunView:
             # Its seconds are those of the evaluation; the estimate of what is left goes by the steps'.
             self.last["valid_loss"] = values.get("valid_loss")
             self._point("valid_loss", step, values.get("valid_loss"))
+            for measure in BLOCKWISE:
+                if measure in values:
+                    self._point(measure, step, values[measure])
             return
         self.last |= values
         for measure in MEASURES:
-            self._point(measure, step, values.get(measure))
+            if measure in values or measure != "masked_loss":
+                self._point(measure, step, values.get(measure))
 
     def _point(self, measure: str, step: int, value: Any) -> None:
         steps, points = self.lines.setdefault(measure, (array("d"), array("d")))

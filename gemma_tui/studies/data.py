@@ -8,7 +8,7 @@ crosses from one row into another; packing puts whole windows side by side, and 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -238,11 +238,23 @@ def make_batch(sequences: Sequence[Window]) -> Batch:
     return Batch(tokens, labels, segments if packed else None)
 
 
-def training_batches(sequences: Sequence[Window], size: int, seed: int, start: int = 0) -> Iterator[Batch]:
+def plain_batch(windows: Sequence[Window], number: int) -> Batch:
+    """``make_batch``, whichever micro-batch it is."""
+    return make_batch(windows)
+
+
+def training_batches(
+    sequences: Sequence[Window],
+    size: int,
+    seed: int,
+    start: int = 0,
+    make: Callable[[Sequence[Window], int], Batch] = plain_batch,
+) -> Iterator[Batch]:
     """Endless micro-batches; the order depends on the seed and the epoch alone, so any position can be gone back to.
 
     Args:
         start: how many micro-batches to leave out at the beginning; none of them is made.
+        make: the micro-batch of some windows, given its number from 0 on.
     """
     size = min(size, len(sequences))
     per_epoch = len(sequences) // size
@@ -252,7 +264,7 @@ def training_batches(sequences: Sequence[Window], size: int, seed: int, start: i
         epoch, first = divmod(position, per_epoch)
         order = _epoch_order(lengths, size, per_epoch, seed, epoch)
         for index in range(first, per_epoch):
-            yield make_batch([sequences[i] for i in order[index]])
+            yield make([sequences[i] for i in order[index]], position)
             position += 1
 
 

@@ -126,8 +126,14 @@ def update_row(updates: Mapping[str, UpdateFacts]) -> dict[str, float]:
 
 
 def measured_decrease(engine: Engine, batches: Sequence[Batch], result: StepResult) -> float:
-    """How much lower the loss on a step's own batches is after it, nats."""
-    return result.loss - sum(engine.loss(batch) for batch in batches) / result.tokens
+    """How much lower the objective on a step's own batches is after it, nats per supervised token."""
+    masked = sum(batch.masked for batch in batches)
+    before, after = 0.0, 0.0
+    for batch in batches:
+        text, copy = (1.0, 0.0) if batch.noise is None else (batch.noise.next_token_weight, batch.noise.masked_weight)
+        before += text * result.loss * batch.supervised + copy * (result.masked_loss or 0.0) * batch.masked
+        after += text * engine.loss(batch) + (copy * engine.masked_loss(batch) if masked and copy else 0.0)
+    return (before - after) / result.tokens
 
 
 def _mean(values: Sequence[float]) -> float:

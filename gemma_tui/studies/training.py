@@ -12,12 +12,14 @@ from engines.base import Batch, Engine, StepResult, TrainingSettings
 from engines.memory import is_out_of_memory
 from gemma_tui.errors import GemmaTuiError, UsageError
 from gemma_tui.hub.models import Model, copy_tokenizer, resolve
+from gemma_tui.hub.set_blocks import SetBlocks, write_set_blocks
 from gemma_tui.runs import checkpoints
 from gemma_tui.studies.data import (
     Splits,
     evaluation_windows,
     make_batch,
     pack,
+    plain_batch,
     read_splits,
     supervised_tokens,
     training_batches,
@@ -28,7 +30,8 @@ from gemma_tui.studies.estimate import checkpoint_bytes, estimate
 from gemma_tui.studies.events import Control, Event, Pace, wait_while_paused
 from gemma_tui.studies.memorization.watch import Watch, watch_of
 from gemma_tui.studies.methods import after_step
-from gemma_tui.studies.training_plan import WHOLE, TrainingPlan, plan_config, settings
+from gemma_tui.studies.set_blocks import batch_maker, watching
+from gemma_tui.studies.training_plan import BLOCKWISE, WHOLE, TrainingPlan, plan_config, settings
 from gemma_tui.tokenizer import read_tokenizer
 
 MAX_SKIPPED = 10
@@ -73,7 +76,8 @@ def train(
         engine.load_state(found.checkpoint.path)
         yield Event("resumed", at.step, {"path": str(found.checkpoint.path)})
 
-    batches = training_batches(splits.train, plan.batch_size, plan.seed, at.step * plan.accumulate)
+    make = batch_maker(plan) if plan.method in BLOCKWISE else plain_batch
+    batches = training_batches(splits.train, plan.batch_size, plan.seed, at.step * plan.accumulate, make)
     saver, diagnoses = _Saver(engine, plan, model, folder), Diagnoses(matrices_of(plan_config(plan, model)), at.turn)
     while at.step < plan.steps:
         yield from wait_while_paused(control, at.step)
@@ -181,7 +185,8 @@ def _step(engine: Engine, micro: list[Batch], rate: float, observe: bool, at: Pr
 
 
 def _measures(engine: Engine, at: Progress, result: StepResult, rate: float, seconds: float) -> dict[str, float]:
-    return {
+    masked = {} if result.masked_loss is None else {"masked_loss": result.masked_loss}
+    return masked | {
         "loss": result.loss,
         "learning_rate": rate,
         "grad_norm": result.grad_norm,
@@ -275,13 +280,19 @@ def _evaluate(
     loss = yield from evaluate(engine, splits, plan.batch_size, plan.evaluate_batches, control, step)
     if loss is None:
         return None
-    return {"valid_loss": loss, "perplexity": math.exp(min(loss, 700)), "seconds": time.perf_counter() - began}
+    found = {"valid_loss": loss, "perplexity": math.exp(min(loss, 700))}
+    watched = watching(plan, splits.valid)
+    for measures in watched.measures(engine) if watched else ():
+        if control.stop.is_set():
+            break
+        found |= measures
+    return found | {"seconds": time.perf_counter() - began}
 
 
 def open_model(engine: Engine, model: Model, plan: TrainingPlan) -> None:
     """Load what a plan trains: a run starts from the files, never from what an earlier run left on the loaded model."""
     dtype = plan.dtype
-    if model.adapter is not None and plan.method in ("lora", "dora"):
+    if model.adapter is not None and plan.method in ("lora", "dora", "sbd-lora"):
         raise UsageError(f"{model.name} is an adapter, and one is kept: start from its base, or take --method full")
     if plan.fresh:
         engine.initialise(plan_config(plan, model), plan.seed, dtype)
@@ -334,6 +345,8 @@ class _Saver:
         else:
             target = self.folder / under / "adapter"
             self.engine.save_adapter(target, str(self.model.folder))
+        if self.plan.method in BLOCKWISE and self.plan.masked_weight > 0:
+            write_set_blocks(target, SetBlocks(self.plan.mask_token, self.plan.max_block))
         return target
 
 
@@ -344,7 +357,7 @@ def _facts(
     info = engine.model()
     config = plan_config(plan, model)
     guess = estimate(
-        config, settings(plan), plan.batch_size, plan.sequence_length, info.dtype if info else "float32", device,
+        config, settings(plan), plan.batch_size, plan.row_length, info.dtype if info else "float32", device,
         plan.accumulate, memory_ratio,
     )  # fmt: skip
     return {

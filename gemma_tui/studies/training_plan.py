@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from engines.base import LINEARS, LoRASettings, OptimizerSettings, Rank1Settings, TrainingSettings
+from engines.blocks import MASK
 from engines.gemma3 import GLOBAL, LOCAL, Gemma3Config
 from engines.pruning import PRUNINGS
 from gemma_tui.errors import UsageError
@@ -17,19 +18,21 @@ from gemma_tui.studies.turns import PROMPT_FORMS
 if TYPE_CHECKING:
     from gemma_tui.hub.models import Model
 
-METHODS = ("lora", "dora", "full", "relora", "rank1")
+METHODS = ("lora", "dora", "full", "relora", "rank1", "sbd", "sbd-lora")
 MODES = ("power", "sketch", "alternate")
 FOUND = ("power", "sketch")
 """Modes that find each update from the gradient; the other trains one factor at a time."""
 OPTIMIZERS = ("adamw", "sgd", "adafactor", "muon")
-DEFAULT_RATES = {"lora": 2e-4, "dora": 2e-4, "full": 2e-5, "relora": 4e-4, "rank1": 0.1}
+DEFAULT_RATES = {"lora": 2e-4, "dora": 2e-4, "full": 2e-5, "relora": 4e-4, "rank1": 0.1, "sbd": 2e-5, "sbd-lora": 2e-4}
 NORMALISED_RATE, ALTERNATE_RATE = 2e-3, 2e-3
-ADAPTERS = ("lora", "dora", "relora")
-TARGETED = ("lora", "dora", "relora", "rank1")
+ADAPTERS = ("lora", "dora", "relora", "sbd-lora")
+TARGETED = ("lora", "dora", "relora", "rank1", "sbd-lora")
 MAX_LAYER = 10_000
 MERGING = ("relora", "rank1")
-WHOLE = ("full", "relora", "rank1")
+WHOLE = ("full", "relora", "rank1", "sbd")
 """Methods whose result is a whole model."""
+BLOCKWISE = ("sbd", "sbd-lora")
+"""Methods that train for set block decoding: every parameter, or adapters."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ class TrainingPlan:
         "peak learning rate",
         low=0,
         high=100,
-        open_means="lora 2e-4, full 2e-5, relora 4e-4, rank1 0.1 or 2e-3",
+        open_means="lora 2e-4, full 2e-5, relora 4e-4, rank1 0.1 or 2e-3, sbd as full or lora",
         group="Optimizer",
     )
     schedule: str | None = option(
@@ -152,6 +155,24 @@ class TrainingPlan:
     normalised: bool = option(
         False, "steps of one length instead of the gradient's", group="Rank 1", methods=("rank1",), modes=FOUND
     )
+    max_block: int = option(
+        16, "longest block; each step draws one from 2 on", unit="tokens", low=2, high=64, group="Blocks",
+        methods=BLOCKWISE,
+    )  # fmt: skip
+    next_token_weight: float = option(
+        1.0, "weight of predicting the next token", low=0, high=1000, group="Blocks", methods=BLOCKWISE
+    )
+    masked_weight: float = option(
+        1.0, "weight of predicting masked tokens; 0 is plain training", low=0, high=1000, group="Blocks",
+        methods=BLOCKWISE,
+    )  # fmt: skip
+    mask_token: int = option(
+        MASK, "id that stands for a masked token", low=0, high=1_000_000, group="Blocks", methods=BLOCKWISE
+    )
+    fill_blocks: bool = option(
+        False, "fill a row's last block with its end token, instead of leaving it out", group="Blocks",
+        methods=BLOCKWISE,
+    )  # fmt: skip
     evaluate_every: int = option(20, "steps between evaluations; 0 for none", low=0, group="Watching")
     evaluate_batches: int = option(8, "micro-batches per evaluation; 0 for all", low=0, group="Watching")
     save_every: int | None = option(
@@ -199,6 +220,12 @@ class TrainingPlan:
         if self.method == "rank1" and self.normalised:
             return NORMALISED_RATE
         return DEFAULT_RATES[self.method]
+
+    @property
+    def row_length(self) -> int:
+        """Tokens of a row that go through the model, of its masked copy too."""
+        doubled = self.method in BLOCKWISE and self.masked_weight > 0
+        return 2 * self.sequence_length if doubled else self.sequence_length
 
     @property
     def warmup_steps(self) -> int:
@@ -272,12 +299,14 @@ def settings(plan: TrainingPlan) -> TrainingSettings:
         UsageError: a target is no linear of Gemma-3, options do not go together, or adapters are wanted on weights that
             will be gone.
     """
-    if plan.fresh and plan.method in ("lora", "dora"):
+    if plan.fresh and plan.method in ("lora", "dora", "sbd-lora"):
         raise UsageError("fresh: adapters on new weights, which are kept nowhere, are of no use; take --method full")
     targets = tuple(t.strip() for t in plan.targets.split(",") if t.strip())
     unknown = [t for t in targets if t not in LINEARS]
     if unknown or not targets:
         raise UsageError(f"targets: {', '.join(unknown) or 'none'}; choose from {', '.join(LINEARS)}")
+    if plan.method in BLOCKWISE:
+        _check_blocks(plan)
     if plan.shape == "jagged":
         _check_restarts(plan)
     optimizer = OptimizerSettings(
@@ -333,6 +362,13 @@ def _rank1(plan: TrainingPlan, targets: tuple[str, ...]) -> Rank1Settings | None
         plan.normalised,
         plan.update_rate,
     )
+
+
+def _check_blocks(plan: TrainingPlan) -> None:
+    if plan.packing:
+        raise UsageError("packing: blocks would reach over the borders of documents; leave it out with --method sbd")
+    if plan.next_token_weight == plan.masked_weight == 0:
+        raise UsageError("masked_weight: with both weights 0 nothing is learnt: raise one")
 
 
 def _check_restarts(plan: TrainingPlan) -> None:

@@ -18,11 +18,12 @@ SETS: tuple[Mapping[str, str], ...] = (
     {"rank1_energy": "rank-1 energy, ∇W", "effective_rank": "effective rank, ΔW", "drift": "drift of ∇W, |cos|"},
     {"gradient_stable_rank": "stable rank, ∇W", "relative_update": "‖ΔW‖ / ‖W‖", "predicted": "loss decrease"},
     {"memorized_bits": "memorised bits", "held_out_loss": "held-out loss", "generalisation": "held-out gain, nats"},
+    {"tokens_per_pass": "tokens a pass, γ = 0.1", "masked_loss": "masked loss", "masked_valid_loss": "held-out masked"},
 )
 """For each set its measures and the charts' titles; ∇W is the gradient of a matrix, ΔW what became of it so far, and
 all of these but the decrease are means over the matrices. Short, since three stand side by side."""
 
-NEEDED = ((), DIAGNOSED, DIAGNOSED, MEMORIZED)
+NEEDED = ((), DIAGNOSED, DIAGNOSED, MEMORIZED, ("masked_loss",))
 """For each set the measures of which a run has one where the set is shown."""
 
 BESIDE = {"predicted": "measured", "memorized_bits": "held_out_bits", "held_out_loss": "memorized_loss"}

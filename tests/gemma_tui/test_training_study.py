@@ -32,7 +32,10 @@ from gemma_tui.studies.training_plan import METHODS, OPTIMIZERS, TrainingPlan
 from gemma_tui.tokenizer import Tokenizer
 
 Plan = Callable[..., TrainingPlan]
-RESULT = {"lora": "adapter", "dora": "adapter", "full": "model", "relora": "model", "rank1": "model"}
+RESULT = {
+    "lora": "adapter", "dora": "adapter", "full": "model", "relora": "model", "rank1": "model", "sbd": "model",
+    "sbd-lora": "adapter",
+}  # fmt: skip
 
 
 def finished(engine: Engine, plan: TrainingPlan, store: RunStore) -> tuple[str, list[Event]]:

@@ -1,0 +1,148 @@
+"""Set block decoding in training: masked copies of windows, and what is measured of them (arXiv:2509.04185)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from engines.base import IGNORED, Batch, Engine, Sampling
+from engines.blocks import BlockDecoding, Noise
+from gemma_tui.studies.data import PADDING, evaluation_windows
+from gemma_tui.studies.training_plan import BLOCKWISE, TrainingPlan
+from gemma_tui.studies.turns import Window
+from gemma_tui.tokenizer import END_OF_TURN, EOS, PAD
+
+RATES = (0.25, 0.5, 1.0)
+"""Masking rates that the masked loss is told at."""
+EVALUATED = 2
+"""Micro-batches that it is measured on, for each block size and rate."""
+WATCHED, WATCHED_TOKENS, WATCHED_GAMMA = 4, 32, 0.1
+"""Held-out prompts that are decoded at every evaluation, tokens for each, and the bound on their entropy, nats."""
+
+BLOCK, RATE, MEASURED = 0, 1, 2
+"""What a generator draws for, so that no two draw alike."""
+
+
+def batch_maker(plan: TrainingPlan) -> Callable[[Sequence[Window], int], Batch]:
+    """What makes the micro-batch of some windows, given its number from 0 on; the same on both engines and on resuming.
+
+    The block size is drawn once for a step, uniformly from 2 to ``max_block``, the masking rate once for a row,
+    uniformly from 0 to 1.
+    """
+
+    def make(windows: Sequence[Window], number: int) -> Batch:
+        step = number // plan.accumulate
+        block = int(np.random.default_rng([plan.seed, BLOCK, step]).integers(2, plan.max_block + 1))
+        generator = np.random.default_rng([plan.seed, RATE, number])
+        rates = generator.random(len(windows))
+        return masked_batch(windows, plan, block, rates, generator)
+
+    return make
+
+
+def masked_batch(
+    windows: Sequence[Window], plan: TrainingPlan, block: int, rates: np.ndarray, generator: np.random.Generator
+) -> Batch:
+    """Whole windows, and copies in which supervised tokens are masked, each with the probability of its row.
+
+    What is left of a row after its last whole block is in no copy, unless ``fill_blocks`` repeats the token that ends
+    it up to the end of the block.
+    """
+    longest = max(map(len, windows))
+    length = -(-longest // PADDING) * PADDING
+    if plan.fill_blocks:
+        length = max(length, -(-longest // block) * block)
+    shape = len(windows), length
+    tokens, copy, labels = (np.full(shape, fill, np.int32) for fill in (PAD, PAD, IGNORED))
+    maskable = np.zeros(shape, bool)
+    for row, window in enumerate(windows):
+        count = len(window)
+        tokens[row, :count] = copy[row, :count] = window.ids
+        labels[row, : count - 1] = np.where(window.supervised[1:], window.ids[1:], IGNORED)
+        maskable[row, :count] = window.supervised
+        whole = count // block * block
+        if plan.fill_blocks and (ends := _end(window)) is not None:
+            whole = -(-ends // block) * block
+            copy[row, ends:whole] = window.ids[ends - 1]
+            maskable[row, ends:whole] = True
+        maskable[row, whole:] = False
+    masked = maskable & (generator.random(shape) < rates[:, None])
+    copied = length // block * block
+    noise = Noise(
+        np.where(masked, plan.mask_token, copy).astype(np.int32)[:, :copied],
+        np.where(masked, copy, IGNORED).astype(np.int32)[:, :copied],
+        block,
+        plan.next_token_weight,
+        plan.masked_weight,
+    )
+    return Batch(tokens, labels, noise=noise)
+
+
+def _end(window: Window) -> int | None:
+    """How many tokens there are up to and with the one that ends what is learnt; None where a window was cut."""
+    last = int(np.flatnonzero(window.supervised)[-1])
+    return last + 1 if window.ids[last] in (EOS, END_OF_TURN) else None
+
+
+@dataclass(frozen=True)
+class Watching:
+    """What an evaluation measures beside the loss of the next token: the same masks and prompts every time."""
+
+    plan: TrainingPlan
+    windows: Sequence[Window]
+
+    def measures(self, engine: Engine) -> Iterator[dict[str, float]]:
+        """One by one: the masked loss of each block size and rate, nats, their mean, and tokens per pass.
+
+        The first are named like ``masked_loss_16_50``, for blocks of 16 and half of the tokens masked.
+        """
+        plan, losses = self.plan, []
+        for block in sorted({min(4, plan.max_block), plan.max_block}):
+            for rate in RATES:
+                if (loss := self._masked_loss(engine, block, rate)) is not None:
+                    losses.append(loss)
+                    yield {f"masked_loss_{block}_{round(100 * rate)}": loss}
+        if losses:
+            yield {"masked_valid_loss": sum(losses) / len(losses)}
+        if prompts := self._prompts():
+            yield {"tokens_per_pass": tokens_per_pass(engine, prompts, plan)}
+
+    def _masked_loss(self, engine: Engine, block: int, rate: float) -> float | None:
+        generator = np.random.default_rng([self.plan.seed, MEASURED, block, round(100 * rate)])
+        total, count = 0.0, 0
+        for windows in evaluation_windows(self.windows, self.plan.batch_size, EVALUATED):
+            batch = masked_batch(windows, self.plan, block, np.full(len(windows), rate), generator)
+            masked = int((batch.noised().labels != IGNORED).sum())
+            total, count = total + (engine.masked_loss(batch) if masked else 0.0), count + masked
+        return total / count if count else None
+
+    def _prompts(self) -> list[list[int]]:
+        """What comes before the first token to be learnt; of a text its first half."""
+        step = max(1, len(self.windows) // WATCHED)
+        found = []
+        for window in self.windows[::step][:WATCHED]:
+            first = int(np.argmax(window.supervised))
+            found.append(window.ids[: first if first > 1 else -(-len(window) // 2)].tolist())
+        return found
+
+
+def tokens_per_pass(engine: Engine, prompts: Sequence[Sequence[int]], plan: TrainingPlan) -> float:
+    """Tokens that greedy block decoding writes in a forward pass, over some prompts, each read alone."""
+    sampling = Sampling(WATCHED_TOKENS, stop_ids=(EOS, END_OF_TURN))
+    blocks = BlockDecoding(plan.max_block, WATCHED_GAMMA, mask=plan.mask_token)
+    written, passes = 0, 0
+    for prompt in prompts:
+        tokens: dict[int, int] = {}
+        for said in engine.decode([prompt], sampling, blocks):
+            passes += 1
+            tokens |= dict(zip(said.places[said.decided].tolist(), said.tokens[said.decided].tolist(), strict=True))
+        ends = [place for place, token in tokens.items() if token in sampling.stop_ids]
+        written += min(ends) + 1 if ends else len(tokens)
+    return written / passes
+
+
+def watching(plan: TrainingPlan, windows: Sequence[Window]) -> Watching | None:
+    """What evaluations of a plan measure beside the next token's loss, if its method trains on masked copies."""
+    return Watching(plan, windows) if plan.method in BLOCKWISE and windows else None

@@ -1,0 +1,200 @@
+"""Training for set block decoding: what is masked, what is measured, what is kept and what is refused."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from engines.base import IGNORED, Batch, Engine
+from gemma_tui import cli
+from gemma_tui.errors import GemmaTuiError, UsageError
+from gemma_tui.hub.models import resolve
+from gemma_tui.hub.set_blocks import SetBlocks, set_blocks_of
+from gemma_tui.rows import read_sources
+from gemma_tui.runs.store import RunStore
+from gemma_tui.studies.data import training_batches
+from gemma_tui.studies.events import Control, Event
+from gemma_tui.studies.recording import record_training
+from gemma_tui.studies.set_blocks import Watching, batch_maker, masked_batch
+from gemma_tui.studies.tasks import KINDS, TaskPlan, make
+from gemma_tui.studies.training_plan import TrainingPlan, settings
+from gemma_tui.studies.turns import Window
+from gemma_tui.tokenizer import BOS, EOS
+
+Plan = Callable[..., TrainingPlan]
+PLAN = TrainingPlan(method="sbd", batch_size=3, seed=5)
+
+
+def window(prompt: int, answer: int) -> Window:
+    """Distinct ids, of which those after the prompt are learnt, ``<eos>`` the last."""
+    ids = np.array([BOS, *range(100, 100 + prompt + answer), EOS], np.int32)
+    return Window(ids, np.arange(len(ids)) > prompt)
+
+
+WINDOWS = [window(4, 9), window(7, 3), window(2, 20)]
+
+
+def made(rate: float, block: int = 4, plan: TrainingPlan = PLAN) -> Batch:
+    return masked_batch(WINDOWS, plan, block, np.full(3, rate), np.random.default_rng(0))
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("block", [2, 4, 5])
+def test_a_masked_token_is_its_own_label(rate: float, block: int) -> None:
+    batch = made(rate, block)
+    noise = batch.noised()
+    for row, some in enumerate(WINDOWS):
+        whole = len(some) // block * block
+        masked = noise.labels[row] != IGNORED
+        assert (noise.tokens[row][masked] == PLAN.mask_token).all()
+        assert np.array_equal(noise.labels[row][masked], some.ids[:whole][masked[:whole]])
+        assert np.array_equal(
+            noise.tokens[row][: len(some)][~masked[: len(some)]], some.ids[: masked.size][~masked[: len(some)]]
+        )
+        assert not masked[whole:].any()
+        assert not masked[: len(some)][~some.supervised[: masked.size]].any()
+        if rate == 1:
+            assert np.array_equal(masked[:whole], some.supervised[:whole])
+        if rate == 0:
+            assert not masked.any()
+
+
+def test_the_text_beside_is_the_plain_one_with_its_last_token() -> None:
+    batch = made(0.5)
+    for row, some in enumerate(WINDOWS):
+        assert np.array_equal(batch.tokens[row, : len(some)], some.ids)
+        expected = np.where(some.supervised[1:], some.ids[1:], IGNORED)
+        assert np.array_equal(batch.labels[row, : len(some) - 1], expected)
+        assert (batch.labels[row, len(some) - 1 :] == IGNORED).all()
+
+
+def test_a_filled_block_goes_on_with_the_end() -> None:
+    batch = made(1.0, 8, replace(PLAN, fill_blocks=True))
+    labels = batch.noised().labels
+    for row, some in enumerate(WINDOWS):
+        whole = -(-len(some) // 8) * 8
+        assert np.array_equal(labels[row, : len(some)][some.supervised], some.ids[some.supervised])
+        assert (labels[row, len(some) : whole] == EOS).all()
+        assert (labels[row, whole:] == IGNORED).all()
+
+
+def test_blocks_are_drawn_once_a_step_and_rates_once_a_row() -> None:
+    plan = replace(PLAN, accumulate=2, max_block=6)
+    longer = [window(1, 400) for _ in range(3)]
+    batches = [batch_maker(plan)(longer, number) for number in range(200)]
+    blocks = [batch.noised().block for batch in batches]
+    assert blocks[::2] == blocks[1::2]
+    assert set(blocks) == set(range(2, 7))
+    shares = np.array([(batch.noised().labels != IGNORED).mean(axis=1) for batch in batches])
+    # Uniform from 0 to 1: mean 1/2, standard deviation 1/√12, within four standard errors of 600 draws.
+    assert abs(shares.mean() - 0.5) < 4 / np.sqrt(12 * 600)
+    assert abs(shares.std() - 1 / np.sqrt(12)) < 0.03
+
+
+def test_masks_are_those_of_the_number_wherever_training_begins() -> None:
+    windows = [window(2, n) for n in range(6, 30)]
+    whole = list(islice(training_batches(windows, 3, 1, make=batch_maker(PLAN)), 12))
+    later = list(islice(training_batches(windows, 3, 1, 7, batch_maker(PLAN)), 5))
+    for one, other in zip(whole[7:], later, strict=True):
+        assert np.array_equal(one.noised().tokens, other.noised().tokens)
+    assert len({batch.noised().tokens.tobytes() for batch in whole}) == len(whole)
+
+
+def run(engine: Engine, plan: TrainingPlan, store: RunStore) -> tuple[str, list[Event]]:
+    recorded = record_training(engine, plan, Control(), store)
+    return recorded.run.run_id, list(recorded.events)
+
+
+@pytest.mark.parametrize("method", ["sbd", "sbd-lora"])
+def test_a_run_tells_the_masked_loss_and_keeps_what_it_was_trained_for(
+    engine: Engine, plan: Plan, store: RunStore, method: str
+) -> None:
+    run_id, events = run(engine, plan(method=method, max_block=8, mask_token=6), store)
+    assert all(event.values["masked_loss"] > 0 for event in events if event.kind == "step")
+    (*_, last) = [event.values for event in events if event.kind == "evaluation"]
+    losses = [last[f"masked_loss_{block}_{share}"] for block in (4, 8) for share in (25, 50, 100)]
+    assert last["masked_valid_loss"] == pytest.approx(np.mean(losses))
+    assert 0 < last["tokens_per_pass"] <= 8
+    assert set_blocks_of(resolve(run_id)) == SetBlocks(6, 8)
+
+
+def test_the_masked_loss_falls(torch_engine: Engine, plan: Plan, store: RunStore) -> None:
+    _, events = run(torch_engine, plan(method="sbd", steps=40, learning_rate=1e-2, evaluate_every=5), store)
+    first, *_, last = [event.values["masked_valid_loss"] for event in events if event.kind == "evaluation"]
+    assert last < 0.9 * first
+
+
+def test_both_engines_train_on_the_same_masks(both_engines: tuple[Engine, Engine], plan: Plan, store: RunStore) -> None:
+    seen = []
+    for engine in both_engines:
+        _, events = run(engine, plan(method="sbd", learning_rate=1e-3), store)
+        seen.append([(e.values["loss"], e.values["masked_loss"]) for e in events if e.kind == "step"])
+    np.testing.assert_allclose(seen[0], seen[1], rtol=1e-3)
+
+
+def test_a_watched_model_is_measured_alike_every_time(torch_engine: Engine, plan: Plan, store: RunStore) -> None:
+    chosen = plan(method="sbd", max_block=4)
+    run(torch_engine, chosen, store)
+    watching = Watching(chosen, [window(4, 9)] * 5)
+    assert list(watching.measures(torch_engine)) == list(watching.measures(torch_engine))
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [({"packing": True}, "packing"), ({"masked_weight": 0.0, "next_token_weight": 0.0}, "masked_weight")],
+)
+def test_what_does_not_go_with_blocks_is_refused(plan: Plan, values: dict[str, float], said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        settings(plan(method="sbd", **values))
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"mask_token": 4}', '{"mask_token": "4", "max_block": 8}', "[" * 99999])
+def test_a_broken_note_is_told(tmp_path: Path, text: str) -> None:
+    (tmp_path / "set_blocks.json").write_text(text)
+    with pytest.raises(GemmaTuiError, match=r"set_blocks\.json"):
+        set_blocks_of(replace(resolve("nano"), folder=tmp_path))
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_answers_follow_from_questions(kind: str) -> None:
+    splits = make(TaskPlan(kind, 300, 1))
+    rows = [row for split in splits.values() for row in split]
+    assert {name: len(split) for name, split in splits.items()} == {"train": 270, "valid": 15, "test": 15}
+    assert len({row.prompt for row in rows}) == 300
+    for row in rows:
+        numbers = [int(n) for n in re.findall(r"\d+", row.prompt)]
+        if kind == "records":
+            person, goods, place, *_ = row.prompt.split(", ")
+            assert {str(numbers[0]), str(numbers[1]), str(numbers[0] * numbers[1])} == set(
+                re.findall(r"\d+", row.completion)
+            )
+            assert [row.completion.count(word) for word in (f"The {person} ", f"the {place}", goods)] == [1, 2, 3]
+        else:
+            assert row.completion.endswith(
+                f"The answer is {sum(int(n) for n in row.prompt.replace('- ', '-').replace('+ ', '').split())}."
+            )
+    assert make(TaskPlan(kind, 300, 1)) == splits
+    assert make(TaskPlan(kind, 300, 2)) != splits
+
+
+def test_a_task_is_made_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    target = str(tmp_path / "task")
+    assert cli.main(["task", target, "--kind", "chains", "--rows", "100", "--json"]) == 0
+    rows = read_sources(target)
+    assert (len(rows.train), len(rows.valid), len(rows.test)) == (80, 10, 10)
+    assert cli.main(["task", target]) == 2
+    assert "there already" in capsys.readouterr().err
+
+
+def test_more_questions_than_there_are_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = KINDS["records"](random.Random(1))
+    monkeypatch.setitem(KINDS, "records", lambda draw: one)
+    with pytest.raises(UsageError, match="ask for fewer"):
+        make(TaskPlan(rows=100))
