@@ -46,7 +46,7 @@ class TrainingPlan:
         required=True,
         group="What",
     )
-    method: str = option("lora", "what is trained", choices=METHODS, group="What")
+    method: str = option("lora", "what is trained; sbd as full, sbd-lora as lora", choices=METHODS, group="What")
     name: str = option("", "name of the run; empty takes the method", group="What")
     group: str = option("", "name shared by runs that are compared; empty for none", group="What")
     fresh: bool = option(False, "start from new weights of the model's shape", group="What")
@@ -69,7 +69,7 @@ class TrainingPlan:
         "peak learning rate",
         low=0,
         high=100,
-        open_means="lora 2e-4, full 2e-5, relora 4e-4, rank1 0.1 or 2e-3, sbd as full or lora",
+        open_means="lora 2e-4, full 2e-5, relora 4e-4, rank1 0.1 or 2e-3",
         group="Optimizer",
     )
     schedule: str | None = option(
