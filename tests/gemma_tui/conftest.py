@@ -137,8 +137,7 @@ def spoken(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, 
 @pytest.fixture
 def empty_hub_cache(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the user has fetched from the hub is not listed."""
-    import huggingface_hub
+    from huggingface_hub import constants
 
-    real = huggingface_hub.scan_cache_dir
     (home / "hub").mkdir(parents=True)
-    monkeypatch.setattr(huggingface_hub, "scan_cache_dir", lambda: real(home / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
