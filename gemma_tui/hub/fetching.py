@@ -73,11 +73,11 @@ class Control:
     paused: threading.Event = field(default_factory=threading.Event)
 
 
-class Cancelled(Exception):
+class CancelledError(Exception):
     """The download was cancelled."""
 
 
-class WrongContent(Exception):
+class WrongContentError(Exception):
     """Files came that are not what their checksums say; they are deleted."""
 
 
@@ -85,7 +85,7 @@ def fetch(request: Request, tell: Tell, control: Control) -> Path:
     """Fetch a model, check it, and make it usable by its name; returns its folder in the cache.
 
     Raises:
-        Cancelled: it was; finished files stay, unfinished ones are gone.
+        CancelledError: it was; finished files stay, unfinished ones are gone.
         EngineError: it cannot be had, or is not what can be computed here.
     """
     from huggingface_hub import is_offline_mode
@@ -128,7 +128,7 @@ def _preflight(remote: Remote, request: Request, tell: Tell, control: Control) -
     free = _free(place)
     tell(
         "plan", repo=remote.repo, commit=remote.commit, files=len(files), bytes=total, download=needed, free=free,
-        licence=remote.licence, gated=remote.gated, pickles_left_out=len(remote.pickles),
+        licence=remote.licence, gated=remote.gated, left_out=len(remote.code),
     )  # fmt: skip
     if free < needed + RESERVE_BYTES:
         short = (needed + RESERVE_BYTES - free) / 1e9
@@ -144,8 +144,8 @@ def _exact(remote: Remote, files: list[RemoteFile]) -> tuple[int, int]:
 
     found = snapshot_download(
         remote.repo, revision=remote.commit, allow_patterns=[f.path for f in files], dry_run=True, tqdm_class=_meter()
-    )  # type: ignore[call-overload]
-    return sum(f.file_size for f in found), sum(f.file_size for f in found if f.will_download)
+    )
+    return sum(f.file_size or 0 for f in found), sum(f.file_size or 0 for f in found if f.will_download)
 
 
 def _download(remote: Remote, files: list[RemoteFile], tell: Tell, control: Control) -> Path:
@@ -172,7 +172,7 @@ def _check(folder: Path, files: list[RemoteFile], tell: Tell, control: Control) 
 
     def progress(share: float, text: str) -> None:
         if control.stop.is_set():
-            raise Cancelled
+            raise CancelledError
         if time.monotonic() - told[0] > TELL_SECONDS:
             told[0] = time.monotonic()
             tell("checking", share=round(share, 4), what=text)
@@ -186,7 +186,7 @@ def _check(folder: Path, files: list[RemoteFile], tell: Tell, control: Control) 
             blob.unlink(missing_ok=True)
     if problems:
         name, problem = next(iter(problems.items()))
-        raise WrongContent(f"{name} came with {problem}")
+        raise WrongContentError(f"{name} came with {problem}")
 
 
 def _patiently(step: Callable[[], T], tell: Tell, control: Control) -> T:
@@ -197,20 +197,20 @@ def _patiently(step: Callable[[], T], tell: Tell, control: Control) -> T:
             return step()
         except Exception as error:
             if control.stop.is_set():
-                raise Cancelled from None
+                raise CancelledError from None
             told = _explained(error)
-            if attempt == (2 if isinstance(error, WrongContent) else TRIES) or not _passes(error):
+            if attempt == (2 if isinstance(error, WrongContentError) else TRIES) or not _passes(error):
                 raise told from None
         tell("retry", attempt=attempt, seconds=wait, reason=one_line(str(told), 200))
         if control.stop.wait(wait):
-            raise Cancelled
+            raise CancelledError
         wait *= 2
     raise AssertionError  # the last try returns or raises
 
 
 def _passes(error: BaseException) -> bool:
     """Whether trying again may help."""
-    if isinstance(error, WrongContent):
+    if isinstance(error, WrongContentError):
         return True
     cause: BaseException | None = error
     while cause is not None:
@@ -218,9 +218,8 @@ def _passes(error: BaseException) -> bool:
             return status in PASSING
         if getattr(cause, "errno", None) in FULL:
             return False
-        if type(cause).__module__.startswith(("httpx", "httpcore")) or isinstance(
-            cause, ConnectionError | TimeoutError
-        ):
+        of_the_line = type(cause).__module__.startswith(("httpx", "httpcore"))
+        if of_the_line or isinstance(cause, ConnectionError | TimeoutError):
             return True
         cause = cause.__cause__
     # The client's name for a file that came shorter or longer than it should.
@@ -230,7 +229,7 @@ def _passes(error: BaseException) -> bool:
 def _explained(error: Exception) -> EngineError:
     if isinstance(error, EngineError):
         return error
-    if isinstance(error, WrongContent):
+    if isinstance(error, WrongContentError):
         return GemmaTuiError(f"{error}; it is deleted: try again later, or tell the repository's owners")
     if getattr(error, "errno", None) in FULL:
         return GemmaTuiError(f"{cache.cache_folder()} is full: free some space and try again; finished files are kept")
@@ -252,7 +251,7 @@ class _Watch:
         if self._control.paused.is_set():
             self._wait()
         if self._control.stop.is_set():
-            raise Cancelled
+            raise CancelledError
         with self._lock:
             self.done += int(count)
             if self.done > self.total:
@@ -271,9 +270,8 @@ class _Watch:
         began, before = self._seen[0]
         rate = max(0.0, (self.done - before) / (now - began)) if now > began else 0.0
         left = (self.total - self.done) / rate if rate else None
-        self._tell(
-            "progress", bytes=self.done, total=self.total, rate=round(rate), seconds_left=left and round(left, 1)
-        )
+        shown = None if left is None else round(left, 1)
+        self._tell("progress", bytes=self.done, total=self.total, rate=round(rate), seconds_left=shown)
 
     def _wait(self) -> None:
         while self._control.paused.is_set() and not self._control.stop.is_set():
@@ -352,7 +350,7 @@ def main() -> int:
     threading.Thread(target=_obey, args=(control,), daemon=True).start()
     try:
         fetch(request, tell, control)
-    except Cancelled:
+    except CancelledError:
         tell("cancelled")
         return CANCELLED
     except BrokenPipeError:

@@ -118,8 +118,8 @@ def whole_model(name: str, progress: Progress | None = None) -> Model:
         return Model(name, folder.parent, "run")
     repo, _, revision = name.partition("@")
     if REPO_ID.fullmatch(repo) and REVISION.fullmatch(revision or "main"):
-        if (folder := snapshot(repo, revision or "main")) is not None:
-            return Model(name, folder, "hub cache")
+        if (cached := snapshot(repo, revision or "main")) is not None:
+            return Model(name, cached, "hub cache")
         more = f" --revision {revision}" if revision else ""
         raise GemmaTuiError(f"{name} is not in the hub cache: fetch it with `gemma-tui models download {repo}{more}`")
     raise GemmaTuiError(f"no model {name[:80]!r}: give a folder, a run, or a name from `gemma-tui models list`")

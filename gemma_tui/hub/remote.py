@@ -87,7 +87,7 @@ class Remote:
     """Parameters by safetensors dtype, if the hub tells."""
 
     @property
-    def pickles(self) -> tuple[str, ...]:
+    def code(self) -> tuple[str, ...]:
         """Files that could run code, which are never fetched."""
         return tuple(f.path for f in self.files if f.path.endswith(CODE))
 
@@ -240,7 +240,7 @@ def _refused(error: Exception, repo: str, gated: str) -> str:
             return f"{repo} is gated: log in with `hf auth login` or set HF_TOKEN, and accept its terms at {place}"
         return f"{repo} is not on the hub, or private: check the name, or log in with `hf auth login` or HF_TOKEN"
     if not _token_is_valid():  # a stale token breaks public repositories, too
-        return f"the hub rejects your token: make a new one and `hf auth login`, or unset HF_TOKEN, which comes first ({repo})"
+        return f"the hub rejects your token for {repo}: `hf auth login` with a new one; HF_TOKEN, if set, comes first"
     if not isinstance(error, errors.GatedRepoError):
         if isinstance(error, errors.RepositoryNotFoundError):
             return f"{repo} is not on the hub, or not yours to see: check the name"
@@ -329,8 +329,8 @@ def wanted(remote: Remote, include: Iterable[str] = ()) -> tuple[RemoteFile, ...
     if quantised:
         names = ", ".join(one_line(path, 60) for path in quantised[:8])
         raise GemmaTuiError(f"{remote.repo} has GGUF weights; name which with --include: {names}")
-    if remote.pickles:
-        kept = one_line(remote.pickles[0], 60)
+    if remote.code:
+        kept = one_line(remote.code[0], 60)
         raise GemmaTuiError(f"{remote.repo} has only {kept}, which could run code: take a repository with .safetensors")
     raise GemmaTuiError(f"{remote.repo} has no .safetensors weights: there is nothing to compute with")
 
