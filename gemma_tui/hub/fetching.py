@@ -43,7 +43,7 @@ BACK_OFF = 1.0
 
 PASSING = (408, 425, 429, 500, 502, 503, 504)
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-CHUNK = 1 << 18
+CHUNK = 1 << 16
 """Bytes between two looks at whether to pause or stop."""
 
 TELL_SECONDS = 0.25
