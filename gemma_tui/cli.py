@@ -143,7 +143,8 @@ def _models(groups: argparse._SubParsersAction) -> None:
     group = _group(groups, "models", "models here and on the hub: list, fetch, check, remove, import")
     _command(group, "list", "the models on this machine", "models:list_models")
     info = _command(group, "info", "one model: shape, layers, parameters, memory", "models:info")
-    info.add_argument("model", metavar="M", help="name, folder, run or hub id")
+    info.add_argument("model", metavar="M", help="name, folder, run or hub id, here or on the hub")
+    info.add_argument("--card", action="store_true", help="the model card as plain text")
     imported = _command(group, "import", "bring a GGUF into the data folder", "models:import_model")
     imported.add_argument(
         "file", metavar="FILE.gguf", help="a Gemma-3 text model; or gemma-3-270m for the packaged one"

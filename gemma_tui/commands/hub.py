@@ -8,18 +8,19 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from gemma_tui.errors import GemmaTuiError
 from gemma_tui.hub import fit, keeping
-from gemma_tui.hub.cache import Removal, leftovers
+from gemma_tui.hub.cache import Removal, cached_repos, leftovers
 from gemma_tui.hub.downloads import CANCELLED, DONE, KEPT, Download
 from gemma_tui.hub.fetching import Request
 from gemma_tui.hub.models import resolve
-from gemma_tui.hub.remote import check_names
+from gemma_tui.hub.remote import check_access, check_names, look, remote_config, wanted
 from gemma_tui.hub.remote import search as search_hub
-from gemma_tui.output import Output, bytes_text, count_text, duration
+from gemma_tui.output import Output, age, bytes_text, count_text, duration
 from gemma_tui.studies.using import runs_using
 
 FAILED, INTERRUPTED = 1, 130
@@ -114,6 +115,48 @@ def _tell(item: Download, event: Mapping[str, Any], output: Output) -> None:
 def _name(item: Download) -> str:
     request = item.request
     return request.repo if request.revision == "main" else f"{request.repo}@{request.revision}"
+
+
+def about_remote(name: str, output: Output) -> int:
+    """A model of the hub before anything of it is fetched: what comes, whether it would load, what it would need."""
+    repo, _, revision = name.partition("@")
+    remote = look(repo, revision or "main")
+    check_access(remote)
+    files = wanted(remote)
+    config = remote_config(remote)
+    nbytes, memory = sum(f.size for f in files), fit.estimates(config)
+    output.row("remote", name=repo, commit=remote.commit, files=len(files), bytes=nbytes, licence=remote.licence,
+               gated=remote.gated, dtypes=remote.dtypes, parameters=config.parameter_count(), memory=memory,
+               fits={use: fit.here(size) for use, size in memory.items()}, left_out=list(remote.code),
+               config=config.to_dict())  # fmt: skip
+    lines = [
+        ("commit", remote.commit),
+        ("parameters", f"{config.parameter_count():,}"),
+        ("layers", f"{config.num_hidden_layers}, global: {', '.join(map(str, config.global_layers)) or 'none'}"),
+        ("to fetch", f"{len(files)} files, {bytes_text(nbytes)}, {', '.join(remote.dtypes) or 'dtype not told'}"),
+        ("licence", remote.licence or "not told"),
+        ("access", remote.gated or "open"),
+        *([("left out", ", ".join(remote.code[:8]))] if remote.code else []),
+        *((f"memory, {use}", f"{bytes_text(size)}, {fit.here(size)}") for use, size in memory.items()),
+    ]
+    output.table(("", f"{repo}, not here"), lines)
+    output.say(f"`gemma-tui models download {repo}` fetches it")
+    output.row("end", status="done")
+    return 0
+
+
+def disk_use(output: Output) -> None:
+    """What the hub's cache takes, by repository and commit."""
+    repos, rows = cached_repos(), []
+    for repo in repos:
+        revisions = [asdict(revision) for revision in repo.revisions]
+        output.row("cached", name=repo.repo, bytes=repo.nbytes, revisions=revisions)
+        for i, one in enumerate(repo.revisions):
+            name, size = ("", "") if i else (repo.repo, bytes_text(repo.nbytes))
+            refs = ", ".join(one.refs) or "detached"
+            rows.append((name, size, one.commit[:12], refs, bytes_text(one.nbytes), one.files, age(one.modified)))
+    if repos:
+        output.table(("in the hub cache", "on disk", "commit", "refs", "size", "files", "age"), rows)
 
 
 def verify(args: argparse.Namespace, output: Output) -> int:

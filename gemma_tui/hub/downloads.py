@@ -107,11 +107,12 @@ class Download:
 
     def _listen(self, process: subprocess.Popen[str]) -> None:
         assert process.stdout is not None
-        for line in process.stdout:
-            with suppress(ValueError):  # a line of a process that was killed
-                event = json.loads(line)
-                self._take(event)
-                self.events.put(event)
+        with process.stdout as said:
+            for line in said:
+                with suppress(ValueError):  # a line of a process that was killed
+                    event = json.loads(line)
+                    self._take(event)
+                    self.events.put(event)
         code = process.wait()
         with suppress(OSError):
             if process.stdin is not None:

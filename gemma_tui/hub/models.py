@@ -125,6 +125,13 @@ def whole_model(name: str, progress: Progress | None = None) -> Model:
     raise GemmaTuiError(f"no model {name[:80]!r}: give a folder, a run, or a name from `gemma-tui models list`")
 
 
+def is_only_remote(name: str) -> bool:
+    """Whether a name is a hub id of which nothing is here."""
+    repo, _, revision = name.partition("@")
+    there = bool(REPO_ID.fullmatch(repo)) and snapshot(repo, revision or "main") is None
+    return there and _folder(name) is None
+
+
 def local_models() -> list[Summary]:
     """Everything that can be loaded here: built-in models, the data folder, the hub cache, adapters, trained runs."""
     from gemma_tui.hub.demo import imported_folder

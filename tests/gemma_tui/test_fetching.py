@@ -162,6 +162,7 @@ def test_offline_uses_what_is_here_and_asks_nothing(hub: StandInHub, monkeypatch
 
 # ------------------------------------------------------------------------------------------------ faults
 
+
 def cut(hub: StandInHub) -> None:
     hub.faults.cut, hub.faults.piece = 1, 4096
 
@@ -365,9 +366,8 @@ def test_what_cannot_be_computed_is_refused_before_it_comes(hub: StandInHub, kin
 
 
 def test_code_and_pickles_stay_on_the_hub(hub: StandInHub) -> None:
-    more = {"modeling.py": b"raise SystemExit", "pytorch_model.bin": b"x", ".gitattributes": b"", "onnx/config.json": b""}
     names = set(hub.repos[TINY].files)
-    hub.repos[TINY].files |= more
+    hub.repos[TINY].files |= dict.fromkeys(("modeling.py", "model.bin", ".gitattributes", "onnx/config.json"), b"x")
     events: Events = []
     folder = fetched(events)
     assert {p.name for p in folder.rglob("*")} == names
