@@ -15,13 +15,14 @@ from typing import Any
 from gemma_tui.errors import GemmaTuiError
 from gemma_tui.hub import fit, keeping
 from gemma_tui.hub.cache import Removal, cached_repos, leftovers
+from gemma_tui.hub.descriptions import fit_of, found_cells, preview, remote_lines
 from gemma_tui.hub.downloads import CANCELLED, DONE, KEPT, Download
 from gemma_tui.hub.fetching import Request
 from gemma_tui.hub.models import resolve
 from gemma_tui.hub.remote import check_access, check_names, look, remote_config, wanted
 from gemma_tui.hub.remote import search as search_hub
-from gemma_tui.output import Output, age, bytes_text, count_text, duration
-from gemma_tui.studies.using import runs_using
+from gemma_tui.output import Output, age, bytes_text, duration
+from gemma_tui.studies.using import refuse_in_use
 
 FAILED, INTERRUPTED = 1, 130
 
@@ -31,26 +32,16 @@ def search(args: argparse.Namespace, output: Output) -> int:
     found = search_hub(args.query, args.limit)
     rows = []
     for item in found:
-        fits = fit_of(item.parameters, item.nbytes)
+        fits = fit_of(item)
         output.row(
             "found", name=item.repo, format=item.kind, parameters=item.parameters, dtype=item.dtype, bytes=item.nbytes,
             licence=item.licence, gated=item.gated, downloads=item.downloads, modified=item.modified, fits=fits,
         )  # fmt: skip
-        size = bytes_text(item.nbytes) if item.nbytes else ""
-        count = count_text(item.parameters) if item.parameters else ""
-        rows.append((item.repo, item.kind, count, item.dtype, size, item.licence, item.gated or "open",
-                     count_text(item.downloads), fits.get("inference", "")))  # fmt: skip
+        rows.append(found_cells(item))
     columns = ("repository", "format", "parameters", "dtype", "size", "licence", "access", "downloads", "fits")
     output.table(columns, rows)
     output.row("end", status="done", found=len(found))
     return 0
-
-
-def fit_of(parameters: int, nbytes: int) -> dict[str, str]:
-    """Whether a model of which only the size is known fits this machine: weights, and for training what each needs."""
-    if not parameters:
-        return {"inference": fit.here(nbytes)} if nbytes else {}
-    return {"inference": fit.here(4 * parameters), "full training": fit.here(16 * parameters)}
 
 
 def download(args: argparse.Namespace, output: Output) -> int:
@@ -124,21 +115,12 @@ def about_remote(name: str, output: Output) -> int:
     check_access(remote)
     files = wanted(remote)
     config = remote_config(remote)
-    nbytes, memory = sum(f.size for f in files), fit.estimates(config)
-    output.row("remote", name=repo, commit=remote.commit, files=len(files), bytes=nbytes, licence=remote.licence,
-               gated=remote.gated, dtypes=remote.dtypes, parameters=config.parameter_count(), memory=memory,
-               fits={use: fit.here(size) for use, size in memory.items()}, left_out=list(remote.code),
+    memory = fit.estimates(config)
+    output.row("remote", name=repo, commit=remote.commit, files=len(files), bytes=sum(f.size for f in files),
+               licence=remote.licence, gated=remote.gated, dtypes=remote.dtypes, parameters=config.parameter_count(),
+               memory=memory, fits={use: fit.here(size) for use, size in memory.items()}, left_out=list(remote.code),
                config=config.to_dict())  # fmt: skip
-    lines = [
-        ("commit", remote.commit),
-        ("parameters", f"{config.parameter_count():,}"),
-        ("layers", f"{config.num_hidden_layers}, global: {', '.join(map(str, config.global_layers)) or 'none'}"),
-        ("to fetch", f"{len(files)} files, {bytes_text(nbytes)}, {', '.join(remote.dtypes) or 'dtype not told'}"),
-        ("licence", remote.licence or "not told"),
-        ("access", remote.gated or "open"),
-        *([("left out", ", ".join(remote.code[:8]))] if remote.code else []),
-        *((f"memory, {use}", f"{bytes_text(size)}, {fit.here(size)}") for use, size in memory.items()),
-    ]
+    lines = remote_lines(remote, files, config)
     output.table(("", f"{repo}, not here"), lines)
     output.say(f"`gemma-tui models download {repo}` fetches it")
     output.row("end", status="done")
@@ -187,16 +169,6 @@ def remove(args: argparse.Namespace, output: Output) -> int:
     return _delete(found, keeping.adapters_on(args.model), args, output)
 
 
-def refuse_in_use(name: str) -> None:
-    """Refuse to delete what a run that goes on was made from.
-
-    Raises:
-        GemmaTuiError: it is so.
-    """
-    if busy := runs_using(keeping.folders_of(name)):
-        raise GemmaTuiError(f"{name} is used by {', '.join(busy[:3])}, which goes on: stop it first")
-
-
 def clean(args: argparse.Namespace, output: Output) -> int:
     """Delete what downloads that broke off have left."""
     return _delete(leftovers(), [], args, output)
@@ -221,15 +193,6 @@ def _delete(found: Removal, adapters: list[str], args: argparse.Namespace, outpu
     output.say(f"freed {bytes_text(found.frees)}")
     output.row("end", status="done", freed=found.frees)
     return 0
-
-
-def preview(found: Removal, adapters: list[str]) -> list[str]:
-    """What a deletion takes away, in lines for a person."""
-    lines = [f"{found.what}: frees {bytes_text(found.frees)}"]
-    lines += [f"  commit {commit[:12]}" for commit in found.commits]
-    lines += [f"  {path}" for path in (*found.folders, *found.files)]
-    lines += [f"  the link {path}; what it points to stays" for path in found.links]
-    return lines + ([f"  adapters that stand on it: {', '.join(adapters)}"] if adapters else [])
 
 
 def _agreed(output: Output) -> bool:

@@ -56,6 +56,20 @@ def facts(model: Model) -> Facts:
     )
 
 
+def about_lines(known: Facts) -> list[str]:
+    """Facts and card as lines for a person."""
+    left = ", ".join(known.left_alone)
+    lines = [
+        f"commit         {known.commit or 'none: not of the hub'}",
+        f"licence        {known.licence or 'not told'}",
+        f"tokenizer      {known.tokenizer}",
+        f"chat template  {known.template or 'none'}",
+        f"               {known.difference or 'writes turns as Gemma does'}" if known.template else "",
+        f"never opened   {left}" if left else "",
+    ]
+    return [line for line in lines if line] + ["", known.card or "no model card"]
+
+
 def commit_of(model: Model) -> str:
     """The commit of a model in the hub's cache; empty for others."""
     return model.folder.name if model.source == "hub cache" and COMMIT.fullmatch(model.folder.name) else ""

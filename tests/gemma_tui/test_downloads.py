@@ -137,13 +137,11 @@ def test_downloads_wait_for_one_another(hub: StandInHub) -> None:
 
 def test_search_lists_gemma_3_with_what_one_must_know(hub: StandInHub, command: Commands) -> None:
     files = {"config.json": b"{}"}
+    packed = {"parameters": {"U32": 125_000_000, "BF16": 10**6}, "total": 10**9}
     said = {"tags": ["license:gemma", "gemma3"], "safetensors": {"parameters": {"BF16": 10**9}, "total": 10**9}}
     hub.repos = {
         "google/gemma-3-1b": Repo(files, gated="manual", info={**said, "downloads": 7}),
-        "mlx-community/gemma-3-1b-4bit": Repo(
-            files,
-            info={"tags": ["mlx"], "safetensors": {"parameters": {"U32": 125_000_000, "BF16": 10**6}, "total": 10**9}},
-        ),
+        "mlx-community/gemma-3-1b-4bit": Repo(files, info={"tags": ["mlx"], "safetensors": packed}),
         "someone/tuned": Repo(files, info={"config": {"model_type": "gemma3_text"}}),
         "quants/gemma-3-1b-gguf": Repo(files, info={"gguf": {"total": 10**9, "architecture": "gemma3"}}),
         "someone/gemma-2-2b": Repo(files, info={"config": {"model_type": "gemma2"}}),
@@ -158,8 +156,8 @@ def test_search_lists_gemma_3_with_what_one_must_know(hub: StandInHub, command: 
     assert (official["bytes"], official["dtype"], official["parameters"]) == (2 * 10**9, "BF16", 10**9)
     assert (official["licence"], official["gated"], official["downloads"]) == ("gemma", "manual", 7)
     assert set(official["fits"]) == {"inference", "full training"}
-    packed = found["mlx-community/gemma-3-1b-4bit"]
-    assert (packed["format"], packed["dtype"], packed["bytes"]) == ("MLX", "quantised", 502_000_000)
+    mlx = found["mlx-community/gemma-3-1b-4bit"]
+    assert (mlx["format"], mlx["dtype"], mlx["bytes"]) == ("MLX", "quantised", 502_000_000)
     assert [found[name]["format"] for name in ("someone/tuned", "quants/gemma-3-1b-gguf")] == ["weights", "GGUF"]
 
 
