@@ -16,7 +16,7 @@ MAX_LINE = 4000
 _PICTURE = re.compile(r"!\[([^\[\]]{0,200})\]\([^()\s]{0,2000}\)")
 _LINK = re.compile(r"\[([^\[\]]{0,500})\]\((?:[^()\s]{0,2000})(?:\s[^()]{0,200})?\)")
 _TAG = re.compile(r"</?[a-zA-Z!][^<>]{0,2000}>")
-_MARK = re.compile(r"^\s{0,3}(#{1,6}\s+|>\s?)|(\*\*|__|`)", re.MULTILINE)
+_MARK = re.compile(r"^[ \t]{0,3}(#{1,6}[ \t]+|> ?)|(\*\*|__|`)", re.MULTILINE)
 _LICENCE = re.compile(r"^license(?:_name)?:[ \t]*['\"]?([\w.\-]{1,60})", re.MULTILINE)
 _FENCE = "---"
 

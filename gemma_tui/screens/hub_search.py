@@ -103,7 +103,7 @@ class HubSearch(ModalScreen[None]):
             return
         repo = item.repo
         if self.bench.attempt(lambda: self.bench.fetch(repo)):
-            self.bench.tell(f"{repo} is queued; the list of models shows how far it is")
+            self._tell(f"{repo} is queued; the list of models shows how far it is")
 
     def action_show_command(self) -> None:
         """The command that does the same."""

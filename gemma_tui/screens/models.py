@@ -228,7 +228,7 @@ class ModelsScreen(Workbench):
             if id(item) not in self._ended and item.state in ("done", "failed"):
                 self._ended.add(id(item))
                 done = item.state == "done"
-                text = f"{item.request.repo} is checked and ready" if done else f"{item.request.repo}: {item.detail}"
+                text = f"{item.request.repo} is checked and ready" if done else item.detail
                 self.bench.tell(text, "information" if done else "error")
                 self._look()
 
