@@ -13,14 +13,12 @@ from __future__ import annotations
 import errno
 import json
 import os
-import shutil
 import sys
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,13 +27,13 @@ from engines.errors import EngineError
 from gemma_tui.errors import GemmaTuiError
 from gemma_tui.hub import cache
 from gemma_tui.hub.convert import RESERVE_BYTES
-from gemma_tui.hub.remote import Remote, RemoteFile, check_access, check_names, look, reason, remote_config, wanted
+from gemma_tui.hub.metering import TELL_SECONDS, CancelledError, Control, Tell, Watch, free_bytes, meter
+from gemma_tui.hub.refusals import reason
+from gemma_tui.hub.remote import Remote, RemoteFile, check_access, check_names, look, remote_config, wanted
 from gemma_tui.hub.verification import check_files
 from gemma_tui.text import one_line, without_tokens
 
 T = TypeVar("T")
-Tell = Callable[..., None]
-"""``tell(kind, **values)``"""
 
 TRIES = 6
 BACK_OFF = 1.0
@@ -46,12 +44,9 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 CHUNK = 1 << 16
 """Bytes between two looks at whether to pause or stop."""
 
-TELL_SECONDS = 0.25
-RATE_SECONDS = 5.0
 SOFT_SECONDS = 0.4
 """What a soft cancel is given before the process ends itself."""
 
-LOWEST_FREE = RESERVE_BYTES // 4
 WORKERS = 4
 CANCELLED = 130
 
@@ -63,18 +58,6 @@ class Request:
     repo: str
     revision: str = "main"
     include: tuple[str, ...] = ()
-
-
-@dataclass
-class Control:
-    """What others want of a download that goes on."""
-
-    stop: threading.Event = field(default_factory=threading.Event)
-    paused: threading.Event = field(default_factory=threading.Event)
-
-
-class CancelledError(Exception):
-    """The download was cancelled."""
 
 
 class WrongContentError(Exception):
@@ -125,7 +108,7 @@ def _preflight(remote: Remote, request: Request, tell: Tell, control: Control) -
         _patiently(lambda: remote_config(remote), tell, control)
     total, needed = _patiently(lambda: _exact(remote, files), tell, control)
     place = cache.cache_folder()
-    free = _free(place)
+    free = free_bytes(place)
     tell(
         "plan", repo=remote.repo, commit=remote.commit, files=len(files), bytes=total, download=needed, free=free,
         licence=remote.licence, gated=remote.gated, left_out=len(remote.code),
@@ -143,7 +126,7 @@ def _exact(remote: Remote, files: list[RemoteFile]) -> tuple[int, int]:
     from huggingface_hub import snapshot_download
 
     found = snapshot_download(
-        remote.repo, revision=remote.commit, allow_patterns=[f.path for f in files], dry_run=True, tqdm_class=_meter()
+        remote.repo, revision=remote.commit, allow_patterns=[f.path for f in files], dry_run=True, tqdm_class=meter()
     )
     return sum(f.file_size or 0 for f in found), sum(f.file_size or 0 for f in found if f.will_download)
 
@@ -154,13 +137,13 @@ def _download(remote: Remote, files: list[RemoteFile], tell: Tell, control: Cont
 
     folder = cache.repo_folder(remote.repo) / "snapshots" / remote.commit
     there = sum(f.size for f in files if (folder / f.path).exists())
-    watch = _Watch(there, sum(f.size for f in files), tell, control)
+    watch = Watch(there, sum(f.size for f in files), tell, control)
     snapshot_download(
         remote.repo,
         revision=remote.commit,
         allow_patterns=[f.path for f in files],
         max_workers=WORKERS,
-        tqdm_class=_meter(watch.more),
+        tqdm_class=meter(watch.more),
     )
     watch.tell_now()
     _check(folder, files, tell, control)
@@ -234,79 +217,6 @@ def _explained(error: Exception) -> EngineError:
     if getattr(error, "errno", None) in FULL:
         return GemmaTuiError(f"{cache.cache_folder()} is full: free some space and try again; finished files are kept")
     return reason(error, "the download")
-
-
-class _Watch:
-    """Bytes, rate and time left of one try, told a few times a second; pauses and stops between two pieces."""
-
-    def __init__(self, there: int, total: int, tell: Tell, control: Control) -> None:
-        self.done, self.total = there, total
-        self._tell, self._control = tell, control
-        self._seen = deque([(time.monotonic(), there)])
-        self._told = 0.0
-        self._lock = threading.Lock()
-
-    def more(self, count: float) -> None:
-        """Bytes that came, from whichever thread; fewer when the client begins a file again."""
-        if self._control.paused.is_set():
-            self._wait()
-        if self._control.stop.is_set():
-            raise CancelledError
-        with self._lock:
-            self.done += int(count)
-            if self.done > self.total:
-                raise GemmaTuiError(f"the hub sends more than the {self.total:,} bytes that it named: nothing is kept")
-            if time.monotonic() - self._told > TELL_SECONDS:
-                self.tell_now()
-                if _free(cache.cache_folder()) < LOWEST_FREE:
-                    raise OSError(errno.ENOSPC, "the disk is nearly full")
-
-    def tell_now(self) -> None:
-        """Tell where it is."""
-        now = self._told = time.monotonic()
-        self._seen.append((now, self.done))
-        while now - self._seen[0][0] > RATE_SECONDS and len(self._seen) > 2:
-            self._seen.popleft()
-        began, before = self._seen[0]
-        rate = max(0.0, (self.done - before) / (now - began)) if now > began else 0.0
-        left = (self.total - self.done) / rate if rate else None
-        shown = None if left is None else round(left, 1)
-        self._tell("progress", bytes=self.done, total=self.total, rate=round(rate), seconds_left=shown)
-
-    def _wait(self) -> None:
-        while self._control.paused.is_set() and not self._control.stop.is_set():
-            time.sleep(0.05)
-        self._seen = deque([(time.monotonic(), self.done)])
-
-
-def _meter(more: Callable[[float], None] | None = None) -> Any:
-    """A class that the client takes for a progress bar. It makes three of it; one counts the bytes on disk."""
-
-    class Meter:
-        def __init__(self, *args: Any, total: Any = None, desc: str = "", unit: str = "it", **options: Any) -> None:
-            self.n, self.total = 0.0, total
-            self._counts = more is not None and unit == "B" and str(desc).startswith("Reconstructing")
-            self.format_dict: Mapping[str, Any] = {"rate": None}
-
-        def update(self, count: float | None = 1) -> None:
-            self.n += count or 0
-            if self._counts and more is not None:
-                more(count or 0)
-
-        def ignore(self, *args: Any, **options: Any) -> None: ...
-
-        refresh = close = set_description = set_description_str = set_postfix_str = __exit__ = ignore
-
-        def __enter__(self) -> Meter:
-            return self
-
-    return Meter
-
-
-def _free(place: Path) -> int:
-    while not place.exists():
-        place = place.parent
-    return shutil.disk_usage(place).free
 
 
 def _obey(control: Control, soft: float = SOFT_SECONDS) -> None:

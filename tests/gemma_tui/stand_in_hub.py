@@ -20,6 +20,8 @@ from urllib.parse import parse_qs, unquote, urlsplit
 LFS = (".safetensors", ".gguf", ".bin")
 COMMIT = "a" * 40
 NEXT_COMMIT = "b" * 40
+ENDLESS = 256
+"""Pieces that a body without an end has behind its end."""
 
 
 def git_sha1(data: bytes) -> str:
@@ -263,5 +265,5 @@ def _body(hub: StandInHub, it: Any, path: str, data: bytes, headers: dict[str, s
         hub.served += len(piece)
         if faults.slow:
             time.sleep(faults.slow)
-    while path in faults.endless:
+    for _ in range(ENDLESS if path in faults.endless else 0):
         it.wfile.write(b"\0" * faults.piece)

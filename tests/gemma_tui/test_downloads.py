@@ -365,13 +365,17 @@ def test_a_cache_that_links_to_elsewhere_deletes_nothing_there(
     hub: StandInHub, command: Commands, tmp_path: Path
 ) -> None:
     outside = tmp_path / "outside"
-    (outside / "snapshots" / COMMIT).mkdir(parents=True)
-    (outside / "snapshots" / COMMIT / "config.json").write_text("{}")
-    cache.cache_folder().mkdir(parents=True)
-    cache.repo_folder("org/linked").symlink_to(outside)
-    command("models", "remove", "org/linked", "--yes")
-    command("models", "clean", "--yes")
-    assert (outside / "snapshots" / COMMIT / "config.json").exists()
+    for commit in (COMMIT, NEXT_COMMIT):
+        (outside / commit).mkdir(parents=True)
+        (outside / commit / "config.json").write_text("{}")
+    cache.repo_folder("org/linked").mkdir(parents=True)
+    (cache.repo_folder("org/linked") / "snapshots").symlink_to(outside)
+    (cache.repo_folder("org/linked") / "refs").mkdir()
+    (cache.repo_folder("org/linked") / "blobs").mkdir()
+    cache.point("org/linked", "main", COMMIT)
+    assert command("models", "remove", f"org/linked@{NEXT_COMMIT}", "--yes")[0] == 1
+    assert command("models", "clean", "--yes")[0] == 1
+    assert (outside / NEXT_COMMIT / "config.json").exists()
 
 
 def test_an_adopted_folder_is_a_model_and_not_a_copy(prepared_model: Path, command: Commands, hub: StandInHub) -> None:

@@ -14,8 +14,9 @@ import pytest
 from stand_in_hub import COMMIT, NEXT_COMMIT, Repo, StandInHub
 
 from engines.errors import EngineError
-from gemma_tui.hub import cache, fetching
-from gemma_tui.hub.fetching import CancelledError, Control, Request, fetch
+from gemma_tui.hub import cache, fetching, metering
+from gemma_tui.hub.fetching import Request, fetch
+from gemma_tui.hub.metering import CancelledError, Control
 from gemma_tui.hub.models import local_models, resolve
 
 TINY = "org/gemma-3-tiny"
@@ -28,7 +29,7 @@ Events = list[dict[str, Any]]
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fetching, "BACK_OFF", 0.01)
-    monkeypatch.setattr(fetching, "TELL_SECONDS", 0.0)
+    monkeypatch.setattr(metering, "TELL_SECONDS", 0.0)
     # The client's own waits between its tries.
     monkeypatch.setattr(time, "sleep", lambda seconds, real=time.sleep: real(min(seconds, 0.05)))
 
@@ -244,7 +245,8 @@ def test_a_disk_that_fills_up_meanwhile_is_told_and_keeps_no_part(
     def free(place: object) -> int:
         return 0 if hub.count("GET", "/model.safetensors") else 10**12
 
-    monkeypatch.setattr(fetching, "_free", free)
+    monkeypatch.setattr(fetching, "free_bytes", free)
+    monkeypatch.setattr(metering, "free_bytes", free)
     assert "is full" in refused()
     assert not cache.partial_files(TINY)
     assert hub.count("GET", "/model.safetensors") == 1
