@@ -14,7 +14,7 @@ from typing import Any
 
 from gemma_tui.errors import GemmaTuiError
 from gemma_tui.hub import fit, keeping
-from gemma_tui.hub.cache import Removal, cached_repos, leftovers
+from gemma_tui.hub.cache import Removal, cached_repos, finished_bytes, leftovers
 from gemma_tui.hub.descriptions import fit_of, found_cells, preview, remote_lines
 from gemma_tui.hub.downloads import CANCELLED, DONE, KEPT, Download
 from gemma_tui.hub.fetching import Request
@@ -58,7 +58,7 @@ def download(args: argparse.Namespace, output: Output) -> int:
                 _tell(item, event, output)
         if item.state == CANCELLED:
             output.say(f"{request.repo}: cancelled; {KEPT}")
-            output.row("end", status="interrupted", repo=request.repo, kept=item.done, note=KEPT)
+            output.row("end", status="interrupted", repo=request.repo, kept=finished_bytes(request.repo), note=KEPT)
             return INTERRUPTED
         if item.state != DONE:
             failed.append(f"{request.repo}: {item.detail}" if request.repo not in item.detail else item.detail)

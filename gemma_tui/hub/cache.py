@@ -185,6 +185,11 @@ def tidy(repo: str) -> None:
         shutil.rmtree(cache_folder() / ".locks" / folder.name, ignore_errors=True)
 
 
+def finished_bytes(repo: str) -> int:
+    """Bytes of a repository's files that are here whole."""
+    return sum(_size(path) for path in (repo_folder(repo) / "blobs").glob("*") if not path.name.endswith(".incomplete"))
+
+
 def partial_files(repo: str) -> list[Path]:
     """Files of downloads that are unfinished, whether or not one goes on."""
     return sorted((repo_folder(repo) / "blobs").glob("*.incomplete"))

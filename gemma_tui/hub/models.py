@@ -126,10 +126,12 @@ def whole_model(name: str, progress: Progress | None = None) -> Model:
 
 
 def is_only_remote(name: str) -> bool:
-    """Whether a name is a hub id of which nothing is here."""
+    """Whether a name is a hub id of which nothing is here, and the hub may be asked."""
+    from huggingface_hub import is_offline_mode
+
     repo, _, revision = name.partition("@")
-    there = bool(REPO_ID.fullmatch(repo)) and snapshot(repo, revision or "main") is None
-    return there and _folder(name) is None
+    absent = bool(REPO_ID.fullmatch(repo)) and snapshot(repo, revision or "main") is None
+    return absent and _folder(name) is None and not is_offline_mode()
 
 
 def local_models() -> list[Summary]:
