@@ -15,7 +15,7 @@ from typing import Any
 from gemma_tui.errors import GemmaTuiError
 from gemma_tui.hub import fit, keeping
 from gemma_tui.hub.cache import Removal, cached_repos, finished_bytes, leftovers
-from gemma_tui.hub.descriptions import fit_of, found_cells, preview, remote_lines
+from gemma_tui.hub.descriptions import FOUND, fit_of, found_cells, preview, remote_lines
 from gemma_tui.hub.downloads import CANCELLED, DONE, KEPT, Download
 from gemma_tui.hub.fetching import Request
 from gemma_tui.hub.models import resolve
@@ -38,8 +38,7 @@ def search(args: argparse.Namespace, output: Output) -> int:
             licence=item.licence, gated=item.gated, downloads=item.downloads, modified=item.modified, fits=fits,
         )  # fmt: skip
         rows.append(found_cells(item))
-    columns = ("repository", "format", "parameters", "dtype", "size", "licence", "access", "downloads", "fits")
-    output.table(columns, rows)
+    output.table(FOUND, rows)
     output.row("end", status="done", found=len(found))
     return 0
 

@@ -10,6 +10,8 @@ from gemma_tui.hub.cache import Removal
 from gemma_tui.hub.remote import Found, Remote, RemoteFile
 from gemma_tui.output import bytes_text, count_text
 
+FOUND = ("repository", "size", "params", "fits", "access", "format", "dtype", "licence", "downloads")
+
 
 def fit_of(item: Found) -> dict[str, str]:
     """Whether a model of which only the size is known fits this machine, in float32; empty where it is not."""
@@ -19,17 +21,17 @@ def fit_of(item: Found) -> dict[str, str]:
 
 
 def found_cells(item: Found) -> tuple[str, ...]:
-    """A model of a search as cells: repository, format, parameters, dtype, size, licence, access, downloads, fit."""
+    """A model of a search as cells, in the order of ``FOUND``: what matters most comes first, as a terminal may be narrow."""
     return (
         item.repo,
-        item.kind,
-        count_text(item.parameters) if item.parameters else "",
-        item.dtype,
         bytes_text(item.nbytes) if item.nbytes else "",
-        item.licence,
-        item.gated or "open",
-        count_text(item.downloads),
+        count_text(item.parameters) if item.parameters else "",
         fit_of(item).get("inference", ""),
+        item.gated or "open",
+        item.kind,
+        item.dtype,
+        item.licence,
+        count_text(item.downloads),
     )
 
 

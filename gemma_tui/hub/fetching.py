@@ -137,7 +137,7 @@ def _download(remote: Remote, files: list[RemoteFile], tell: Tell, control: Cont
 
     folder = cache.repo_folder(remote.repo) / "snapshots" / remote.commit
     there = sum(f.size for f in files if (folder / f.path).exists())
-    watch = Watch(there, sum(f.size for f in files), tell, control)
+    watch = Watch(there, sum(f.size for f in files), tell, control, cache.cache_folder())
     snapshot_download(
         remote.repo,
         revision=remote.commit,

@@ -13,15 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from gemma_tui.errors import GemmaTuiError
-from gemma_tui.hub.cache import cache_folder
-from gemma_tui.hub.convert import RESERVE_BYTES
 
 Tell = Callable[..., None]
 """``tell(kind, **values)``"""
 
 TELL_SECONDS = 0.25
 RATE_SECONDS = 5.0
-LOWEST_FREE = RESERVE_BYTES // 4
+LOWEST_FREE = 256 << 20
+"""Bytes of the disk at which a download ends: other programs need some, too."""
 
 
 class CancelledError(Exception):
@@ -39,8 +38,8 @@ class Control:
 class Watch:
     """Bytes, rate and time left of one try, told a few times a second; pauses and stops between two pieces."""
 
-    def __init__(self, there: int, total: int, tell: Tell, control: Control) -> None:
-        self.done, self.total = there, total
+    def __init__(self, there: int, total: int, tell: Tell, control: Control, place: Path) -> None:
+        self.done, self.total, self.place = there, total, place
         self._tell, self._control = tell, control
         self._seen = deque([(time.monotonic(), there)])
         self._told = 0.0
@@ -58,7 +57,7 @@ class Watch:
                 raise GemmaTuiError(f"the hub sends more than the {self.total:,} bytes that it named: nothing is kept")
             if time.monotonic() - self._told > TELL_SECONDS:
                 self.tell_now()
-                if free_bytes(cache_folder()) < LOWEST_FREE:
+                if free_bytes(self.place) < LOWEST_FREE:
                     raise OSError(errno.ENOSPC, "the disk is nearly full")
 
     def tell_now(self) -> None:

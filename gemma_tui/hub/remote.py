@@ -17,6 +17,7 @@ from typing import Any
 from engines.checkpoints import ITEM_BYTES
 from engines.gemma3 import MAX_CONFIG_BYTES, Gemma3Config, parse_config
 from gemma_tui.errors import GemmaTuiError, UsageError
+from gemma_tui.hub.metering import meter
 from gemma_tui.hub.refusals import client, explained
 from gemma_tui.text import one_line
 
@@ -157,7 +158,9 @@ def remote_config(remote: Remote) -> Gemma3Config:
         raise GemmaTuiError(f"{remote.repo}: config.json of {size:,} bytes is over the limit of {MAX_CONFIG_BYTES:,}")
     with tempfile.TemporaryDirectory() as folder:
         with explained(remote.repo, gated=remote.gated):
-            path = hf_hub_download(remote.repo, "config.json", revision=remote.commit, local_dir=folder)
+            path = hf_hub_download(
+                remote.repo, "config.json", revision=remote.commit, local_dir=folder, tqdm_class=meter()
+            )
         try:
             raw = json.loads(Path(path).read_text(encoding="utf-8"))
         except (ValueError, RecursionError) as error:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from gemma_tui.app import GemmaTui
     from gemma_tui.hub.remote import Found
 
-COLUMNS = ("repository", "format", "params", "dtype", "size", "licence", "access", "downloads", "fits")
+COLUMNS = ("repository", "size", "params", "fits", "access", "format", "dtype", "licence", "downloads")
 NAME_WIDTH = 44
 FIRST_WORDS = "gemma-3"
 
@@ -172,5 +172,6 @@ def _known(item: Found) -> str:
     from gemma_tui.hub.descriptions import fit_of
 
     fits = ", ".join(f"{use} {band}" for use, band in fit_of(item).items()) or "its size is not told"
+    changed = f"; changed {item.modified}" if item.modified else ""
     gate = {"": "open", "auto": "gated: its terms must be accepted", "manual": "gated: its owners approve requests"}
-    return f"{item.repo}\n{gate[item.gated]}; changed {item.modified or 'some day'}\nin float32: {fits}"
+    return f"{item.repo}\n{gate[item.gated]}{changed}\nin float32: {fits}"
