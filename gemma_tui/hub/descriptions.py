@@ -21,7 +21,7 @@ def fit_of(item: Found) -> dict[str, str]:
 
 
 def found_cells(item: Found) -> tuple[str, ...]:
-    """A model of a search as cells, in the order of ``FOUND``: what matters most comes first, as a terminal may be narrow."""
+    """A model of a search as cells, in the order of ``FOUND``: a narrow terminal shows the first of them."""
     return (
         item.repo,
         bytes_text(item.nbytes) if item.nbytes else "",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import shlex
 from typing import TYPE_CHECKING, cast
 
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from gemma_tui.app import GemmaTui
     from gemma_tui.hub.remote import Found
 
-COLUMNS = ("repository", "size", "params", "fits", "access", "format", "dtype", "licence", "downloads")
 NAME_WIDTH = 44
 FIRST_WORDS = "gemma-3"
 
@@ -69,7 +69,9 @@ class HubSearch(ModalScreen[None]):
 
     def on_mount(self) -> None:
         """Wait for words."""
-        self.query_one(DataTable).add_columns(*COLUMNS)
+        from gemma_tui.hub.descriptions import FOUND
+
+        self.query_one(DataTable).add_columns(*FOUND)
         self.query_one(Input).focus()
 
     def on_input_submitted(self, event: Input.Submitted) -> None:
@@ -123,6 +125,7 @@ class HubSearch(ModalScreen[None]):
         from gemma_tui.hub.descriptions import found_cells
         from gemma_tui.hub.remote import search
 
+        importlib.import_module("gemma_tui.hub.downloads")  # before a key asks for it on the event loop
         try:
             found = search(words)
         except EngineError as error:
