@@ -68,7 +68,7 @@ def test_a_cancel_takes_less_than_a_second_and_leaves_no_part(hub: StandInHub) -
     assert again.share == 1
 
 
-@pytest.mark.parametrize("when", [0.0, 0.2, 0.5])
+@pytest.mark.parametrize("when", [0.0, 0.4])
 def test_a_process_that_is_killed_leaves_what_the_next_try_clears(hub: StandInHub, when: float) -> None:
     item = slowly(hub)
     time.sleep(when)

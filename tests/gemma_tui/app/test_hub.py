@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from stand_in_hub import Repo, StandInHub
 from textual.widgets import Input
@@ -41,19 +43,19 @@ async def queued(it: Opened) -> None:
 async def test_a_model_is_found_looked_at_and_fetched(opened: Open, hub: StandInHub, size: Size) -> None:
     async with opened(size, model="") as it:
         await searched(it)
-        assert it.sees(TINY, "repository")
+        await it.until(lambda: it.sees(TINY, "repository"), "the table")
         await it.press("enter")
         await it.until(lambda: it.sees("to fetch", "memory"), "the details")
         asked = hub.count("GET", "model.safetensors")
         await it.press("c")
-        assert isinstance(it.app.screen, Reading)
+        await it.until(lambda: isinstance(it.app.screen, Reading), "the command")
         assert it.app.clipboard == f"gemma-tui models download {TINY}"
         await it.press("escape", "d", "escape")
         assert asked == 0
         await it.until(lambda: it.sees("done"), "the end")
         table = await it.table()
         await it.until(lambda: TINY in [str(key.value) for key in table.rows], "the model in the list")
-        assert it.sees("██████████")
+        await it.until(lambda: it.sees("██████████"), "the whole bar")
         it.app.screen.query_one(DownloadList).focus()
         await it.press("delete")
         assert not it.app.screen.query_one(DownloadList).display
@@ -91,7 +93,7 @@ async def test_leaving_asks_and_leaves_no_part(opened: Open, hub: StandInHub) ->
         await queued(it)
         await it.until(lambda: cache.partial_files(TINY), "the first bytes")
         await it.press("q")
-        assert isinstance(it.app.screen, Question)
+        await it.until(lambda: isinstance(it.app.screen, Question), "the question")
         await it.press("s")
         downloads = it.app.downloads
         assert downloads is not None
@@ -141,7 +143,7 @@ async def test_a_model_is_verified_and_shown(opened: Open, cached: str, size: Si
         await it.until(lambda: "other content than its checksum says" in it.static(".detail"), "the problem")
         await it.press("i")
         await it.until(lambda: isinstance(it.app.screen, Reading), "the facts")
-        assert it.sees("licence gemma", "A small model.", "commit aaaa")
+        await it.until(lambda: it.sees("licence gemma", "A small model.", "commit aaaa"), "their text")
 
 
 async def test_a_model_is_removed_after_a_look(opened: Open, cached: str, size: Size) -> None:
@@ -149,7 +151,7 @@ async def test_a_model_is_removed_after_a_look(opened: Open, cached: str, size: 
         await on_the_model(it)
         await it.press("delete")
         await it.until(lambda: isinstance(it.app.screen, Question), "the question")
-        assert it.sees(f"{TINY}: frees", "commit aaaaaaaaaaaa")
+        await it.until(lambda: it.sees(f"{TINY}: frees", "commit aaaaaaaaaaaa"), "what goes")
         await it.press("escape")
         assert cache.repo_folder(TINY).exists()
         await on_the_model(it)
@@ -178,14 +180,17 @@ async def test_a_model_in_use_is_not_removed(opened: Open, cached: str, store: R
 
 
 async def test_what_the_hub_says_is_foreign(opened: Open, hub: StandInHub) -> None:
+    hub.repos = {}
+    for number, text in enumerate(TEXTS):
+        said = text.encode("utf-8", "replace").decode()
+        info = {"tags": [f"license:{said}", "gemma3"], "config": {"model_type": said}}
+        config = json.dumps({"model_type": said}).encode()
+        hub.repos[f"org/gemma-3-{number}"] = Repo({"config.json": config, "model.safetensors": b""}, info=info)
     async with opened((120, 40), model="") as it:
-        for text in TEXTS:
-            said = text.encode("utf-8", "replace").decode()
-            info = {"tags": [f"license:{said}", "gemma3"], "lastModified": None, "config": {"model_type": said}}
-            hub.repos = {"org/gemma-3-x": Repo({"config.json": b"{}", f"{said}.py": b""}, info=info)}
-            await searched(it)
-            assert "gemma-3-x" in nothing_foreign(it)
+        await searched(it)
+        assert f"gemma-3-{len(TEXTS) - 1}" in nothing_foreign(it)
+        for _ in TEXTS:
             await it.press("enter")
-            await it.until(lambda: "asking" not in it.static("#about"), "an answer")
+            await it.until(lambda: "model_type" in it.static("#about"), "the refusal")
             nothing_foreign(it)
-            await it.press("escape")
+            await it.press("down")
