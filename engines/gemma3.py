@@ -7,6 +7,7 @@ transformers 4 and 5 write.
 from __future__ import annotations
 
 import json
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -170,7 +171,10 @@ def read_config_dict(folder: Path) -> dict[str, Any]:
     """
     path = folder / "config.json"
     try:
-        if path.stat().st_size > MAX_CONFIG_BYTES:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for without an end
+            raise CheckpointError(f"{path} is no regular file: fetch the model again")
+        if status.st_size > MAX_CONFIG_BYTES:
             raise CheckpointError(f"{path} is larger than 1 MiB, so it is no model config: take another folder")
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

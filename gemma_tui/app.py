@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
 
 from textual.app import App, SystemCommand
 from textual.binding import Binding
@@ -26,6 +27,9 @@ from gemma_tui.session import Job, Session
 from gemma_tui.text import clean, one_line
 from gemma_tui.widgets.dialogs import Question, Reading
 from gemma_tui.widgets.status import StatusLine, describe
+
+if TYPE_CHECKING:
+    from gemma_tui.hub.downloads import Downloads
 
 QUIT_SECONDS = 1.5
 """How long leaving waits for a step in hand; with what the terminal takes it stays under two seconds."""
@@ -107,6 +111,8 @@ class GemmaTui(App[None]):
         super().__init__()
         self.session = Session(engine)
         self.first_model = model
+        self.downloads: Downloads | None = None
+        """What is fetched from the hub; made when the first is asked for."""
         self._leaving = False
 
     def on_mount(self) -> None:
@@ -137,6 +143,19 @@ class GemmaTui(App[None]):
     def load(self, name: str) -> bool:
         """Load a model on the chosen engine."""
         return self.attempt(lambda: self.session.load(name))
+
+    def fetch(self, repo: str) -> None:
+        """Queue a download.
+
+        Raises:
+            GemmaTuiError: it is queued already.
+        """
+        from gemma_tui.hub.downloads import Downloads
+        from gemma_tui.hub.fetching import Request
+
+        if self.downloads is None:
+            self.downloads = Downloads()
+        self.downloads.add(Request(repo))
 
     def action_switch_engine(self) -> None:
         """Choose the other engine."""
@@ -172,8 +191,13 @@ class GemmaTui(App[None]):
     async def action_leave(self) -> None:
         """Quit; with a run going on, ask first."""
         training = [job for job in self.session.jobs if job.kind in ("train", *GOES_ON)]
-        if not training or isinstance(self.screen, Question):
+        fetching = [item for item in self.downloads.items if item.active] if self.downloads is not None else []
+        if not (training or fetching) or isinstance(self.screen, Question):
             self._leave()
+            return
+        if not training:
+            text = f"{fetching[0].request.repo} is being fetched."
+            self.push_screen(Question(text, {"s": "stop it and quit; finished files are kept"}), self._answered)
             return
         answers = {"s": "save and quit", "d": "quit at once; finished steps and the last save stay"}
         self.push_screen(Question(f"{training[0].label} is running.", answers), self._answered)
@@ -240,6 +264,8 @@ class GemmaTui(App[None]):
             return
         self._leaving = True
         self.session.stop()
+        if self.downloads is not None:
+            self.downloads.cancel()
         deadline = time.monotonic() + QUIT_SECONDS
 
         def wait() -> None:

@@ -17,7 +17,7 @@ from engines.memory import is_out_of_memory
 from gemma_tui import VERSION
 from gemma_tui.errors import UsageError
 from gemma_tui.output import Output, error_line
-from gemma_tui.text import clean
+from gemma_tui.text import clean, without_tokens
 
 DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 OUT_OF_MEMORY = "not enough memory: choose a smaller model, batch or sequence length"
@@ -84,7 +84,7 @@ def _failed(output: Output, error: Exception, code: int, debug: bool) -> int:
         import traceback
 
         # An exception carries foreign text, as a file's name may be.
-        print(clean("".join(traceback.format_exception(error))), end="", file=sys.stderr)
+        print(clean(without_tokens("".join(traceback.format_exception(error)))), end="", file=sys.stderr)
     error_line(str(error))
     output.row("end", status="failed", error=str(error))
     return code
@@ -141,15 +141,17 @@ def _group(groups: argparse._SubParsersAction, name: str, help: str) -> argparse
 
 
 def _models(groups: argparse._SubParsersAction) -> None:
-    group = _group(groups, "models", "which models are here, what is in one, import")
+    group = _group(groups, "models", "models here and on the hub: list, fetch, check, remove, import")
     _command(group, "list", "the models on this machine", "models:list_models")
     info = _command(group, "info", "one model: shape, layers, parameters, memory", "models:info")
-    info.add_argument("model", metavar="M", help="name, folder, run or hub id")
+    info.add_argument("model", metavar="M", help="name, folder, run or hub id, here or on the hub")
+    info.add_argument("--card", action="store_true", help="the model card as plain text")
     imported = _command(group, "import", "bring a GGUF into the data folder", "models:import_model")
     imported.add_argument(
         "file", metavar="FILE.gguf", help="a Gemma-3 text model; or gemma-3-270m for the packaged one"
     )
     imported.add_argument("--name", help="the model's name; the file's name without .gguf if left out")
+    _hub(group)
     new = _command(group, "new", "an untrained model of a given shape, with its own tokenizer", "models:new")
     new.add_argument("name", metavar="NAME", help="a folder of this name is made in the data folder")
     new.add_argument("--data", required=True, help="text for the tokenizer: .jsonl, .txt or a folder with train")
@@ -165,6 +167,27 @@ def _models(groups: argparse._SubParsersAction) -> None:
         ("max-position-embeddings", 1024, "context length"),
     ):
         new.add_argument(f"--{flag}", type=int, default=default, metavar="N", help=f"{help} (default {default})")
+
+
+def _hub(group: argparse._SubParsersAction) -> None:
+    search = _command(group, "search", "Gemma-3 models on the hub", "hub:search")
+    search.add_argument("query", metavar="Q", help="words of the name, as gemma-3-1b")
+    search.add_argument("--limit", type=int, default=50, metavar="N", help="at most so many (default 50)")
+    download = _command(group, "download", "fetch models from the hub into its cache", "hub:download")
+    download.add_argument("repos", nargs="+", metavar="REPO", help="owner/name; several are fetched in turn")
+    download.add_argument("--revision", default="main", metavar="REV", help="branch, tag or commit (default main)")
+    download.add_argument("--include", action="append", default=[], metavar="GLOB", help="files beside the usual ones")
+    verify = _command(group, "verify", "hold a model's files against their checksums", "hub:verify")
+    verify.add_argument("model", metavar="M", help="name, folder or hub id")
+    verify.add_argument("--offline", action="store_true", help="against the names of the cache's files alone")
+    remove = _command(group, "remove", "delete a model, after a look at what goes", "hub:remove")
+    remove.add_argument("model", metavar="M", help="name, hub id, or owner/name@commit for one commit")
+    clean = _command(group, "clean", "delete what broken downloads have left in the cache", "hub:clean")
+    for command in (remove, clean):
+        command.add_argument("--yes", action="store_true", help="delete without asking")
+    adopt = _command(group, "adopt", "give a folder from elsewhere a name here, without a copy", "hub:adopt")
+    adopt.add_argument("folder", metavar="FOLDER", help="a model's folder; it stays where it is")
+    adopt.add_argument("--name", help="the name it gets; the folder's if left out")
 
 
 def _generate(groups: argparse._SubParsersAction, wanted: bool) -> None:

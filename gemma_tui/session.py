@@ -115,6 +115,11 @@ class Session:
         return self._at(self.engine)
 
     @property
+    def places(self) -> list[Place]:
+        """The engines that were used, and what is on them."""
+        return list(self._places.values())
+
+    @property
     def jobs(self) -> list[Job]:
         """What runs now, on whichever engine."""
         return [place.job for place in self._places.values() if place.job is not None]

@@ -6,6 +6,8 @@ any byte. Everything from a model, a file, the hub or an exception passes here b
 
 from __future__ import annotations
 
+import re
+
 _TAB_AND_NEWLINE = (0x09, 0x0A)
 _BIDI = (0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A))
 _PICTURES = (
@@ -31,3 +33,11 @@ def one_line(text: str, limit: int = 200) -> str:
     """Cleaned, on one line, cut to ``limit`` characters: for labels, tables and error lines."""
     line = clean(" ".join(text.split()))
     return line if len(line) <= limit else line[: limit - 1] + "…"
+
+
+_SECRETS = re.compile(r"hf_[A-Za-z0-9]{8,}|(?<=Bearer )\S+|(?<=[?&]token=)[^&\s]+", re.ASCII)
+
+
+def without_tokens(text: str) -> str:
+    """The text with every access token of the hub replaced: for errors, logs and tracebacks."""
+    return _SECRETS.sub("[token]", text)

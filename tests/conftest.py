@@ -17,6 +17,9 @@ from engines.gemma3 import GLOBAL, LOCAL, Gemma3Config, Rope
 # Tiny matrices gain nothing from threads, and lose much when they wait for one another; read when torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# Read when the hub's client is imported, which may be before a test's own environment is set.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
 TinyFolder = Callable[..., Path]
 """``tiny_folder(config, seed=0, dtype="float32")``: a model folder with random weights."""
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
 
+from gemma_tui.commands.hub import about_remote, disk_use
 from gemma_tui.errors import UsageError
 from gemma_tui.hub import convert, demo, fit
-from gemma_tui.hub.models import REAL, Model, Summary, local_models, resolve, summary
+from gemma_tui.hub.facts import facts
+from gemma_tui.hub.models import REAL, Model, Summary, is_only_remote, local_models, resolve, summary
 from gemma_tui.output import Output, bytes_text, count_text
 from gemma_tui.rows import data_path
 
@@ -24,23 +27,29 @@ def list_models(args: argparse.Namespace, output: Output) -> int:
     for item in found:
         if item.problem:
             output.say(f"{item.model.name}: {item.problem}")
+    disk_use(output)
     output.row("end", status="done", models=len(found))
     return 0
 
 
 def info(args: argparse.Namespace, output: Output) -> int:
-    """One model: shape, layers, parameters, memory."""
+    """One model: shape, layers, parameters, memory, and what is known of its origin; of the hub if it is only there."""
+    if is_only_remote(args.model):
+        return about_remote(args.model, output)
     with output.progress("opening") as progress:
         model = resolve(args.model, progress)
     config, item = model.config(), summary(model)
     if item.problem:
         raise UsageError(item.problem)
+    known = facts(model)
     memory = fit.estimates(config)
     output.row("model", name=model.name, folder=str(model.folder), bytes=item.nbytes, dtype=item.dtype,
-               parameters=item.parameters, memory=memory, config=config.to_dict())  # fmt: skip
+               parameters=item.parameters, memory=memory, config=config.to_dict(), **asdict(known))  # fmt: skip
     table = config.vocab_size * config.hidden_size
-    facts = [
+    lines = [
         ("folder", model.folder),
+        *([("commit", known.commit)] if known.commit else []),
+        *([("licence", known.licence)] if known.licence else []),
         ("parameters", f"{item.parameters:,}, of which {table:,} ({table / item.parameters:.0%}) are embeddings"),
         ("stored as", f"{item.dtype}, {bytes_text(item.nbytes)}"),
         ("layers", f"{config.num_hidden_layers}, global: {', '.join(map(str, config.global_layers)) or 'none'}"),
@@ -52,7 +61,12 @@ def info(args: argparse.Namespace, output: Output) -> int:
         ("widths", f"{config.hidden_size} residual, {config.intermediate_size} MLP, {config.vocab_size:,} tokens"),
         *((f"memory, {name}", bytes_text(size)) for name, size in memory.items()),
     ]
-    output.table(("", model.name), facts)
+    lines += [("tokenizer", known.tokenizer), ("chat template", known.template or "none")]
+    lines += [("", known.difference)] if known.difference else []
+    lines += [("never opened", ", ".join(known.left_alone))] if known.left_alone else []
+    output.table(("", model.name), lines)
+    if args.card:
+        output.say(known.card or f"{model.name} has no model card")
     output.row("end", status="done")
     return 0
 

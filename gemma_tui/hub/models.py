@@ -17,6 +17,8 @@ from engines.errors import EngineError
 from engines.gemma3 import MAX_CONFIG_BYTES, Gemma3Config, read_config
 from gemma_tui import paths
 from gemma_tui.errors import GemmaTuiError
+from gemma_tui.hub.cache import cached_repos, snapshot
+from gemma_tui.hub.remote import REPO_ID, REVISION
 
 NANO = "nano"
 REAL = "gemma-3-270m"
@@ -24,7 +26,6 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jin
 RUNS_LISTED = 50
 NAME = re.compile(r"[\w.\-]{1,120}")
 WEIGHTS = re.compile(r"\.(safetensors(\.index\.json)?|bin|pt|pth|pkl)$")
-REPO_ID = re.compile(r"[\w][\w.\-]{0,95}/[\w][\w.\-]{0,95}")
 
 
 @dataclass(frozen=True)
@@ -115,11 +116,22 @@ def whole_model(name: str, progress: Progress | None = None) -> Model:
         return Model(path.name, path.resolve(), "folder")
     if NAME.fullmatch(name) and (folder := paths.runs() / name / "model" / "config.json").is_file():
         return Model(name, folder.parent, "run")
-    if REPO_ID.fullmatch(name):
-        if (snapshot := _snapshot(name)) is not None:
-            return Model(name, snapshot, "hub cache")
-        raise GemmaTuiError(f"{name} is not in the hub cache: fetch it with `hf download {name}`")
+    repo, _, revision = name.partition("@")
+    if REPO_ID.fullmatch(repo) and REVISION.fullmatch(revision or "main"):
+        if (cached := snapshot(repo, revision or "main")) is not None:
+            return Model(name, cached, "hub cache")
+        more = f" --revision {revision}" if revision else ""
+        raise GemmaTuiError(f"{name} is not in the hub cache: fetch it with `gemma-tui models download {repo}{more}`")
     raise GemmaTuiError(f"no model {name[:80]!r}: give a folder, a run, or a name from `gemma-tui models list`")
+
+
+def is_only_remote(name: str) -> bool:
+    """Whether a name is a hub id of which nothing is here, and the hub may be asked."""
+    from huggingface_hub import is_offline_mode
+
+    repo, _, revision = name.partition("@")
+    absent = bool(REPO_ID.fullmatch(repo)) and snapshot(repo, revision or "main") is None
+    return absent and _folder(name) is None and not is_offline_mode()
 
 
 def local_models() -> list[Summary]:
@@ -195,17 +207,12 @@ def run_adapter(run: Path) -> Path | None:
 
 
 def _cached_models() -> Iterator[Model]:
-    from huggingface_hub import scan_cache_dir
-    from huggingface_hub.errors import CacheNotFound
-
-    try:
-        repos = scan_cache_dir().repos
-    except CacheNotFound:
-        return
-    for repo in sorted(repos, key=lambda r: r.repo_id):
-        snapshot = _snapshot(repo.repo_id) if repo.repo_type == "model" else None
-        if snapshot is not None and _may_be_gemma(snapshot):
-            yield Model(repo.repo_id, snapshot, "hub cache")
+    """The commits in the cache that a branch or tag names: ``owner/name`` for main, else with ``@`` and the name."""
+    for repo in sorted(cached_repos(), key=lambda r: r.repo):
+        for ref in sorted({ref for revision in repo.revisions for ref in revision.refs}):
+            folder = snapshot(repo.repo, ref)
+            if folder is not None and _may_be_gemma(folder):
+                yield Model(repo.repo if ref == "main" else f"{repo.repo}@{ref}", folder, "hub cache")
 
 
 def imported_adapters() -> list[Path]:
@@ -237,16 +244,8 @@ def _trained_models() -> Iterator[Model]:
                 yield adapted(folder.name, "run", adapter)
 
 
-def _may_be_gemma(snapshot: Path) -> bool:
+def _may_be_gemma(folder: Path) -> bool:
     try:
-        return '"gemma3' in (snapshot / "config.json").read_text(encoding="utf-8", errors="replace")[:MAX_CONFIG_BYTES]
+        return '"gemma3' in (folder / "config.json").read_text(encoding="utf-8", errors="replace")[:MAX_CONFIG_BYTES]
     except OSError:
         return False
-
-
-def _snapshot(repo_id: str) -> Path | None:
-    """The folder of a repository's main commit in the cache."""
-    from huggingface_hub import try_to_load_from_cache
-
-    config = try_to_load_from_cache(repo_id, "config.json")
-    return Path(config).parent if isinstance(config, str) else None

@@ -1,8 +1,9 @@
-"""Models: what is here, whether it fits, and loading it."""
+"""Models: what is here, whether it fits, loading, checking and removing it, and what is fetched from the hub."""
 
 from __future__ import annotations
 
 import shlex
+import time
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -17,10 +18,16 @@ from engines.errors import EngineError
 from gemma_tui.output import bytes_text, count_text
 from gemma_tui.screens.workbench import AFTER_FIRST_FRAME, Workbench
 from gemma_tui.text import one_line
+from gemma_tui.widgets.dialogs import Question, Reading
+from gemma_tui.widgets.download_list import DownloadList
 
 if TYPE_CHECKING:
     from engines.gemma3 import Gemma3Config
-    from gemma_tui.hub.models import Summary
+    from gemma_tui.hub.cache import Removal
+    from gemma_tui.hub.models import Model, Summary
+
+LINES = 12
+"""Of a preview; what comes after stays in the command's."""
 
 COLUMNS = ("model", "params", "dtype", "size", "state", "where")
 
@@ -28,7 +35,12 @@ COLUMNS = ("model", "params", "dtype", "size", "state", "where")
 class ModelTable(DataTable[Text]):
     """The models; enter loads one."""
 
-    BINDINGS = [Binding("enter", "select_cursor", "Load", id="models.load")]
+    BINDINGS = [
+        Binding("enter", "select_cursor", "Load", id="models.load"),
+        Binding("i", "screen.about", "About", id="models.about", tooltip="Origin, chat template and card of a model"),
+        Binding("v", "screen.verify", "Verify", id="models.verify", tooltip="Hold a model against its checksums"),
+        Binding("delete,backspace", "screen.remove", "Remove", id="models.remove", tooltip="Delete, after a look"),
+    ]
 
 
 class ModelsScreen(Workbench):
@@ -37,22 +49,29 @@ class ModelsScreen(Workbench):
     MODE = "models"
 
     BINDINGS = [
-        Binding("r", "look", "Look again", id="models.look"),
+        Binding("slash", "search", "Hub", id="models.search", key_display="/", tooltip="Search the hub, and fetch"),
+        Binding("r", "look", "Look again", id="models.look", show=False),
+        Binding("k", "clean", "Clean", id="models.clean", show=False, tooltip="Delete what broken downloads left"),
     ]
 
     def __init__(self) -> None:
         super().__init__()
         self._found: dict[str, tuple[Summary, str]] = {}
+        self._ended: set[int] = set()
+        """Downloads whose end was told."""
 
     def body(self) -> Iterable[Widget]:
         """The table, and what is known of the model under the cursor."""
         table = ModelTable(cursor_type="row")
         yield Container(table, Static("looking for models…", classes="detail", markup=False), classes="split")
+        yield DownloadList()
 
     def on_mount(self) -> None:
         """Look for models once the frame is there."""
-        self.query_one(DataTable).add_columns(*COLUMNS)
+        self.query_one(ModelTable).add_columns(*COLUMNS)
+        self.query_one(DownloadList).display = False
         self.set_timer(AFTER_FIRST_FRAME, self._look)
+        self.set_interval(0.25, self._advance)
 
     def command(self) -> str:
         """The listing, or the model under the cursor."""
@@ -72,9 +91,39 @@ class ModelsScreen(Workbench):
         """Look again."""
         self._look()
 
+    def action_search(self) -> None:
+        """Go to the hub."""
+        from gemma_tui.screens.hub_search import HubSearch
+
+        self.app.push_screen(HubSearch())
+
+    def action_about(self) -> None:
+        """Origin, licence, tokenizer, chat template and card of the model under the cursor."""
+        if (item := self._item()) is not None:
+            self._read_about(item.model)
+
+    def action_verify(self) -> None:
+        """Hold the model under the cursor against its checksums."""
+        if (item := self._item()) is not None:
+            self._verify(item.model)
+
+    def action_remove(self) -> None:
+        """Show what would go with the model under the cursor, and ask."""
+        name = self._chosen()
+        if name and any(place.model == name for place in self.bench.session.places):
+            self.bench.tell(f"{name} is loaded: load another model first", "warning")
+        elif name:
+            self._preview(name)
+
+    def action_clean(self) -> None:
+        """Show what broken downloads have left, and ask."""
+        self._preview("")
+
     def on_data_table_row_selected(self, event: DataTable.RowSelected) -> None:
         """Load the model under the cursor."""
         event.stop()
+        if isinstance(event.data_table, DownloadList):
+            return
         name = self._chosen()
         if name and (problem := self._found[name][0].problem):
             self.bench.tell(problem, "error")
@@ -84,6 +133,8 @@ class ModelsScreen(Workbench):
     def on_data_table_row_highlighted(self, event: DataTable.RowHighlighted) -> None:
         """Show the model's facts."""
         event.stop()
+        if isinstance(event.data_table, DownloadList):
+            return
         name = self._chosen()
         if name:
             self._show(*self._found[name])
@@ -100,11 +151,100 @@ class ModelsScreen(Workbench):
             return
         self.app.call_from_thread(self._fill, found)
 
+    @work(thread=True, exclusive=True, group="about")
+    def _read_about(self, model: Model) -> None:
+        from gemma_tui.hub.facts import about_lines, facts
+
+        try:
+            lines = about_lines(facts(model))
+        except (EngineError, OSError) as error:
+            self.app.call_from_thread(self.bench.tell, str(error), "error")
+            return
+        self.app.call_from_thread(self.app.push_screen, Reading(one_line(model.name, 60), "\n".join(lines)))
+
+    @work(thread=True, exclusive=True, group="verify")
+    def _verify(self, model: Model) -> None:
+        from huggingface_hub import is_offline_mode
+
+        from gemma_tui.hub.verification import verify
+
+        last = [0.0]
+
+        def progress(share: float, text: str) -> None:
+            if time.monotonic() - last[0] > 0.2:
+                last[0] = time.monotonic()
+                self.app.call_from_thread(self._say, f"{share:.0%} {text}")
+
+        try:
+            found = verify(model, is_offline_mode(), progress)
+        except EngineError as error:
+            self.app.call_from_thread(self.bench.tell, str(error), "error")
+            return
+        said = f"{model.name}: {found.files} files against {found.against}"
+        problems = [f"{name}: {problem}" for name, problem in found.problems.items()]
+        self.app.call_from_thread(self._say, "\n".join([said, *(problems or ["everything is as it should be"])]))
+
+    @work(thread=True, exclusive=True, group="remove")
+    def _preview(self, name: str) -> None:
+        from gemma_tui.hub import keeping
+        from gemma_tui.hub.cache import leftovers
+        from gemma_tui.hub.descriptions import preview
+        from gemma_tui.studies.using import refuse_in_use
+
+        try:
+            found = keeping.removal(name) if name else leftovers()
+            if name:
+                refuse_in_use(name)
+            lines = preview(found, keeping.adapters_on(name) if name else [])
+        except EngineError as error:
+            self.app.call_from_thread(self.bench.tell, str(error), "warning")
+            return
+        if found.empty:
+            self.app.call_from_thread(self.bench.tell, "there is nothing to delete")
+            return
+        text = "\n".join(one_line(line, 200) for line in lines[:LINES])
+        question = Question(text, {"y": "delete it"})
+        self.app.call_from_thread(self.app.push_screen, question, lambda answer: answer and self._delete(found))
+
+    @work(thread=True, group="remove")
+    def _delete(self, found: Removal) -> None:
+        try:
+            found.execute()
+            self.app.call_from_thread(self.bench.tell, f"freed {bytes_text(found.frees)}")
+        except EngineError as error:
+            self.app.call_from_thread(self.bench.tell, str(error), "error")
+        self.app.call_from_thread(self._look)
+
+    def _advance(self) -> None:
+        """Start the next download, show how far all are, and look again when one has ended."""
+        downloads = self.bench.downloads
+        if downloads is None:
+            return
+        self.bench.attempt(downloads.advance)
+        rows = self.query_one(DownloadList)
+        rows.downloads = downloads
+        rows.fill()
+        for item in downloads.items:
+            if id(item) not in self._ended and item.state in ("done", "failed"):
+                self._ended.add(id(item))
+                done = item.state == "done"
+                text = f"{item.request.repo} is checked and ready" if done else item.detail
+                self.bench.tell(text, "information" if done else "error")
+                self._look()
+
+    def _say(self, text: str) -> None:
+        if self.is_attached:
+            self.query_one(".detail", Static).update(Text("\n".join(one_line(line, 300) for line in text.split("\n"))))
+
+    def _item(self) -> Summary | None:
+        name = self._chosen()
+        return self._found[name][0] if name else None
+
     def _fill(self, found: dict[str, tuple[Summary, str]]) -> None:
         if not self.is_attached:
             return
         self._found = found
-        table = self.query_one(DataTable)
+        table = self.query_one(ModelTable)
         row = max(0, table.cursor_row)
         table.clear()
         for name, (item, state) in found.items():
@@ -118,10 +258,11 @@ class ModelsScreen(Workbench):
             )
             table.add_row(*(Text(one_line(cell, 40)) for cell in cells), key=name)
         table.move_cursor(row=min(row, table.row_count - 1))
-        table.focus()
+        if not isinstance(self.focused, DownloadList):
+            table.focus()
 
     def _chosen(self) -> str:
-        table = self.query_one(DataTable)
+        table = self.query_one(ModelTable)
         if not table.row_count:
             return ""
         return str(table.coordinate_to_cell_key(table.cursor_coordinate).row_key.value)

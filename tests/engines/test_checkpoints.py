@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import struct
 from collections.abc import Callable, Iterator
@@ -35,7 +36,7 @@ from engines.checkpoints import (
     write_safetensors,
 )
 from engines.errors import CheckpointError
-from engines.gemma3 import Gemma3Config
+from engines.gemma3 import Gemma3Config, read_config
 
 TinyFolder = Callable[..., Path]
 
@@ -187,6 +188,17 @@ def test_a_looping_link_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     path.symlink_to(path)
     refusal(read_header, path)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+@pytest.mark.parametrize("kind", ["a pipe", "a device"])
+def test_what_is_no_regular_file_is_refused_and_not_waited_for(tmp_path: Path, name: str, kind: str) -> None:
+    path = tmp_path / name
+    if kind == "a pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("/dev/zero")
+    refusal(read_header if name == "model.safetensors" else lambda file: read_config(file.parent), path)
 
 
 def test_a_pickle_under_a_safe_name_is_refused(tmp_path: Path) -> None:

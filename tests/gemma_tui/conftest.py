@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from samples import TEXTS, write_rows
+from stand_in_hub import Repo, StandInHub, serving
 
 from engines.checkpoints import write_arrays, write_json
 from engines.gemma3 import parse_config
@@ -137,8 +138,32 @@ def spoken(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, 
 @pytest.fixture
 def empty_hub_cache(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the user has fetched from the hub is not listed."""
-    import huggingface_hub
+    from huggingface_hub import constants
 
-    real = huggingface_hub.scan_cache_dir
     (home / "hub").mkdir(parents=True)
-    monkeypatch.setattr(huggingface_hub, "scan_cache_dir", lambda: real(home / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
+
+
+@pytest.fixture
+def hub(home: Path, prepared_model: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StandInHub]:
+    """A stand-in for the hub with one model, ``org/gemma-3-tiny``, and an empty cache; for child processes, too."""
+    from huggingface_hub import constants
+
+    with serving() as hub:
+        hub.repos["org/gemma-3-tiny"] = Repo({p.name: p.read_bytes() for p in prepared_model.iterdir()})
+        cache = home / "hf" / "hub"
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(home / "hf" / "token"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 4096)
+        monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 2)
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        monkeypatch.setenv("HF_HUB_CACHE", str(cache))
+        monkeypatch.setenv("HF_TOKEN_PATH", str(home / "hf" / "token"))
+        monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+        for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+            monkeypatch.delenv(name, raising=False)
+        yield hub

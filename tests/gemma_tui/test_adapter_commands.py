@@ -26,14 +26,7 @@ Make = Callable[..., Path]
 LORA = LoRASettings(rank=2, alpha=3.0)
 TEXT = np.arange(2, 14, dtype=np.int32)[None]
 
-
-@pytest.fixture(autouse=True)
-def empty_hub_cache(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import huggingface_hub
-
-    real = huggingface_hub.scan_cache_dir
-    (home / "hub").mkdir(parents=True)
-    monkeypatch.setattr(huggingface_hub, "scan_cache_dir", lambda: real(home / "hub"))
+pytestmark = pytest.mark.usefixtures("empty_hub_cache")
 
 
 @pytest.fixture

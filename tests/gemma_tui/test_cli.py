@@ -191,7 +191,7 @@ BAD: dict[str, tuple[list[str], int, str]] = {
     "no such model": (["generate", "none", "--prompt", "a"], 1, "no model 'none'"),
     "a model of no one's home": (["models", "info", "~no-such-user/m"], 1, "no model"),
     "a model's name that is too long": (["models", "info", "x" * 5000], 1, "no model"),
-    "a model that was not fetched": (["models", "info", "google/gemma-3-270m-none"], 1, "hf download"),
+    "a model that was not fetched": (["models", "info", "google/gemma-3-270m-none"], 1, "gemma-tui models download"),
     "no such data": (["train", "--model", "tiny", "--data", "none.jsonl"], 1, "none.jsonl does not exist"),
     "no such run to resume": (["runs", "resume", "lora-1"], 1, "no run 'lora-1'"),
     "no plan for the queue": (["queue", "add"], 2, "name a PLAN.toml"),

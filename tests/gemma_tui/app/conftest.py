@@ -17,6 +17,7 @@ from textual.widgets import DataTable, Static
 
 from engines import ENGINES, available_engines
 from gemma_tui.app import GemmaTui
+from gemma_tui.screens.models import ModelTable
 from gemma_tui.widgets.plan_form import PlanForm
 
 SECONDS = 30.0
@@ -93,8 +94,8 @@ class Opened:
 
     async def table(self) -> DataTable[Any]:
         """The list of models, once it is filled."""
-        await self.until(lambda: self.app.screen.query_one(DataTable).row_count, "the list of models")
-        return self.app.screen.query_one(DataTable)
+        await self.until(lambda: self.app.screen.query_one(ModelTable).row_count, "the list of models")
+        return self.app.screen.query_one(ModelTable)
 
     async def plan(self, model: str, data: Path | str, **values: Any) -> PlanForm[Any]:
         """Go to the training screen and fill in its form."""

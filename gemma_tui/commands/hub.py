@@ -1,0 +1,209 @@
+"""``gemma-tui models`` where it is about the hub and its cache: search, download, verify, remove, clean, adopt."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from gemma_tui.errors import GemmaTuiError
+from gemma_tui.hub import fit, keeping
+from gemma_tui.hub.cache import Removal, cached_repos, finished_bytes, leftovers
+from gemma_tui.hub.descriptions import FOUND, fit_of, found_cells, preview, remote_lines
+from gemma_tui.hub.downloads import CANCELLED, DONE, KEPT, Download
+from gemma_tui.hub.fetching import Request
+from gemma_tui.hub.models import resolve
+from gemma_tui.hub.remote import check_access, check_names, look, remote_config, wanted
+from gemma_tui.hub.remote import search as search_hub
+from gemma_tui.output import Output, age, bytes_text, duration
+from gemma_tui.studies.using import refuse_in_use
+
+FAILED, INTERRUPTED = 1, 130
+
+
+def search(args: argparse.Namespace, output: Output) -> int:
+    """Gemma-3 models on the hub."""
+    found = search_hub(args.query, args.limit)
+    rows = []
+    for item in found:
+        fits = fit_of(item)
+        output.row(
+            "found", name=item.repo, format=item.kind, parameters=item.parameters, dtype=item.dtype, bytes=item.nbytes,
+            licence=item.licence, gated=item.gated, downloads=item.downloads, modified=item.modified, fits=fits,
+        )  # fmt: skip
+        rows.append(found_cells(item))
+    output.table(FOUND, rows)
+    output.row("end", status="done", found=len(found))
+    return 0
+
+
+def download(args: argparse.Namespace, output: Output) -> int:
+    """Fetch models into the Hugging Face cache, one after another."""
+    requests = [Request(repo, args.revision, tuple(args.include)) for repo in args.repos]
+    for request in requests:
+        check_names(request.repo, request.revision)
+    failed: list[str] = []
+    for request in requests:
+        item = Download(request)
+        with cancelled_by_signal(item):
+            item.start()
+            for event in item.follow():
+                _tell(item, event, output)
+        if item.state == CANCELLED:
+            output.say(f"{request.repo}: cancelled; {KEPT}")
+            output.row("end", status="interrupted", repo=request.repo, kept=finished_bytes(request.repo), note=KEPT)
+            return INTERRUPTED
+        if item.state != DONE:
+            failed.append(f"{request.repo}: {item.detail}" if request.repo not in item.detail else item.detail)
+    if failed:
+        raise GemmaTuiError("; ".join(failed))
+    output.row("end", status="done", models=[request.repo for request in requests])
+    return 0
+
+
+@contextmanager
+def cancelled_by_signal(item: Download) -> Iterator[None]:
+    """Cancel the download on ^C, SIGTERM or SIGHUP."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = [signal.signal(number, lambda *_: item.cancel()) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+
+def _tell(item: Download, event: Mapping[str, Any], output: Output) -> None:
+    row = dict(event)
+    output.row(row.pop("kind"), **{"repo": item.request.repo, **row})
+    kind = event["kind"]
+    if kind == "plan":
+        output.say(f"{item.request.repo} at {event['commit'][:12]}: {event['files']} files, "
+                   f"{bytes_text(event['bytes'])}, of which {bytes_text(event['download'])} come now")  # fmt: skip
+    elif kind == "progress":
+        left = f", {duration(item.seconds_left)} left" if item.seconds_left is not None else ""
+        output.passing(f"{item.share:4.0%}  {bytes_text(item.done)} of {bytes_text(item.total)}, "
+                       f"{bytes_text(item.rate)}/s{left}")  # fmt: skip
+    elif kind == "checking":
+        output.passing(f"{item.detail}")
+    elif kind == "retry":
+        output.say(item.detail)
+    elif kind == "fetched":
+        usable = f"`gemma-tui models info {_name(item)}`" if "folder" in event else ""
+        output.say(f"{_name(item)} is checked and ready: {usable}")
+
+
+def _name(item: Download) -> str:
+    request = item.request
+    return request.repo if request.revision == "main" else f"{request.repo}@{request.revision}"
+
+
+def about_remote(name: str, output: Output) -> int:
+    """A model of the hub before anything of it is fetched: what comes, whether it would load, what it would need."""
+    repo, _, revision = name.partition("@")
+    remote = look(repo, revision or "main")
+    check_access(remote)
+    files = wanted(remote)
+    config = remote_config(remote)
+    memory = fit.estimates(config)
+    output.row("remote", name=repo, commit=remote.commit, files=len(files), bytes=sum(f.size for f in files),
+               licence=remote.licence, gated=remote.gated, dtypes=remote.dtypes, parameters=config.parameter_count(),
+               memory=memory, fits={use: fit.here(size) for use, size in memory.items()}, left_out=list(remote.code),
+               config=config.to_dict())  # fmt: skip
+    lines = remote_lines(remote, files, config)
+    output.table(("", f"{repo}, not here"), lines)
+    output.say(f"`gemma-tui models download {repo}` fetches it")
+    output.row("end", status="done")
+    return 0
+
+
+def disk_use(output: Output) -> None:
+    """What the hub's cache takes, by repository and commit."""
+    repos, rows = cached_repos(), []
+    for repo in repos:
+        revisions = [asdict(revision) for revision in repo.revisions]
+        output.row("cached", name=repo.repo, bytes=repo.nbytes, revisions=revisions)
+        for i, one in enumerate(repo.revisions):
+            name, size = ("", "") if i else (repo.repo, bytes_text(repo.nbytes))
+            refs = ", ".join(one.refs) or "detached"
+            rows.append((name, size, one.commit[:12], refs, bytes_text(one.nbytes), one.files, age(one.modified)))
+    if repos:
+        output.table(("in the hub cache", "on disk", "commit", "refs", "size", "files", "age"), rows)
+
+
+def verify(args: argparse.Namespace, output: Output) -> int:
+    """Hold a model's files against their checksums, and its headers against our limits."""
+    from huggingface_hub import is_offline_mode
+
+    from gemma_tui.hub.verification import verify as check
+
+    model = resolve(args.model)
+    with output.progress("checking") as progress:
+        found = check(model, args.offline or is_offline_mode(), progress)
+    output.row("verified", name=model.name, folder=str(model.folder), against=found.against, files=found.files,
+               bytes=found.nbytes, problems=found.problems)  # fmt: skip
+    output.say(f"{model.name}: {found.files} files, {bytes_text(found.nbytes)}, against {found.against}")
+    if found.problems:
+        name, problem = next(iter(found.problems.items()))
+        more = f" and {len(found.problems) - 1} more" if len(found.problems) > 1 else ""
+        raise GemmaTuiError(f"{model.name}: {name}: {problem}{more}; remove the model and fetch it again")
+    output.say("everything is as it should be")
+    output.row("end", status="done")
+    return 0
+
+
+def remove(args: argparse.Namespace, output: Output) -> int:
+    """Delete a model from the cache or the data folder, after a look at what goes."""
+    found = keeping.removal(args.model)
+    refuse_in_use(args.model)
+    return _delete(found, keeping.adapters_on(args.model), args, output)
+
+
+def clean(args: argparse.Namespace, output: Output) -> int:
+    """Delete what downloads that broke off have left."""
+    return _delete(leftovers(), [], args, output)
+
+
+def _delete(found: Removal, adapters: list[str], args: argparse.Namespace, output: Output) -> int:
+    output.row(
+        "removal", what=found.what, frees=found.frees, commits=list(found.commits), adapters=adapters,
+        paths=[str(path) for path in (*found.folders, *found.files, *found.links)],
+    )  # fmt: skip
+    if found.empty:
+        output.say("there is nothing to delete")
+        output.row("end", status="done", freed=0)
+        return 0
+    for line in preview(found, adapters):
+        output.say(line)
+    if not args.yes and not _agreed(output):
+        output.say("nothing was deleted; --yes deletes without asking")
+        output.row("end", status="preview", freed=0)
+        return 0
+    found.execute()
+    output.say(f"freed {bytes_text(found.frees)}")
+    output.row("end", status="done", freed=found.frees)
+    return 0
+
+
+def _agreed(output: Output) -> bool:
+    if output.as_json or not (sys.stdin.isatty() and sys.stdout.isatty()):
+        return False
+    print("delete it? [y/N] ", end="", flush=True)
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
+def adopt(args: argparse.Namespace, output: Output) -> int:
+    """Give a folder from elsewhere a name here, without a copy."""
+    model = keeping.adopt(Path(args.folder), args.name)
+    output.say(f"{model.name} is {model.folder}, where it stays; `gemma-tui models remove {model.name}` forgets it")
+    output.row("end", status="done", model=model.name, folder=str(model.folder))
+    return 0

@@ -1,0 +1,61 @@
+"""What is on the hub, and what a deletion takes, in words: the same on the command line and on the screen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from engines.gemma3 import Gemma3Config
+from gemma_tui.hub import fit
+from gemma_tui.hub.cache import Removal
+from gemma_tui.hub.remote import Found, Remote, RemoteFile
+from gemma_tui.output import bytes_text, count_text
+
+FOUND = ("repository", "size", "params", "fits", "access", "format", "dtype", "licence", "downloads")
+
+
+def fit_of(item: Found) -> dict[str, str]:
+    """Whether a model of which only the size is known fits this machine, in float32; empty where it is not."""
+    if not item.parameters:
+        return {"inference": fit.here(item.nbytes)} if item.nbytes else {}
+    return {"inference": fit.here(4 * item.parameters), "full training": fit.here(16 * item.parameters)}
+
+
+def found_cells(item: Found) -> tuple[str, ...]:
+    """A model of a search as cells, in the order of ``FOUND``: a narrow terminal shows the first of them."""
+    return (
+        item.repo,
+        bytes_text(item.nbytes) if item.nbytes else "",
+        count_text(item.parameters) if item.parameters else "",
+        fit_of(item).get("inference", ""),
+        item.gated or "open",
+        item.kind,
+        item.dtype,
+        item.licence,
+        count_text(item.downloads),
+    )
+
+
+def remote_lines(remote: Remote, files: Sequence[RemoteFile], config: Gemma3Config) -> list[tuple[str, str]]:
+    """A model of the hub before anything of it is fetched: what comes, and what it would need here."""
+    left_out = ", ".join(remote.code[:8])
+    return [
+        ("commit", remote.commit),
+        ("parameters", f"{config.parameter_count():,}"),
+        ("layers", f"{config.num_hidden_layers}, global: {', '.join(map(str, config.global_layers)) or 'none'}"),
+        ("to fetch", f"{len(files)} files, {bytes_text(sum(f.size for f in files))}"),
+        ("stored as", ", ".join(remote.dtypes) or "not told"),
+        ("licence", remote.licence or "not told"),
+        ("access", remote.gated or "open"),
+        *([("left out", left_out)] if left_out else []),
+        *((f"memory, {use}", f"{bytes_text(n)}, {fit.here(n)}") for use, n in fit.estimates(config).items()),
+    ]
+
+
+def preview(found: Removal, adapters: Iterable[str]) -> list[str]:
+    """What a deletion takes away."""
+    standing = ", ".join(adapters)
+    lines = [f"{found.what}: frees {bytes_text(found.frees)}"]
+    lines += [f"  commit {commit[:12]}" for commit in found.commits]
+    lines += [f"  {path}" for path in (*found.folders, *found.files)]
+    lines += [f"  the link {path}; what it points to stays" for path in found.links]
+    return lines + ([f"  adapters that stand on it: {standing}"] if standing else [])

@@ -1,0 +1,278 @@
+"""Fetching a model into the Hugging Face cache: pre-flight, download, checksums, and only then its name.
+
+Runs as ``python -m gemma_tui.hub.fetching`` in a process of its own, because the client waits for the files in flight
+when it is interrupted: a process can be ended. Orders come as lines on stdin, events go as JSON lines to stdout, and
+when stdin ends so does the process.
+
+A file that is finished is kept for good. Of one that is not, the client resumes what it has only within one call, after
+a dropped line; after a cancel or a crash it begins that file again.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from engines.checkpoints import model_tensors
+from engines.errors import EngineError
+from gemma_tui.errors import GemmaTuiError
+from gemma_tui.hub import cache
+from gemma_tui.hub.convert import RESERVE_BYTES
+from gemma_tui.hub.metering import TELL_SECONDS, CancelledError, Control, Tell, Watch, free_bytes, meter
+from gemma_tui.hub.refusals import reason
+from gemma_tui.hub.remote import Remote, RemoteFile, check_access, check_names, look, remote_config, wanted
+from gemma_tui.hub.verification import check_files
+from gemma_tui.text import one_line, without_tokens
+
+T = TypeVar("T")
+
+TRIES = 6
+BACK_OFF = 1.0
+"""Seconds before the second try; each wait is twice the one before."""
+
+PASSING = (408, 425, 429, 500, 502, 503, 504)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+CHUNK = 1 << 16
+"""Bytes between two looks at whether to pause or stop."""
+
+SOFT_SECONDS = 0.4
+"""What a soft cancel is given before the process ends itself."""
+
+WORKERS = 4
+CANCELLED = 130
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to fetch. ``include`` are patterns of files beside the usual ones, as ``*Q4_K_M.gguf``."""
+
+    repo: str
+    revision: str = "main"
+    include: tuple[str, ...] = ()
+
+
+class WrongContentError(Exception):
+    """Files came that are not what their checksums say; they are deleted."""
+
+
+def fetch(request: Request, tell: Tell, control: Control) -> Path:
+    """Fetch a model, check it, and make it usable by its name; returns its folder in the cache.
+
+    Raises:
+        CancelledError: it was; finished files stay, unfinished ones are gone.
+        EngineError: it cannot be had, or is not what can be computed here.
+    """
+    from huggingface_hub import is_offline_mode
+
+    check_names(request.repo, request.revision)
+    if is_offline_mode():
+        return _offline(request, tell)
+    try:
+        remote = _patiently(lambda: look(request.repo, request.revision), tell, control)
+        files = _preflight(remote, request, tell, control)
+        folder = _patiently(lambda: _download(remote, files, tell, control), tell, control)
+        if any(f.path.endswith(".safetensors") for f in files):
+            model_tensors(folder)
+        cache.point(request.repo, request.revision, remote.commit)
+    finally:
+        cache.tidy(request.repo)
+    tell("fetched", repo=request.repo, commit=remote.commit, folder=str(folder), bytes=sum(f.size for f in files))
+    return folder
+
+
+def _offline(request: Request, tell: Tell) -> Path:
+    folder = cache.snapshot(request.repo, request.revision)
+    if folder is None:
+        raise GemmaTuiError(
+            f"HF_HUB_OFFLINE is set and {request.repo} is not in the cache: unset it to fetch the model"
+        )
+    model_tensors(folder)
+    tell("fetched", repo=request.repo, commit=folder.name, folder=str(folder), bytes=0, offline=True)
+    return folder
+
+
+def _preflight(remote: Remote, request: Request, tell: Tell, control: Control) -> list[RemoteFile]:
+    """Everything that can be known before the first byte of weights; what is fetched."""
+    _patiently(lambda: check_access(remote), tell, control)
+    files = list(wanted(remote, request.include))
+    if any(f.path.endswith(".safetensors") for f in files):
+        _patiently(lambda: remote_config(remote), tell, control)
+    total, needed = _patiently(lambda: _exact(remote, files), tell, control)
+    place = cache.cache_folder()
+    free = free_bytes(place)
+    tell(
+        "plan", repo=remote.repo, commit=remote.commit, files=len(files), bytes=total, download=needed, free=free,
+        licence=remote.licence, gated=remote.gated, left_out=len(remote.code),
+    )  # fmt: skip
+    if free < needed + RESERVE_BYTES:
+        short = (needed + RESERVE_BYTES - free) / 1e9
+        raise GemmaTuiError(
+            f"{place} has no room for {needed / 1e9:.1f} GB and a reserve: free {short:.1f} GB more, or set HF_HOME"
+        )
+    return files
+
+
+def _exact(remote: Remote, files: list[RemoteFile]) -> tuple[int, int]:
+    """Bytes of the files, and of those that are not here yet, as the server tells them file by file."""
+    from huggingface_hub import snapshot_download
+
+    found = snapshot_download(
+        remote.repo, revision=remote.commit, allow_patterns=[f.path for f in files], dry_run=True, tqdm_class=meter()
+    )
+    return sum(f.file_size or 0 for f in found), sum(f.file_size or 0 for f in found if f.will_download)
+
+
+def _download(remote: Remote, files: list[RemoteFile], tell: Tell, control: Control) -> Path:
+    """One try: what is missing, and the checksums of everything."""
+    from huggingface_hub import snapshot_download
+
+    folder = cache.repo_folder(remote.repo) / "snapshots" / remote.commit
+    there = sum(f.size for f in files if (folder / f.path).exists())
+    watch = Watch(there, sum(f.size for f in files), tell, control, cache.cache_folder())
+    snapshot_download(
+        remote.repo,
+        revision=remote.commit,
+        allow_patterns=[f.path for f in files],
+        max_workers=WORKERS,
+        tqdm_class=meter(watch.more),
+    )
+    watch.tell_now()
+    _check(folder, files, tell, control)
+    return folder
+
+
+def _check(folder: Path, files: list[RemoteFile], tell: Tell, control: Control) -> None:
+    told = [0.0]
+
+    def progress(share: float, text: str) -> None:
+        if control.stop.is_set():
+            raise CancelledError
+        if time.monotonic() - told[0] > TELL_SECONDS:
+            told[0] = time.monotonic()
+            tell("checking", share=round(share, 4), what=text)
+
+    _, _, problems = check_files(folder, files, progress)
+    for path in problems:
+        file = folder / path
+        blob = file.resolve()
+        file.unlink(missing_ok=True)
+        if blob.is_relative_to(cache.cache_folder().resolve()):
+            blob.unlink(missing_ok=True)
+    if problems:
+        name, problem = next(iter(problems.items()))
+        raise WrongContentError(f"{name} came with {problem}")
+
+
+def _patiently(step: Callable[[], T], tell: Tell, control: Control) -> T:
+    """What a step returns, tried again after what passes by itself: a dropped line, a server that is busy or broken."""
+    wait = BACK_OFF
+    for attempt in range(1, TRIES + 1):
+        try:
+            return step()
+        except Exception as error:
+            if control.stop.is_set():
+                raise CancelledError from None
+            told = _explained(error)
+            if attempt == (2 if isinstance(error, WrongContentError) else TRIES) or not _passes(error):
+                raise told from None
+        tell("retry", attempt=attempt, seconds=wait, reason=one_line(str(told), 200))
+        if control.stop.wait(wait):
+            raise CancelledError
+        wait *= 2
+    raise AssertionError  # the last try returns or raises
+
+
+def _passes(error: BaseException) -> bool:
+    """Whether trying again may help."""
+    if isinstance(error, WrongContentError):
+        return True
+    cause: BaseException | None = error
+    while cause is not None:
+        if status := getattr(getattr(cause, "response", None), "status_code", None):
+            return status in PASSING
+        if getattr(cause, "errno", None) in FULL:
+            return False
+        of_the_line = type(cause).__module__.startswith(("httpx", "httpcore"))
+        if of_the_line or isinstance(cause, ConnectionError | TimeoutError):
+            return True
+        cause = cause.__cause__
+    # The client's name for a file that came shorter or longer than it should.
+    return isinstance(error, OSError) and "Consistency check failed" in str(error)
+
+
+def _explained(error: Exception) -> EngineError:
+    if isinstance(error, EngineError):
+        return error
+    if isinstance(error, WrongContentError):
+        return GemmaTuiError(f"{error}; it is deleted: try again later, or tell the repository's owners")
+    if getattr(error, "errno", None) in FULL:
+        return GemmaTuiError(f"{cache.cache_folder()} is full: free some space and try again; finished files are kept")
+    return reason(error, "the download")
+
+
+def _obey(control: Control, soft: float = SOFT_SECONDS) -> None:
+    """Take orders until stdin ends or says cancel; then see to it that the process ends."""
+    for line in sys.stdin:
+        order = line.strip()
+        if order == "pause":
+            control.paused.set()
+        elif order == "resume":
+            control.paused.clear()
+        elif order == "cancel":
+            break
+    control.stop.set()
+    time.sleep(soft)
+    _drop_unfinished()
+    os._exit(CANCELLED)
+
+
+def _drop_unfinished() -> None:
+    """Delete the unfinished files that this process still writes, before it ends."""
+    import psutil
+
+    with suppress(psutil.Error):
+        for file in psutil.Process().open_files():
+            if file.path.endswith(".incomplete"):
+                Path(file.path).unlink(missing_ok=True)
+
+
+def main() -> int:
+    """One download by a request on stdin."""
+    from huggingface_hub import constants
+
+    constants.DOWNLOAD_CHUNK_SIZE = CHUNK
+    request = Request(**json.loads(sys.stdin.readline()))
+    control, lock = Control(), threading.Lock()
+
+    def tell(kind: str, **values: Any) -> None:
+        with lock:
+            print(json.dumps({"kind": kind, **values}), flush=True)
+
+    threading.Thread(target=_obey, args=(control,), daemon=True).start()
+    try:
+        fetch(request, tell, control)
+    except CancelledError:
+        tell("cancelled")
+        return CANCELLED
+    except BrokenPipeError:
+        return 1
+    except EngineError as error:
+        tell("failed", error=without_tokens(str(error)))
+        return 1
+    except Exception as error:  # a line for the one who waits; there is no one here to see a traceback
+        tell("failed", error=without_tokens(one_line(f"{type(error).__name__}: {error}", 300)))
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,180 @@
+"""The hub: words to search for, what was found, what is known of one of them, and queueing it."""
+
+from __future__ import annotations
+
+import importlib
+import shlex
+from typing import TYPE_CHECKING, cast
+
+from rich.text import Text
+from textual import work
+from textual.app import ComposeResult
+from textual.binding import Binding
+from textual.containers import Vertical
+from textual.screen import ModalScreen
+from textual.widgets import DataTable, Footer, Input, Static
+
+from engines.errors import EngineError
+from gemma_tui.text import one_line
+from gemma_tui.widgets.dialogs import Reading
+
+if TYPE_CHECKING:
+    from gemma_tui.app import GemmaTui
+    from gemma_tui.hub.remote import Found
+
+NAME_WIDTH = 44
+FIRST_WORDS = "gemma-3"
+
+
+class FoundTable(DataTable[Text]):
+    """What a search found; enter asks the hub for more, d queues the download."""
+
+    BINDINGS = [
+        Binding("enter", "select_cursor", "Details", id="hub.details"),
+        Binding("d", "screen.download", "Download", id="hub.download"),
+        Binding("slash", "screen.words", "Search", id="hub.words", key_display="/"),
+    ]
+
+
+class HubSearch(ModalScreen[None]):
+    """Gemma-3 models on the hub. Nothing of a model is fetched before d is pressed, but for its config on enter."""
+
+    DEFAULT_CSS = """
+    HubSearch { align: center middle; }
+    HubSearch > Vertical { width: 100%; height: 100%; background: $background; }
+    HubSearch #about { height: auto; max-height: 50%; padding: 0 1; border-top: solid $panel; }
+    """
+    BINDINGS = [
+        Binding("escape", "close", "Back", id="hub.back"),
+        Binding("c", "show_command", "Cmd", id="hub.command", tooltip="Show and copy the command that does this"),
+    ]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._found: list[Found] = []
+        self._words = FIRST_WORDS
+
+    @property
+    def bench(self) -> GemmaTui:
+        """The app, by its own type."""
+        return cast("GemmaTui", self.app)
+
+    def compose(self) -> ComposeResult:
+        """Words, table, details, keys."""
+        with Vertical():
+            yield Input(FIRST_WORDS, placeholder="words of the name", compact=True, id="words")
+            yield FoundTable(cursor_type="row", cell_padding=1)
+            yield Static("enter searches the hub", id="about", markup=False)
+            yield Footer(show_command_palette=False, compact=True)
+
+    def on_mount(self) -> None:
+        """Wait for words."""
+        from gemma_tui.hub.descriptions import FOUND
+
+        self.query_one(DataTable).add_columns(*FOUND)
+        self.query_one(Input).focus()
+
+    def on_input_submitted(self, event: Input.Submitted) -> None:
+        """Search."""
+        event.stop()
+        self._words = event.value.strip()
+        self._tell(f"searching for {self._words}…")
+        self._search(self._words)
+
+    def on_data_table_row_highlighted(self, event: DataTable.RowHighlighted) -> None:
+        """Say what is known without asking again."""
+        event.stop()
+        if (item := self._chosen()) is not None:
+            self._tell(_known(item))
+
+    def on_data_table_row_selected(self, event: DataTable.RowSelected) -> None:
+        """Ask the hub for more."""
+        event.stop()
+        if (item := self._chosen()) is not None:
+            self._tell(f"asking for {item.repo}…")
+            self._look(item.repo)
+
+    def action_words(self) -> None:
+        """Search again."""
+        self.query_one(Input).focus()
+
+    def action_download(self) -> None:
+        """Queue the model under the cursor."""
+        item = self._chosen()
+        if item is None:
+            return
+        repo = item.repo
+        if self.bench.attempt(lambda: self.bench.fetch(repo)):
+            self._tell(f"{repo} is queued; the list of models shows how far it is")
+
+    def action_show_command(self) -> None:
+        """The command that does the same."""
+        item = self._chosen()
+        text = f"gemma-tui models search {shlex.quote(self._words)}"
+        if item is not None and not self.query_one(Input).has_focus:
+            text = f"gemma-tui models download {shlex.quote(item.repo)}"
+        self.app.copy_to_clipboard(text)
+        self.app.push_screen(Reading("the same as a command (copied)", text))
+
+    def action_close(self) -> None:
+        """Back to the models that are here."""
+        self.dismiss(None)
+
+    @work(thread=True, exclusive=True, group="hub")
+    def _search(self, words: str) -> None:
+        from gemma_tui.hub.descriptions import found_cells
+        from gemma_tui.hub.remote import search
+
+        importlib.import_module("gemma_tui.hub.downloads")  # before a key asks for it on the event loop
+        try:
+            found = search(words)
+        except EngineError as error:
+            self.app.call_from_thread(self._tell, str(error))
+            return
+        self.app.call_from_thread(self._fill, found, [found_cells(item) for item in found])
+
+    @work(thread=True, exclusive=True, group="hub")
+    def _look(self, repo: str) -> None:
+        from gemma_tui.hub.descriptions import remote_lines
+        from gemma_tui.hub.remote import check_access, look, remote_config, wanted
+
+        try:
+            remote = look(repo)
+            check_access(remote)
+            lines = remote_lines(remote, wanted(remote), remote_config(remote))
+        except EngineError as error:
+            self.app.call_from_thread(self._tell, str(error))
+            return
+        self.app.call_from_thread(self._tell, "\n".join(f"{name:<12}  {one_line(text, 200)}" for name, text in lines))
+
+    def _fill(self, found: list[Found], rows: list[tuple[str, ...]]) -> None:
+        if not self.is_attached:
+            return
+        self._found = found
+        table = self.query_one(DataTable)
+        table.clear()
+        for cells in rows:
+            table.add_row(*(Text(one_line(cell, NAME_WIDTH)) for cell in cells))
+        if found:
+            table.focus()
+            self._tell(_known(found[0]))
+        else:
+            self._tell("nothing of Gemma-3 was found: try other words")
+
+    def _tell(self, text: str) -> None:
+        if self.is_attached:
+            lines = [one_line(line, 300) for line in text.split("\n")]
+            self.query_one("#about", Static).update(Text("\n".join(lines)))
+
+    def _chosen(self) -> Found | None:
+        at = self.query_one(DataTable).cursor_row
+        return self._found[at] if 0 <= at < len(self._found) else None
+
+
+def _known(item: Found) -> str:
+    from gemma_tui.hub.descriptions import fit_of
+
+    fits = ", ".join(f"{use} {band}" for use, band in fit_of(item).items()) or "its size is not told"
+    changed = f"; changed {item.modified}" if item.modified else ""
+    gate = {"": "open", "auto": "gated: its terms must be accepted", "manual": "gated: its owners approve requests"}
+    return f"{item.repo}\n{gate[item.gated]}{changed}\nin float32: {fits}"

@@ -1,0 +1,196 @@
+"""The hub on the models screen: search, details, queue, cancel, verify, remove, by keyboard, at both sizes."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from stand_in_hub import Repo, StandInHub
+from textual.widgets import Input
+
+from gemma_tui.hub import cache
+from gemma_tui.hub.downloads import Download
+from gemma_tui.hub.fetching import Request
+from gemma_tui.hub.models import resolve
+from gemma_tui.runs.store import RunStore
+from gemma_tui.screens.hub_search import HubSearch
+from gemma_tui.widgets.dialogs import Question, Reading
+from gemma_tui.widgets.download_list import DownloadList
+
+from .conftest import Open, Opened, Size
+from .test_hostile import TEXTS, nothing_foreign
+
+TINY = "org/gemma-3-tiny"
+
+
+async def searched(it: Opened, words: str = "gemma-3") -> None:
+    """Search the hub from the list of models."""
+    await it.table()
+    await it.press("slash")
+    await it.until(lambda: isinstance(it.app.screen, HubSearch) and it.app.screen.is_current, "the search")
+    it.app.screen.query_one(Input).value = words
+    await it.press("enter")
+    await it.until(lambda: "…" not in it.static("#about") and "searches" not in it.static("#about"), "an answer")
+
+
+async def queued(it: Opened) -> None:
+    """Queue what was found first, and go back."""
+    await searched(it)
+    await it.press("d", "escape")
+    await it.until(lambda: it.app.screen.query_one(DownloadList).row_count, "the queue")
+
+
+async def test_a_model_is_found_looked_at_and_fetched(opened: Open, hub: StandInHub, size: Size) -> None:
+    async with opened(size, model="") as it:
+        await searched(it)
+        await it.until(lambda: it.sees(TINY, "repository"), "the table")
+        await it.press("enter")
+        await it.until(lambda: it.sees("to fetch", "memory"), "the details")
+        asked = hub.count("GET", "model.safetensors")
+        await it.press("c")
+        await it.until(lambda: isinstance(it.app.screen, Reading), "the command")
+        assert it.app.clipboard == f"gemma-tui models download {TINY}"
+        await it.press("escape", "d", "escape")
+        assert asked == 0
+        await it.until(lambda: it.sees("done"), "the end")
+        table = await it.table()
+        await it.until(lambda: TINY in [str(key.value) for key in table.rows], "the model in the list")
+        await it.until(lambda: it.sees("██████████"), "the whole bar")
+        it.app.screen.query_one(DownloadList).focus()
+        await it.press("delete")
+        assert not it.app.screen.query_one(DownloadList).display
+
+
+async def test_a_download_is_paused_goes_on_and_is_cancelled(opened: Open, hub: StandInHub) -> None:
+    hub.faults.slow, hub.faults.piece = 0.3, 4096
+    async with opened(model="") as it:
+        await queued(it)
+        await it.until(lambda: cache.partial_files(TINY), "the first bytes")
+        it.app.screen.query_one(DownloadList).focus()
+        await it.press("space")
+        await it.until(lambda: it.sees("paused"), "the pause")
+        await it.press("space")
+        await it.until(lambda: it.sees("running"), "the end of the pause")
+        await it.press("x")
+        await it.until(lambda: it.sees("cancelled") and not cache.partial_files(TINY), "the cancel")
+
+
+async def test_a_second_waits_and_the_same_twice_is_refused(opened: Open, hub: StandInHub) -> None:
+    hub.repos["org/gemma-3-next"] = Repo(dict(hub.repos[TINY].files))
+    hub.faults.slow, hub.faults.piece = 0.1, 4096
+    async with opened((120, 40), model="") as it:
+        await searched(it)
+        await it.press("d", "d", "down", "d", "escape")
+        await it.until(lambda: "in the queue already" in it.told(), "the refusal")
+        await it.until(lambda: it.sees("waiting", "running"), "the queue")
+        hub.faults.slow = 0
+        await it.until(lambda: it.app.downloads and {d.state for d in it.app.downloads.items} == {"done"}, "both")
+
+
+async def test_leaving_asks_and_leaves_no_part(opened: Open, hub: StandInHub) -> None:
+    hub.faults.slow, hub.faults.piece = 0.3, 4096
+    async with opened(model="") as it:
+        await queued(it)
+        await it.until(lambda: cache.partial_files(TINY), "the first bytes")
+        await it.press("q")
+        await it.until(lambda: isinstance(it.app.screen, Question), "the question")
+        await it.press("s")
+        downloads = it.app.downloads
+        assert downloads is not None
+        await it.until(lambda: not cache.partial_files(TINY), "the end")
+        assert downloads.items[0].state == "cancelled"
+
+
+async def test_a_hub_that_refuses_is_told(opened: Open, hub: StandInHub) -> None:
+    hub.repos[TINY].gated = "auto"
+    async with opened(model="") as it:
+        await searched(it)
+        assert "gated" in it.static("#about")
+        await it.press("enter")
+        await it.until(lambda: "log in with" in it.static("#about"), "the sentence that helps")
+        await it.press("d", "escape")
+        # The message lies over the list.
+        await it.until(lambda: "log in with" in it.told(), "the failure")
+        row = it.app.screen.query_one(DownloadList).get_row_at(0)
+        assert row[-1].plain.startswith("failed: ")
+
+
+@pytest.fixture
+def cached(hub: StandInHub) -> str:
+    hub.repos[TINY].files["README.md"] = b"---\nlicense: gemma\n---\n# Tiny\nA **small** [model](http://x.y).\n"
+    item = Download(Request(TINY))
+    item.start()
+    list(item.follow())
+    return item.state
+
+
+async def on_the_model(it: Opened) -> None:
+    table = await it.table()
+    await it.until(lambda: TINY in [str(key.value) for key in table.rows], "the model")
+    table.move_cursor(row=table.get_row_index(TINY))
+    await it.pilot.pause()
+
+
+async def test_a_model_is_verified_and_shown(opened: Open, cached: str, size: Size) -> None:
+    async with opened(size, model="") as it:
+        await on_the_model(it)
+        await it.press("v")
+        await it.until(lambda: "everything is as it should be" in it.static(".detail"), "the result")
+        path = resolve(TINY).folder / "model.safetensors"
+        data = path.read_bytes()
+        path.resolve().write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+        await it.press("v")
+        await it.until(lambda: "other content than its checksum says" in it.static(".detail"), "the problem")
+        await it.press("i")
+        await it.until(lambda: isinstance(it.app.screen, Reading), "the facts")
+        await it.until(lambda: it.sees("licence gemma", "A small model.", "commit aaaa"), "their text")
+
+
+async def test_a_model_is_removed_after_a_look(opened: Open, cached: str, size: Size) -> None:
+    async with opened(size, model="") as it:
+        await on_the_model(it)
+        await it.press("delete")
+        await it.until(lambda: isinstance(it.app.screen, Question), "the question")
+        await it.until(lambda: it.sees(f"{TINY}: frees", "commit aaaaaaaaaaaa"), "what goes")
+        await it.press("escape")
+        assert cache.repo_folder(TINY).exists()
+        await on_the_model(it)
+        await it.press("delete")
+        await it.until(lambda: isinstance(it.app.screen, Question), "the question")
+        await it.press("y")
+        table = await it.table()
+        await it.until(lambda: TINY not in [str(key.value) for key in table.rows], "the removal")
+        assert not cache.repo_folder(TINY).exists()
+
+
+async def test_a_model_in_use_is_not_removed(opened: Open, cached: str, store: RunStore) -> None:
+    run = store.create("mine", "train", "torch", {"model": TINY}, "gemma-tui train", 10)
+    store.set_state(run.run_id, "running")
+    async with opened(model="") as it:
+        await on_the_model(it)
+        await it.press("delete")
+        await it.until(lambda: run.run_id in it.told(), "the refusal")
+        await it.press("enter")
+        await it.loaded(TINY)
+        store.set_state(run.run_id, "done")
+        await it.press("delete")
+        await it.until(lambda: "is loaded" in it.told(), "the refusal")
+        await it.press("k")
+        await it.until(lambda: "nothing to delete" in it.told(), "the answer")
+
+
+async def test_what_the_hub_says_is_foreign(opened: Open, hub: StandInHub) -> None:
+    hub.repos = {}
+    for number, text in enumerate(TEXTS):
+        said = text.encode("utf-8", "replace").decode()
+        info = {"tags": [f"license:{said}", "gemma3"], "config": {"model_type": said}}
+        config = json.dumps({"model_type": said}).encode()
+        hub.repos[f"org/gemma-3-{number}"] = Repo({"config.json": config, "model.safetensors": b""}, info=info)
+    async with opened((120, 40), model="") as it:
+        await searched(it)
+        assert f"gemma-3-{len(TEXTS) - 1}" in nothing_foreign(it)
+        for _ in TEXTS:
+            await it.press("enter")
+            await it.until(lambda: "model_type" in it.static("#about"), "the refusal")
+            nothing_foreign(it)
+            await it.press("down")

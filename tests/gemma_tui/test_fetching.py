@@ -1,0 +1,389 @@
+"""Fetching with the real client from a stand-in hub: what comes, what is refused, and what goes wrong on the way."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from stand_in_hub import COMMIT, NEXT_COMMIT, Repo, StandInHub
+
+from engines.errors import EngineError
+from gemma_tui.hub import cache, fetching, metering
+from gemma_tui.hub.fetching import Request, fetch
+from gemma_tui.hub.metering import CancelledError, Control
+from gemma_tui.hub.models import local_models, resolve
+
+TINY = "org/gemma-3-tiny"
+TOKEN = "hf_" + "g" * 34
+OTHER = "hf_" + "x" * 34
+
+Events = list[dict[str, Any]]
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fetching, "BACK_OFF", 0.01)
+    monkeypatch.setattr(metering, "TELL_SECONDS", 0.0)
+    # The client's own waits between its tries.
+    monkeypatch.setattr(time, "sleep", lambda seconds, real=time.sleep: real(min(seconds, 0.05)))
+
+
+def fetched(events: Events | None = None, control: Control | None = None, **request: Any) -> Path:
+    told = [] if events is None else events
+    return fetch(
+        Request(**{"repo": TINY, **request}),
+        lambda kind, **values: told.append({"kind": kind, **values}),
+        control or Control(),
+    )
+
+
+def refused(**request: Any) -> str:
+    with pytest.raises(EngineError) as caught:
+        fetched(**request)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert message.isprintable()
+    return message
+
+
+def nothing_is_left(repo: str = TINY) -> None:
+    assert not cache.repo_folder(repo).exists()
+
+
+def test_a_model_comes_whole_is_checked_and_has_its_name(hub: StandInHub) -> None:
+    events: Events = []
+    folder = fetched(events)
+    assert resolve(TINY).folder == folder
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == hub.repos[TINY].files
+    plan, last = events[0], events[-1]
+    whole = sum(map(len, hub.repos[TINY].files.values()))
+    assert (plan["kind"], plan["bytes"], plan["download"], plan["commit"]) == ("plan", whole, whole, COMMIT)
+    assert (last["kind"], last["bytes"]) == ("fetched", whole)
+    counts = [e["bytes"] for e in events if e["kind"] == "progress"]
+    assert counts == sorted(counts)
+    assert counts[-1] == whole
+    assert any(0 < count < whole for count in counts)
+    assert (TINY, "hub cache") in [(item.model.name, item.model.source) for item in local_models() if not item.problem]
+
+
+def test_what_is_here_does_not_come_again(hub: StandInHub) -> None:
+    fetched()
+    before = hub.count("GET", "/resolve/")
+    events: Events = []
+    fetched(events)
+    assert events[0]["download"] == 0
+    # The config is looked at before anything else.
+    assert hub.count("GET", "/resolve/") <= before + 1
+
+
+def test_one_commit_is_fetched_while_the_branch_moves(hub: StandInHub) -> None:
+    hub.faults.moving = True
+    folder = fetched()
+    commits = {path.split("/resolve/")[1].split("/")[0] for _, path, _ in hub.asked if "/resolve/" in path}
+    assert commits == {folder.name}
+    assert folder.name in (COMMIT, NEXT_COMMIT)
+
+
+def test_a_revision_has_a_name_of_its_own(hub: StandInHub) -> None:
+    folder = fetched(revision="v1")
+    assert resolve(f"{TINY}@v1").folder == resolve(f"{TINY}@{COMMIT[:8]}").folder == folder
+    with pytest.raises(EngineError, match=f"gemma-tui models download {TINY}`"):
+        resolve(TINY)
+    assert "no revision 'v9'" in refused(revision="v9")
+
+
+# ------------------------------------------------------------------------------------------------ access
+
+TERMS = {
+    "no token": (None, "auto", "log in with `hf auth login` or set HF_TOKEN"),
+    "a bad token": (OTHER, "auto", "rejects your token"),
+    "terms to accept": (TOKEN, "auto", "accept its terms at http"),
+    "approval to wait for": (TOKEN, "manual", "owners approve each request"),
+}
+
+
+@pytest.mark.parametrize("case", TERMS)
+def test_a_gated_model_says_what_to_do(hub: StandInHub, monkeypatch: pytest.MonkeyPatch, case: str) -> None:
+    token, gated, sentence = TERMS[case]
+    hub.repos[TINY].gated = gated
+    if token:
+        monkeypatch.setenv("HF_TOKEN", token)
+    said = refused()
+    assert sentence in said
+    assert TINY in said
+    assert "hf_" not in said
+    nothing_is_left()
+    assert hub.served == 0
+
+
+def test_a_gated_model_comes_with_a_token_that_may_have_it(hub: StandInHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.repos[TINY].gated, hub.repos[TINY].allowed = "auto", (TOKEN,)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    assert fetched().name == COMMIT
+
+
+def test_a_token_that_may_not_read_gated_models_gives_the_hubs_own_words(
+    hub: StandInHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.repos[TINY].gated = "auto"
+    hub.faults.message = f"enable gated repositories in {TOKEN}"
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    said = refused()
+    assert "enable gated repositories" in said
+    assert TOKEN not in said
+
+
+def test_a_name_that_is_not_there(hub: StandInHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "check the name, or log in" in refused(repo="org/gone")
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    assert "org/gone is not on the hub, or not yours to see" in refused(repo="org/gone")
+
+
+@pytest.mark.parametrize("repo", ["gone", "a/b/c", "../x", "org/-x", "org/a\n", "-o/x", "org/" + "x" * 200, ""])
+def test_what_is_no_id_is_refused_before_anything_is_asked(hub: StandInHub, repo: str) -> None:
+    refused(repo=repo)
+    refused(revision="../main")
+    assert not hub.asked
+
+
+def test_offline_uses_what_is_here_and_asks_nothing(hub: StandInHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = fetched()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    asked = len(hub.asked)
+    assert fetched() == folder
+    assert "HF_HUB_OFFLINE is set" in refused(repo="org/other")
+    assert len(hub.asked) == asked
+
+
+# ------------------------------------------------------------------------------------------------ faults
+
+
+def cut(hub: StandInHub) -> None:
+    hub.faults.cut, hub.faults.piece = 1, 4096
+
+
+def statuses(part: str, *given: int) -> Callable[[StandInHub], None]:
+    return lambda hub: hub.faults.statuses.update({part: list(given)})
+
+
+PASSING = {
+    "a dropped line": cut,
+    "500 at the first question": statuses("/revision/main", 500, 503),
+    "429 at the tree": statuses("/tree/", 429),
+    "500 at a file": statuses("/model.safetensors", 200, 500),
+    "502 at the access check": statuses("/auth-check", 502),
+}
+
+
+@pytest.mark.parametrize("fault", PASSING)
+def test_what_passes_by_itself_is_tried_again(hub: StandInHub, fault: str) -> None:
+    PASSING[fault](hub)
+    folder = fetched()
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == hub.repos[TINY].files
+
+
+def test_a_wait_is_told_with_its_reason(hub: StandInHub) -> None:
+    statuses("/revision/main", 500)(hub)
+    events: Events = []
+    fetched(events)
+    assert [(e["attempt"], "500" in e["reason"]) for e in events if e["kind"] == "retry"] == [(1, True)]
+
+
+def test_a_hub_that_stays_broken_is_told_in_one_line(hub: StandInHub) -> None:
+    statuses("/revision/main", *[500] * 50)(hub)
+    assert "500" in refused()
+    nothing_is_left()
+
+
+def test_a_hub_that_is_not_there_is_told_in_one_line(hub: StandInHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    assert "check the network" in refused()
+
+
+def test_other_content_than_the_checksum_says_is_never_usable(hub: StandInHub) -> None:
+    hub.faults.flip = {"model.safetensors"}
+    said = refused()
+    assert "model.safetensors" in said
+    assert "checksum" in said
+    assert not list(cache.cache_folder().rglob("*.safetensors"))
+    with pytest.raises(EngineError, match="not in the hub cache"):
+        resolve(TINY)
+    hub.faults.flip = set()
+    assert fetched().name == COMMIT
+
+
+def test_a_file_that_comes_short_is_never_usable(hub: StandInHub) -> None:
+    hub.faults.short = {"model.safetensors"}
+    refused()
+    assert not cache.partial_files(TINY)
+    hub.faults.short = set()
+    fetched()
+
+
+def test_a_body_without_an_end_is_stopped(hub: StandInHub) -> None:
+    hub.faults.endless = {"model.safetensors"}
+    assert "sends more than" in refused()
+    assert not cache.partial_files(TINY)
+
+
+def test_a_disk_without_room_is_told_before_the_first_byte(hub: StandInHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = fetching.RESERVE_BYTES + 1000
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(10**12, 0, free))  # type: ignore[attr-defined]
+    assert "has no room for" in refused()
+    assert hub.count("GET", "/model.safetensors") == 0
+
+
+def test_a_disk_that_fills_up_meanwhile_is_told_and_keeps_no_part(
+    hub: StandInHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def free(place: object) -> int:
+        return 0 if hub.count("GET", "/model.safetensors") else 10**12
+
+    monkeypatch.setattr(fetching, "free_bytes", free)
+    monkeypatch.setattr(metering, "free_bytes", free)
+    assert "is full" in refused()
+    assert not cache.partial_files(TINY)
+    assert hub.count("GET", "/model.safetensors") == 1
+
+
+def test_a_cancel_leaves_no_part_and_the_next_try_is_clean(hub: StandInHub) -> None:
+    hub.faults.slow, hub.faults.piece = 0.02, 4096
+    control, events = Control(), []
+
+    def tell(kind: str, **values: Any) -> None:
+        events.append(kind)
+        if events.count("progress") == 3:
+            control.stop.set()
+
+    with pytest.raises(CancelledError):
+        fetch(Request(TINY), tell, control)
+    assert not cache.partial_files(TINY)
+    with pytest.raises(EngineError, match="not in the hub cache"):
+        resolve(TINY)
+    hub.faults.slow = 0
+    assert fetched().name == COMMIT
+
+
+def test_a_pause_lets_nothing_come(hub: StandInHub) -> None:
+    hub.faults.slow, hub.faults.piece = 0.01, 4096
+    control, came = Control(), threading.Event()
+    counts: list[int] = []
+
+    def tell(kind: str, **values: Any) -> None:
+        if kind == "progress" and not came.is_set():
+            control.paused.set()
+            came.set()
+        if kind == "progress":
+            counts.append(values["bytes"])
+
+    thread = threading.Thread(target=lambda: fetch(Request(TINY), tell, control))
+    thread.start()
+    assert came.wait(10)
+    threading.Event().wait(0.2)
+    before = len(counts)
+    threading.Event().wait(0.3)
+    assert len(counts) == before
+    control.paused.clear()
+    thread.join(20)
+    assert resolve(TINY).source == "hub cache"
+
+
+# ------------------------------------------------------------------------------------------------ hostile repositories
+
+NAMES = {
+    "a parent": "../../evil.json",
+    "an absolute path": "/etc/evil.json",
+    "an escape sequence": "\x1b]0;x\x07.json",
+    "a line break": "a\nb.json",
+    "an option": "-rf.json",
+    "hidden": ".evil.json",
+    "a pattern": "[a].json",
+    "too long": "x" * 300 + ".json",
+    "an empty part": "a//evil.safetensors",
+}
+
+
+@pytest.mark.parametrize("kind", NAMES)
+def test_a_name_that_no_model_has_refuses_the_whole(hub: StandInHub, kind: str) -> None:
+    hub.repos[TINY].files[NAMES[kind]] = b"{}"
+    said = refused(include=("*evil*",))
+    assert "names a file" in said
+    nothing_is_left()
+    assert not list(cache.cache_folder().parent.rglob("*evil*"))
+
+
+def test_ten_thousand_files_are_refused(hub: StandInHub) -> None:
+    hub.repos[TINY].files |= {f"{i}.json": b"" for i in range(10_000)}
+    assert "names 10,0" in refused()
+
+
+def config(**values: Any) -> Callable[[Repo], None]:
+    def change(repo: Repo) -> None:
+        repo.files["config.json"] = json.dumps({**json.loads(repo.files["config.json"]), **values}).encode()
+
+    return change
+
+
+def config_text(text: bytes) -> Callable[[Repo], None]:
+    return lambda repo: repo.files.update({"config.json": text})
+
+
+def only_pickles(repo: Repo) -> None:
+    repo.files["pytorch_model.bin"] = repo.files.pop("model.safetensors")
+
+
+def only_gguf(repo: Repo) -> None:
+    repo.files["tiny-Q4_K_M.gguf"] = repo.files.pop("model.safetensors")
+
+
+REFUSED = {
+    "code": (config(auto_map={"AutoModel": "x.Y"}), "auto_map"),
+    "a file of code": (config(model_file="x.py"), "model_file"),
+    "another architecture": (config(model_type="llama"), "'llama' is not Gemma-3"),
+    "a path for a type": (config(model_type="../../x"), "is not Gemma-3"),
+    "nested lists": (config_text(b"[" * 100_000), "not valid JSON"),
+    "5,000 digits": (config_text(b'{"model_type": ' + b"9" * 5000 + b"}"), "not valid JSON"),
+    "a list": (config_text(b"[]"), "no JSON object"),
+    "a large config": (config_text(b" " * (1 << 20) + b"{}"), "over the limit"),
+    "pickles alone": (only_pickles, "pytorch_model.bin, which could run code"),
+    "GGUF alone": (only_gguf, "--include: tiny-Q4_K_M.gguf"),
+    "no weights": (lambda repo: repo.files.pop("model.safetensors"), "no .safetensors"),
+    "no config": (lambda repo: repo.files.pop("config.json"), "no config.json"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_cannot_be_computed_is_refused_before_it_comes(hub: StandInHub, kind: str) -> None:
+    change, reason = REFUSED[kind]
+    change(hub.repos[TINY])
+    assert reason in refused()
+    assert hub.count("GET", "/model.safetensors") == 0
+    nothing_is_left()
+
+
+def test_code_and_pickles_stay_on_the_hub(hub: StandInHub) -> None:
+    names = set(hub.repos[TINY].files)
+    hub.repos[TINY].files |= dict.fromkeys(("modeling.py", "model.bin", ".gitattributes", "onnx/config.json"), b"x")
+    events: Events = []
+    folder = fetched(events)
+    assert {p.name for p in folder.rglob("*")} == names
+    assert events[0]["left_out"] == 2
+
+
+def test_weights_that_no_engine_may_map_are_never_usable(hub: StandInHub) -> None:
+    hub.repos[TINY].files["model.safetensors"] += b"\0"
+    assert "not a safe .safetensors file" in refused()
+    with pytest.raises(EngineError, match="not in the hub cache"):
+        resolve(TINY)
+
+
+def test_a_gguf_comes_if_it_is_named(hub: StandInHub) -> None:
+    hub.repos["org/quants"] = Repo({"tiny-Q4_K_M.gguf": b"GGUF4", "tiny-Q8_0.gguf": b"GGUF8", "README.md": b""})
+    folder = fetched(repo="org/quants", include=("*Q4_K_M.gguf",))
+    assert {p.name for p in folder.iterdir()} == {"tiny-Q4_K_M.gguf", "README.md"}

@@ -1,0 +1,122 @@
+"""Model cards as plain text, what is known of a model's folder, and a model of the hub before it is fetched."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from samples import GEMMA3_TEMPLATE
+from stand_in_hub import COMMIT, StandInHub
+
+from gemma_tui import paths
+from gemma_tui.hub.cards import MAX_BYTES, MAX_LINES, plain_text, read_card
+from gemma_tui.text import without_tokens
+
+TINY = "org/gemma-3-tiny"
+
+Commands = Callable[..., tuple[int, list[dict[str, Any]], str]]
+
+CARD = """---
+license: gemma
+tags: [a, b]
+---
+# Gemma
+
+A **bold** [model](https://x.y/z "title") with ![a picture](https://x.y/p.png) and <img src=x onerror=y>HTML</img>.
+
+> quoted `code`
+"""
+
+
+def test_a_card_is_told_without_markup(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text(CARD)
+    licence, text = read_card(tmp_path)
+    assert licence == "gemma"
+    assert text == "Gemma\n\nA bold model with a picture and HTML.\n\nquoted code"
+
+
+BOMBS = {
+    "aliases": "---\n" + "\n".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 60)) + "\n---\nx",
+    "python in the front matter": "---\nx: !!python/object/apply:os.system ['true']\n---\nx",
+    "front matter without an end": "---\n" + "a: b\n" * 100_000,
+    "brackets": "[" * 300_000,
+    "links": "[a](" * 100_000,
+    "pictures": "![" * 100_000 + "](",
+    "tags": "<a " * 100_000,
+    "emphasis": "*" * 300_000 + "_" * 300_000,
+    "a table": ("|" + "x|" * 500 + "\n") * 500,
+    "one line": "x" * 5_000_000,
+    "many lines": "x\n" * 1_000_000,
+    "escape sequences": "\x1b]52;c;eA==\x07\x9b2J\u202e" * 1000,
+    "bytes": "\udcff",
+}
+
+
+@pytest.mark.parametrize("kind", BOMBS)
+def test_a_hostile_card_is_short_clean_and_quick(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "README.md").write_bytes(BOMBS[kind].encode("utf-8", "surrogateescape"))
+    began = time.monotonic()
+    _, text = read_card(tmp_path)
+    assert time.monotonic() - began < 5
+    assert len(text) <= MAX_BYTES
+    assert text.count("\n") <= MAX_LINES
+    assert text.replace("\n", "").replace("\t", "").isprintable()
+
+
+def test_control_characters_of_a_card_are_made_visible() -> None:
+    assert plain_text("a\x1b[2Jb") == "a\u241b[2Jb"
+
+
+@pytest.mark.parametrize("text", ["hf_" + "a" * 34, "Authorization: Bearer abc.def", "https://x/y?token=abc&z=1"])
+def test_tokens_are_taken_out_of_text(text: str) -> None:
+    said = without_tokens(f"before {text} after")
+    assert "a" * 20 not in said
+    assert "abc" not in said
+    assert said.startswith("before ")
+    assert said.endswith(" after")
+
+
+def test_info_tells_the_template_by_its_hash_and_its_difference(tiny: str, command: Commands) -> None:
+    folder = paths.models() / tiny
+    code, rows, _ = command("models", "info", tiny)
+    assert (code, rows[0]["template"], rows[0]["difference"], rows[0]["commit"]) == (0, "", "", "")
+    (folder / "chat_template.jinja").write_text(GEMMA3_TEMPLATE)
+    row = command("models", "info", tiny)[1][0]
+    assert row["template"] == hashlib.sha256(GEMMA3_TEMPLATE.encode()).hexdigest()
+    assert row["difference"] == ""
+    (folder / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    assert "writes" in command("models", "info", tiny)[1][0]["difference"]
+
+
+def test_info_names_code_and_pickles_that_lie_beside(tiny: str, command: Commands) -> None:
+    for name in ("modeling.py", "model.bin", "\x1b[2J.pt"):
+        (paths.models() / tiny / name).write_bytes(b"x")
+    row = command("models", "info", tiny)[1][0]
+    assert row["left_alone"] == ["model.bin", "modeling.py", "␛[2J.pt"]
+
+
+def test_info_shows_the_card_on_demand(tiny: str, spoken: Callable[..., tuple[int, str, str]]) -> None:
+    (paths.models() / tiny / "README.md").write_text(CARD)
+    assert "A bold model" not in spoken("models", "info", tiny)[1]
+    code, said, _ = spoken("models", "info", tiny, "--card")
+    assert code == 0
+    assert "A bold model with a picture" in said
+
+
+def test_info_of_a_model_on_the_hub_tells_what_it_would_need(hub: StandInHub, command: Commands) -> None:
+    hub.repos[TINY].files["model.bin"] = b"x"
+    hub.repos[TINY].info = {"safetensors": {"parameters": {"F32": 29_000}, "total": 29_000}, "tags": ["license:gemma"]}
+    code, rows, _ = command("models", "info", TINY)
+    assert code == 0
+    row = rows[0]
+    shape = json.loads(hub.repos[TINY].files["config.json"])
+    assert (row["kind"], row["commit"], row["licence"], row["left_out"]) == ("remote", COMMIT, "gemma", ["model.bin"])
+    assert row["bytes"] == sum(len(v) for k, v in hub.repos[TINY].files.items() if k != "model.bin")
+    assert row["config"]["hidden_size"] == shape["hidden_size"]
+    assert set(row["fits"]) == set(row["memory"])
+    assert hub.count("GET", "model.safetensors") == 0
