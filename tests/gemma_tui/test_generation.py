@@ -4,9 +4,11 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from engines.base import Engine
+from engines.blocks import DecodingPass
 from gemma_tui.errors import UsageError
 from gemma_tui.studies.generation import Generation, GenerationPlan, encode_prompt, write
 from gemma_tui.studies.plan import build
@@ -61,16 +63,29 @@ def test_control_tokens_in_a_chat_are_text_and_in_a_plain_prompt_are_tokens(toke
     ]  # fmt: skip
 
 
+def said(places: list[int], tokens: list[int], decided: list[bool] | None = None) -> DecodingPass:
+    """A pass over the first prompt, which says something of some places."""
+    numbers = np.array(places, np.int32)
+    entropies = np.linspace(0.5, 1, len(places), dtype=np.float32)
+    kept = np.array(decided if decided is not None else [True] * len(places))
+    return DecodingPass(
+        numbers * 0, numbers, np.array(tokens, np.int32), entropies, np.exp(-entropies), kept, len(places)
+    )
+
+
 class Says:
     """An engine that says what it is told to, and counts how much of it was wanted."""
 
     def __init__(self, tokens: list[int]) -> None:
         self.tokens, self.drawn = tokens, 0
 
-    def generate(self, prompt: list[int], sampling: object) -> Any:
-        for token in self.tokens:
+    def model(self) -> None:
+        return None
+
+    def decode(self, prompts: list[list[int]], sampling: object, blocks: object) -> Any:
+        for place, token in enumerate(self.tokens):
             self.drawn += 1
-            yield token
+            yield said([place], [token])
 
 
 @pytest.mark.parametrize("stop", [EOS, END_OF_TURN])
