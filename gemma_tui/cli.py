@@ -173,9 +173,14 @@ def _generate(groups: argparse._SubParsersAction, wanted: bool) -> None:
     _engine_option(command)
     if wanted:  # a plan's fields are read only for the command that takes them
         from gemma_tui.commands.plans import add_options
+        from gemma_tui.studies.curve.plan import SHARED, CurvePlan
         from gemma_tui.studies.generation import GenerationPlan
 
         add_options(command, GenerationPlan)
+        over = command.add_argument_group("speed and quality over data")
+        add_options(over, CurvePlan, ("model", "dtype", *SHARED))
+        for name, what in EXPORTS:
+            over.add_argument(f"--{name}", metavar="FILE", help=f"write the curve as {what}")
 
 
 def _data(groups: argparse._SubParsersAction, wanted: bool) -> None:
