@@ -136,15 +136,16 @@ def study_curve(engine: Engine, prepared: Prepared, control: Control, done: int 
         EngineError: the model is not usable.
     """
     plan = prepared.plan
+    batches = list(prepared.batches())[-(-done // plan.batch_size) :]
+    if not batches:
+        return
     yield Event("load", done, {"model": plan.model})
     load(engine, plan.model, plan.dtype)
     yield Event("start", done, _facts(engine, prepared))
     yield from (Event("warning", done, {"text": text}) for text in prepared.warnings)
-    batches = list(prepared.batches())[-(-done // plan.batch_size) :]
     pace = Pace("decoding", done, len(batches) * len(prepared.ways), len(batches) * len(prepared.ways))
     yield pace.begin()
-    if batches:
-        _warm(engine, prepared, batches[0])
+    _warm(engine, prepared, batches[0])
     for batch in batches:
         found: dict[str, dict[str, Any]] = {}
         baseline: list[Writing] = []
