@@ -241,11 +241,12 @@ class Session:
 
         def work(engine: Engine, job: Job) -> None:
             from gemma_tui.hub.models import resolve
-            from gemma_tui.studies.generation import write
+            from gemma_tui.studies.generation import settled, write
             from gemma_tui.tokenizer import read_tokenizer
 
-            tokenizer = read_tokenizer(resolve(place.model).folder)
-            for _ in write(engine, tokenizer, plan, generation):
+            model = resolve(place.model)
+            ready, generation.warnings = settled(plan, model)
+            for _ in write(engine, read_tokenizer(model.folder), ready, generation):
                 job.share = len(generation.tokens) / plan.max_tokens
                 job.detail = f"{len(generation.tokens):,} tokens"
                 if job.control.stop.is_set():

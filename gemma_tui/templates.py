@@ -97,13 +97,16 @@ def read_template(folder: Path) -> str | None:
     return template
 
 
-def render_apart(template: str, conversations: Sequence[Messages]) -> list[str]:
+def render_apart(template: str, conversations: Sequence[Messages], begun: bool = False) -> list[str]:
     """What a template makes of conversations, in a process with limits of time, memory and output.
+
+    Args:
+        begun: with the model's turn begun after them.
 
     Raises:
         TemplateError: it is broken, refuses a conversation, or wants too much.
     """
-    work = json.dumps({"template": template, "conversations": [list(c) for c in conversations]})
+    work = json.dumps({"template": template, "conversations": [list(c) for c in conversations], "begun": begun})
     try:
         done = subprocess.run(
             [sys.executable, "-m", "gemma_tui.templates"],
@@ -120,8 +123,11 @@ def render_apart(template: str, conversations: Sequence[Messages]) -> list[str]:
     return [str(text) for text in answer["rendered"]]
 
 
-def render(template: str, messages: Messages) -> str:
+def render(template: str, messages: Messages, begun: bool = False) -> str:
     """A conversation by a template, in the sandbox; the variables are those transformers gives.
+
+    Args:
+        begun: with the model's turn begun after it.
 
     Raises:
         jinja2.TemplateError: the template is broken or refuses the conversation.
@@ -137,7 +143,7 @@ def render(template: str, messages: Messages) -> str:
     )
     environment.globals["raise_exception"] = raise_exception
     return environment.from_string(template).render(
-        messages=messages, bos_token="<bos>", eos_token="<eos>", add_generation_prompt=False, tools=None
+        messages=messages, bos_token="<bos>", eos_token="<eos>", add_generation_prompt=begun, tools=None
     )
 
 
@@ -150,7 +156,7 @@ def _worker() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     work: dict[str, Any] = json.loads(sys.stdin.read())
     try:
-        rendered = [render(work["template"], messages) for messages in work["conversations"]]
+        rendered = [render(work["template"], messages, work["begun"]) for messages in work["conversations"]]
         if sum(map(len, rendered)) > MAX_OUTPUT_CHARACTERS:
             raise ValueError("it writes too much")
         answer: dict[str, Any] = {"rendered": rendered}

@@ -24,7 +24,7 @@ class Option:
         kind: ``str``, ``int``, ``float`` or ``bool``.
         optional: whether it may be left open (None), in which case ``open_means`` tells what happens.
         low, high: the allowed range, ends included; None for no bound.
-        methods, optimizers, modes, views: those that honour it; empty for all.
+        methods, optimizers, modes, views, decoders: those that honour it; empty for all.
         fresh: whether only new weights honour it.
     """
 
@@ -43,6 +43,7 @@ class Option:
     optimizers: tuple[str, ...] = ()
     modes: tuple[str, ...] = ()
     views: tuple[str, ...] = ()
+    decoders: tuple[str, ...] = ()
     fresh: bool = False
     required: bool = False
 
@@ -66,7 +67,10 @@ class Option:
     @property
     def bound(self) -> dict[str, tuple[Any, ...]]:
         """The options that decide whether it is honoured, with the values for which it is."""
-        every = {"method": self.methods, "optimizer": self.optimizers, "mode": self.modes, "view": self.views}
+        every = {
+            "method": self.methods, "optimizer": self.optimizers, "mode": self.modes, "view": self.views,
+            "decoder": self.decoders,
+        }  # fmt: skip
         return {name: allowed for name, allowed in every.items() if allowed} | (
             {"fresh": (True,)} if self.fresh else {}
         )
