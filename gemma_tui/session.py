@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from gemma_tui.studies.attention.plan import AttentionPlan
     from gemma_tui.studies.attention.survey import HeadStudyPlan
     from gemma_tui.studies.capacity.plan import CapacityPlan
-    from gemma_tui.studies.generation import Generation, GenerationPlan
     from gemma_tui.studies.memorization.plan import MemorizationPlan
     from gemma_tui.studies.recording import Recorded
+    from gemma_tui.studies.side_by_side import SideBySide
     from gemma_tui.studies.training_plan import TrainingPlan
 
 Progress = Callable[[float, str], None]
@@ -226,8 +226,8 @@ class Session:
 
         return self._start(Job("train", "training", self.engine), work)
 
-    def generate(self, plan: GenerationPlan, generation: Generation) -> Job:
-        """Let the loaded model write into ``generation``.
+    def generate(self, texts: SideBySide) -> Job:
+        """Let the loaded model write texts of one prompt, one after the other, into what they are kept in.
 
         Raises:
             UnsupportedError: the engine is busy, or no model is loaded.
@@ -236,14 +236,12 @@ class Session:
 
         def work(engine: Engine, job: Job) -> None:
             from gemma_tui.hub.models import resolve
-            from gemma_tui.studies.generation import settled, write
+            from gemma_tui.studies.side_by_side import write_sides
             from gemma_tui.tokenizer import read_tokenizer
 
             model = resolve(place.model)
-            ready, generation.warnings = settled(plan, model)
-            for _ in write(engine, read_tokenizer(model.folder), ready, generation):
-                job.share = len(generation.tokens) / plan.max_tokens
-                job.detail = f"{len(generation.tokens):,} tokens"
+            texts.tokenizer = read_tokenizer(model.folder)
+            for job.share, job.detail in write_sides(engine, model, texts):
                 if job.control.stop.is_set():
                     break
 
