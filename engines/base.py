@@ -21,6 +21,7 @@ from engines.errors import UnsupportedError
 from engines.gemma3 import Gemma3Config
 from engines.inspection import Inspection
 from engines.networks import Networks, NetworkShape, NetworkTraining
+from engines.peak import Peak
 from engines.removal import Removal
 
 IGNORED = -100
@@ -357,6 +358,13 @@ class Engine(Protocol):
 
     def memory(self) -> int:
         """Bytes in use now: by the device's allocator, on a CPU by the process."""
+
+    def peak(self, dtype: str) -> Peak:
+        """What the device does at best in a dtype, seen in a second or two; the model is left alone.
+
+        Raises:
+            UnsupportedError: the dtype is not offered.
+        """
 
     def model(self) -> ModelInfo | None:
         """The loaded model, if there is one."""

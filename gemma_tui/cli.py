@@ -111,6 +111,7 @@ def _parser(given: Sequence[str]) -> Parser:
     groups = parser.add_subparsers(metavar="COMMAND", parser_class=Parser)
     _models(groups)
     _generate(groups, wanted="generate" in given)
+    _roofline(groups, wanted="roofline" in given)
     _data(groups, wanted="data" in given)
     _train(groups, wanted="train" in given)
     _attention(groups, wanted="attention" in given)
@@ -173,9 +174,29 @@ def _generate(groups: argparse._SubParsersAction, wanted: bool) -> None:
     _engine_option(command)
     if wanted:  # a plan's fields are read only for the command that takes them
         from gemma_tui.commands.plans import add_options
+        from gemma_tui.studies.curve.plan import SHARED, CurvePlan
         from gemma_tui.studies.generation import GenerationPlan
 
         add_options(command, GenerationPlan)
+        over = command.add_argument_group("speed and quality over data")
+        add_options(over, CurvePlan, ("model", "dtype", *SHARED))
+        for name, what in EXPORTS:
+            over.add_argument(f"--{name}", metavar="FILE", help=f"write the curve as {what}")
+
+
+def _roofline(groups: argparse._SubParsersAction, wanted: bool) -> None:
+    help = "what passes of several tokens cost on this machine, measured and by the roofline"
+    command = _command(groups, "roofline", help, "roofline:roofline")
+    command.add_argument("model", metavar="M", help="name, folder, run or hub id")
+    command.add_argument("--dtype", choices=("float32", "bfloat16"), help="dtype of the weights; the device's default")
+    for name, what in EXPORTS:
+        command.add_argument(f"--{name}", metavar="FILE", help=f"write it as {what}")
+    _engine_option(command)
+    if wanted:
+        from gemma_tui.commands.plans import add_options
+        from gemma_tui.studies.pass_times import RooflinePlan
+
+        add_options(command, RooflinePlan)
 
 
 def _data(groups: argparse._SubParsersAction, wanted: bool) -> None:

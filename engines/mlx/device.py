@@ -9,6 +9,7 @@ import mlx.core as mx
 import psutil
 
 from engines.base import DeviceInfo
+from engines.peak import COPIED, Peak, peak, side_of
 
 CACHE_LIMIT = 2 << 30
 """MLX keeps freed blocks for reuse, by default up to all memory; with varying shapes they would pile up."""
@@ -56,6 +57,16 @@ def free(device: mx.Device) -> int:
     if device.type == mx.cpu:
         return int(psutil.virtual_memory().available)
     return describe(device).memory_total - mx.get_active_memory()
+
+
+def measure(device: mx.Device, dtype: mx.Dtype) -> Peak:
+    """See ``engines.base.Engine.peak``."""
+    side = side_of("cpu" if device.type == mx.cpu else "gpu")
+    a, source = mx.ones((side, side), dtype), mx.ones(COPIED // dtype.size, dtype)
+    mx.eval(a, source)
+    # What is added has to be of the same dtype, or the sum is another's.
+    one = mx.array(1, dtype)
+    return peak(side, lambda: mx.eval(a @ a), lambda: mx.eval(source + one))
 
 
 def release() -> None:

@@ -42,6 +42,7 @@ from engines.mlx.model import Gemma3
 from engines.mlx.networks import MLXNetworks
 from engines.networks import NetworkShape, NetworkTraining
 from engines.origin import first_weights
+from engines.peak import Peak
 from engines.removal import Removal, taken_away
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2}
@@ -72,6 +73,9 @@ class MLXEngine:
 
     def memory(self) -> int:
         return device.used(self._device)
+
+    def peak(self, dtype: str) -> Peak:
+        return device.measure(self._device, _dtype(dtype))
 
     def model(self) -> ModelInfo | None:
         return self._info
@@ -228,18 +232,17 @@ class MLXEngine:
     ) -> ModelInfo:
         self.unload()
         chosen = dtype or self.device().dtypes[0]
-        if chosen not in DTYPES:
-            raise UnsupportedError(f"dtype {chosen!r} is not offered: Gemma-3 runs in {' or '.join(DTYPES)}")
+        kind = _dtype(chosen)
         ensure_memory(
             f"{folder or 'the model'} in {chosen}",
             ITEM_BYTES[chosen] * config.parameter_count(),
             device.free(self._device),
         )
         # MLX is lazy: the zeros a module starts with are never made, since every parameter is replaced.
-        model = Gemma3(config, DTYPES[chosen])
+        model = Gemma3(config, kind)
         done, total = 0, config.parameter_count()
         for name, array in weights:
-            value = _array(array).astype(DTYPES[chosen])
+            value = _array(array).astype(kind)
             model.update(tree_unflatten([(name, value)]))
             mx.eval(value)
             done += array.size
@@ -270,6 +273,12 @@ class MLXEngine:
         if self._info is None:
             raise UnsupportedError("no model is loaded: load one first")
         return self._info
+
+
+def _dtype(name: str) -> mx.Dtype:
+    if name not in DTYPES:
+        raise UnsupportedError(f"dtype {name!r} is not offered: Gemma-3 runs in {' or '.join(DTYPES)}")
+    return DTYPES[name]
 
 
 def _array(array: np.ndarray) -> mx.array:

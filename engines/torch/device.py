@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from engines.base import DeviceInfo
+from engines.peak import COPIED, Peak, peak, side_of
 
 FEW_ROWS = 16
 
@@ -50,6 +51,30 @@ def release(device: torch.device) -> None:
         torch.cuda.empty_cache()
     if device.type == "mps":
         torch.mps.empty_cache()
+
+
+def measure(device: torch.device, dtype: torch.dtype) -> Peak:
+    """See ``engines.base.Engine.peak``."""
+    side = side_of(device.type)
+    a = torch.ones((side, side), dtype=dtype, device=device)
+    source = torch.ones(COPIED // dtype.itemsize, dtype=dtype, device=device)
+    product, target = torch.empty_like(a), torch.empty_like(source)
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        if device.type == "mps":
+            torch.mps.synchronize()
+
+    def multiply() -> None:
+        torch.matmul(a, a, out=product)
+        wait()
+
+    def copy() -> None:
+        target.copy_(source)
+        wait()
+
+    return peak(side, multiply, copy)
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

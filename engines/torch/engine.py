@@ -38,6 +38,7 @@ from engines.inspection import Inspection
 from engines.memory import ensure_memory, training_bytes
 from engines.networks import NetworkShape, NetworkTraining
 from engines.origin import first_weights
+from engines.peak import Peak
 from engines.removal import Removal, taken_away
 from engines.torch import adapters, decoding, device, merging, optimizers, rank1, scoring, state, training
 from engines.torch.inspection import TorchInspection
@@ -72,6 +73,9 @@ class TorchEngine:
 
     def memory(self) -> int:
         return device.used(self._device)
+
+    def peak(self, dtype: str) -> Peak:
+        return device.measure(self._device, _dtype(dtype))
 
     def model(self) -> ModelInfo | None:
         return self._info
@@ -235,18 +239,17 @@ class TorchEngine:
     ) -> ModelInfo:
         self.unload()
         chosen = dtype or self.device().dtypes[0]
-        if chosen not in DTYPES:
-            raise UnsupportedError(f"dtype {chosen!r} is not offered: Gemma-3 runs in {' or '.join(DTYPES)}")
+        kind = _dtype(chosen)
         ensure_memory(
             f"{folder or 'the model'} in {chosen}",
             ITEM_BYTES[chosen] * config.parameter_count(),
             device.free(self._device),
         )
         with torch.device("meta"):
-            model = Gemma3(config, DTYPES[chosen])
+            model = Gemma3(config, kind)
         done, total = 0, config.parameter_count()
         for name, array in weights:
-            value = _tensor(array).to(self._device, DTYPES[chosen])
+            value = _tensor(array).to(self._device, kind)
             module, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(module), leaf, torch.nn.Parameter(value, requires_grad=False))
             done += array.size
@@ -279,6 +282,12 @@ class TorchEngine:
 
     def _tokens(self, tokens: np.ndarray) -> Tensor:
         return torch.from_numpy(tokens).to(self._device, torch.long)
+
+
+def _dtype(name: str) -> torch.dtype:
+    if name not in DTYPES:
+        raise UnsupportedError(f"dtype {name!r} is not offered: Gemma-3 runs in {' or '.join(DTYPES)}")
+    return DTYPES[name]
 
 
 def _tensor(array: np.ndarray) -> Tensor:

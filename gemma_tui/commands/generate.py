@@ -5,17 +5,26 @@ from __future__ import annotations
 import argparse
 
 from engines import open_engine
-from gemma_tui.commands.plans import plan_from
+from gemma_tui.commands.curve import curve
+from gemma_tui.commands.figures import FORMATS
+from gemma_tui.commands.plans import plan_from, refuse
 from gemma_tui.hub.models import resolve
 from gemma_tui.output import Output
+from gemma_tui.studies.curve.plan import CurvePlan
 from gemma_tui.studies.generation import Generation, GenerationPlan, settled, write
 from gemma_tui.studies.loading import load
-from gemma_tui.studies.plan import check_honoured
+from gemma_tui.studies.plan import check_honoured, options
 from gemma_tui.tokenizer import read_tokenizer
 
 
 def generate(args: argparse.Namespace, output: Output) -> int:
-    """Load a model and stream what it writes."""
+    """Load a model and stream what it writes, or decode rows in several ways."""
+    its_own, of_curves = ({o.name for o in options(plan)} - {"model"} for plan in (GenerationPlan, CurvePlan))
+    given = {name for name, value in vars(args).items() if value is not None}
+    if "data" in given:
+        refuse(given & (its_own - of_curves), "rows are gone on from greedily: leave it out with --data")
+        return curve(args, output)
+    refuse(given & ((of_curves | set(FORMATS)) - its_own - {"dtype"}), "it goes with --data")
     plan = plan_from(GenerationPlan, args, {}, "generate")
     check_honoured(plan)
     with output.progress("opening") as progress:

@@ -15,8 +15,7 @@ from typing import Any
 from engines import open_engine
 from gemma_tui.commands.figures import ROWS, WIDEST, targets_of, tell_rows, write
 from gemma_tui.commands.following import follow
-from gemma_tui.commands.plans import plan_from
-from gemma_tui.errors import UsageError
+from gemma_tui.commands.plans import plan_from, refuse
 from gemma_tui.figure import Figure, Table
 from gemma_tui.figure_text import cell_text, figure_text, table_lines
 from gemma_tui.output import Output
@@ -41,19 +40,14 @@ def memorization(args: argparse.Namespace, output: Output) -> int:
     if "where" in given:
         from gemma_tui.commands.where import where
 
-        _refuse(given & (its_own - others), "measure with it, then name that run with --where")
+        refuse(given & (its_own - others), "measure with it, then name that run with --where")
         return where(args, output)
-    _refuse(given & (others - its_own), "it goes with --where")
+    refuse(given & (others - its_own), "it goes with --where")
     plan = plan_from(MemorizationPlan, args, {"model": args.model}, "memorization")
     targets = targets_of(args)
     engine, control = open_engine(args.engine), Control()
     with closing(RunStore()) as store:
         return _follow(record_memorization(engine, plan, control, store), control, output, store, targets)
-
-
-def _refuse(given: set[str], why: str) -> None:
-    if given:
-        raise UsageError(f"--{min(given).replace('_', '-')}: {why}")
 
 
 def resume(run_name: str, output: Output) -> int:

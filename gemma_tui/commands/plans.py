@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
+from gemma_tui.errors import UsageError
 from gemma_tui.studies.plan import build, options
 
 P = TypeVar("P")
@@ -36,3 +37,13 @@ def plan_from(plan: type[P], args: argparse.Namespace, values: Mapping[str, Any]
     names = {o.name for o in options(plan)}
     given = {key: value for key, value in vars(args).items() if key in names}
     return build(plan, {**values, **given}, where)
+
+
+def refuse(given: set[str], why: str) -> None:
+    """Refuse options that do not go with the others.
+
+    Raises:
+        UsageError: there are some.
+    """
+    if given:
+        raise UsageError(f"--{min(given).replace('_', '-')}: {why}")

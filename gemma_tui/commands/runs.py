@@ -117,6 +117,10 @@ def resume_run(run: Run, output: Output) -> int:
         from gemma_tui.commands import where
 
         return where.resume(run.run_id, output)
+    if run.study == "curve":
+        from gemma_tui.commands import curve
+
+        return curve.resume(run.run_id, output)
     if run.study != "training":
         raise UsageError(f"{run.run_id} is no training run: start it again with `{run.command}`")
     control = Control()

@@ -24,7 +24,7 @@ class Event:
         kind: ``run``, ``load``, ``start``, ``resumed``, ``step``, ``merge``, ``diagnosis``, ``matrices``,
             ``evaluation``, ``memorized``, ``best``, ``early_stop``, ``checkpoint``, ``heads``, ``scored``,
             ``memorization``, ``decoded``, ``membership``, ``extraction``, ``exposure``, ``part``, ``bits``, ``cell``,
-            ``pause``, ``resume``, ``warning``, ``end``; or one of ``PASSING``.
+            ``curve``, ``pause``, ``resume``, ``warning``, ``end``; or one of ``PASSING``.
         step: the optimizer step it belongs to, 0 before the first.
         values: numbers and plain texts, ready for JSON.
     """

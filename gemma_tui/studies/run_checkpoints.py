@@ -43,6 +43,17 @@ def kept_checkpoints(store: RunStore, name: str) -> list[RunCheckpoint]:
     return found
 
 
+def training_run(store: RunStore, model: Model) -> Run | None:
+    """The training run that a model is the result of, if the store knows it."""
+    if model.source != "run":
+        return None
+    try:
+        run = store.run(model.name)
+    except GemmaTuiError:  # its folder is there, but not the run
+        return None
+    return run if run.run_id == model.name and run.study == "training" else None
+
+
 def load_checkpoint(engine: Engine, checkpoint: RunCheckpoint) -> Model:
     """Load what a run had made at a checkpoint; returns the model it started from.
 

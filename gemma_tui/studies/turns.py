@@ -62,8 +62,12 @@ def render(row: Row, tokenizer: Tokenizer, prompts: str = "turns") -> Window:
 
 def asked(text: str, tokenizer: Tokenizer) -> list[int]:
     """``<bos>``, a text as the user's turn, and the model's turn begun: Gemma's template with a generation prompt."""
-    parts = [*_turns((Message(USER, text),), tokenizer), (_model_begins(tokenizer), False)]
-    return _joined(parts).ids.tolist()
+    return asked_in((Message(USER, text),), tokenizer)
+
+
+def asked_in(messages: tuple[Message, ...], tokenizer: Tokenizer) -> list[int]:
+    """As ``asked``, for a conversation whose last turn is the user's."""
+    return _joined([*_turns(messages, tokenizer), (_model_begins(tokenizer), False)]).ids.tolist()
 
 
 def in_turns(row: Row, prompts: str) -> bool:

@@ -15,7 +15,7 @@ from gemma_tui.runs.checkpoints import MANIFEST
 from gemma_tui.runs.store import Run, RunStore
 from gemma_tui.studies.memorization.bits import Parameters
 from gemma_tui.studies.memorization.plan import MemorizationPlan
-from gemma_tui.studies.run_checkpoints import RunCheckpoint, kept_checkpoints, load_checkpoint
+from gemma_tui.studies.run_checkpoints import RunCheckpoint, kept_checkpoints, load_checkpoint, training_run
 from gemma_tui.studies.training_plan import TrainingPlan
 from gemma_tui.studies.training_plan import plan_of as training_plan_of
 
@@ -121,7 +121,7 @@ def subjects_of(plan: MemorizationPlan, store: RunStore) -> Subjects:
         targets = [Subject(f"step-{at.step:08d}", began, at) for at in kept]
     else:
         model = resolve(plan.model)
-        run = _run_of(store, model)
+        run = training_run(store, model)
         targets = [Subject(TARGET, model)]
     trained = training_plan_of(run.plan) if run else None
     reference = resolve(plan.reference) if plan.reference else _base(targets[0].model, trained)
@@ -145,16 +145,6 @@ def _base(model: Model, trained: TrainingPlan | None) -> Model | None:
     if model.adapter is not None:
         return replace(model, name=f"the base of {model.name}", adapter=None, source="folder")
     return None
-
-
-def _run_of(store: RunStore, model: Model) -> Run | None:
-    if model.source != "run":
-        return None
-    try:
-        run = store.run(model.name)
-    except GemmaTuiError:  # its folder is there, but not the run
-        return None
-    return run if run.run_id == model.name and run.study == "training" else None
 
 
 def _same(one: Model, other: Model) -> bool:
