@@ -12,6 +12,7 @@ from textual.containers import Container, Vertical
 from textual.widget import Widget
 from textual.widgets import Static
 
+from gemma_tui.screens.decoding import ROOFLINE, DecodingScreen
 from gemma_tui.screens.exporting import ask_and_export
 from gemma_tui.screens.workbench import Workbench
 from gemma_tui.studies.decoding_figure import MEASURES, NAMES, X_LABELS, decoding_figure, line_of
@@ -63,6 +64,10 @@ class GenerationScreen(Workbench):
                 tooltip="Before the first pass"),
         Binding("right_curly_bracket", "jump(1)", "Last pass", id="generation.last", show=False, key_display="}",
                 tooltip="After the last pass; what is still written is followed"),
+        Binding("k", "curve", "Curves", id="generation.curves", show=False,
+                tooltip="Speed-quality curves of block decoding over rows"),
+        Binding("l", "roofline", "Roofline", id="generation.roofline", show=False,
+                tooltip="What passes cost on this machine, beside the roofline"),
         Binding("v", "turn", "Chart", id="generation.chart", show=False, tooltip="The next chart"),
         Binding("t", "text", "Text", id="generation.text", show=False, tooltip="Read the text as it is"),
         Binding("o", "export", "Export", id="generation.export", show=False, tooltip="Write what is shown to a file"),
@@ -184,6 +189,14 @@ class GenerationScreen(Workbench):
     def action_jump(self, share: int) -> None:
         """Before the first pass (0), or after the last (1)."""
         self.action_step(self._steps if share else -self._steps)
+
+    def action_curve(self) -> None:
+        """Speed-quality curves."""
+        self.app.push_screen(DecodingScreen())
+
+    def action_roofline(self) -> None:
+        """What passes cost."""
+        self.app.push_screen(DecodingScreen(ROOFLINE))
 
     def action_turn(self) -> None:
         """Show the next chart."""
