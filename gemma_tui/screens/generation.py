@@ -101,13 +101,16 @@ class GenerationScreen(Workbench):
             yield Static("", id="clock", markup=False)
             yield Static("", id="legend", markup=False)
             yield PassChart()
-        yield form
-        yield Static("", id="explained", markup=False)
+        with Vertical(id="plan-of-texts"):
+            yield Static("", id="planned", markup=False)
+            yield form
+            yield Static("", id="explained", markup=False)
 
     def on_mount(self) -> None:
         """Follow what is written."""
         self.query_one("#warning").display = False
         self._open(True)
+        self._tell_plan()
         self.set_interval(SECONDS, self._watch)
 
     def command(self) -> str:
@@ -119,7 +122,7 @@ class GenerationScreen(Workbench):
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
         """What is for texts is on while they are seen."""
-        opened = self.is_mounted and self._form.display
+        opened = self.is_mounted and self._plans
         if action in ("stop", "generate"):
             return self._busy == (action == "stop")
         if action == "back":
@@ -147,7 +150,7 @@ class GenerationScreen(Workbench):
 
     def action_form(self) -> None:
         """Open the options, or close them if there is something else to see."""
-        self._open(not self._form.display or not self.texts.sides)
+        self._open(not self._plans or not self.texts.sides)
 
     def action_back(self) -> None:
         """Back to the texts."""
@@ -158,9 +161,9 @@ class GenerationScreen(Workbench):
         kinds = (AR, SBD, BOTH)
         kind = kinds[(kinds.index(self._kind) + 1) % len(kinds)]
         self._beside = kind == BOTH
+        self._tell_plan()
         self._form.set("decoder", AR if kind == AR else SBD)
-        said = {AR: "token by token", SBD: "in blocks", BOTH: "token by token and in blocks, side by side"}
-        self.bench.tell(f"g writes {said[kind]}")
+        self.bench.tell(self._planned)
 
     def action_shade(self) -> None:
         """Colour the tokens by the other measure."""
@@ -224,6 +227,10 @@ class GenerationScreen(Workbench):
         """What the option under the cursor does."""
         self.query_one("#explained", Static).update(event.text, layout=False)
 
+    def on_plan_form_changed(self, event: PlanForm.Changed) -> None:
+        """Show what will be written."""
+        self._tell_plan()
+
     def on_token_strip_moved(self, message: TokenStrip.Moved) -> None:
         """Both cursors are on the same place."""
         for pane in self._panes:
@@ -236,10 +243,20 @@ class GenerationScreen(Workbench):
         return self.query_one(PlanForm)
 
     @property
+    def _plans(self) -> bool:
+        """Whether the options are seen."""
+        return bool(self.query_one("#plan-of-texts").display)
+
+    @property
     def _kind(self) -> str:
         """Which decoders write: ``AR``, ``SBD`` or ``BOTH``."""
         decoder = str(self._form.values["decoder"])
         return BOTH if decoder == SBD and self._beside else decoder
+
+    @property
+    def _planned(self) -> str:
+        said = {AR: "token by token", SBD: "in blocks", BOTH: "token by token and in blocks, side by side"}
+        return f"g writes {said[self._kind]} (d changes that)"
 
     @property
     def _panes(self) -> list[SidePane]:
@@ -270,7 +287,7 @@ class GenerationScreen(Workbench):
 
     def _open(self, form: bool) -> None:
         """Show the options in place of the texts, or the texts."""
-        self._form.display = self.query_one("#explained").display = form
+        self.query_one("#plan-of-texts").display = form
         self.query_one("#texts").display = not form
         target = self._form if form or not self._panes else self._panes[-1].strip
         target.focus()
@@ -326,14 +343,17 @@ class GenerationScreen(Workbench):
         if len(panes) < 2:
             return []
         found = agreement(*(side.generation.tokens for side in self.texts.sides))
+        # Where one text has come to its end so far says nothing while it is written, or if it never was.
+        open_ended = found.first == found.compared and (self._busy or not found.compared)
+        first = None if open_ended else found.first
         for pane in panes:
-            if pane.strip.difference != found.first:
-                pane.strip.difference = found.first if not self._busy or found.first != found.compared else None
+            if pane.strip.difference != first:
+                pane.strip.difference = first
                 pane.strip.refresh()
         if not found.compared:
             return []
-        first = "" if found.first is None else f", first difference at token {found.first} (≠)"
-        return [f"agreement {100 * found.share:.1f} % of {found.compared:,} tokens{first}"]
+        where = "" if first is None else f", first difference at token {first} (≠)"
+        return [f"agreement {100 * found.share:.1f} % of {found.compared:,} tokens{where}"]
 
     def _tell_prompt(self) -> None:
         """The prompt of what is seen, on one line."""
@@ -344,6 +364,9 @@ class GenerationScreen(Workbench):
         self.query_one("#prompt", Static).update(
             Text.assemble((f"prompt, {facts}", "dim"), (said, "bold")), layout=False
         )
+
+    def _tell_plan(self) -> None:
+        self.query_one("#planned", Static).update(self._planned, layout=False)
 
     def _tell_legend(self) -> None:
         block = max((side.plan.block for side in self.texts.sides), default=1)

@@ -82,7 +82,7 @@ class SidePane(Vertical):
         end = "writing" if side.state == WRITING and running else told.ended or "ended"
         return (
             f"{name}: {len(told.tokens):,} tokens, {len(told.passes):,} passes, {told.tokens_per_pass:.2f} a pass, "
-            f"{told.tokens_per_second:.1f} tokens/s, {end}"
+            f"{told.tokens_per_second:.1f} tokens/s, {one_line(end)}"
         )
 
     def _under(self, other: SidePane | None) -> str:
