@@ -34,7 +34,12 @@ if TYPE_CHECKING:
 QUIT_SECONDS = 1.5
 """How long leaving waits for a step in hand; with what the terminal takes it stays under two seconds."""
 
-GOES_ON = {"study": "y with its name", "sweep": "u on the capacity screen", "measure": "u on the capacity screen"}
+GOES_ON = {
+    "study": "y with its name",
+    "sweep": "u on the capacity screen",
+    "measure": "u on the capacity screen",
+    "curve": "u among the curves of the generation screen",
+}
 """Jobs that are runs beside training, and the key that goes on with one that was stopped."""
 
 HUNG_UP = 129

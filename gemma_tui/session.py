@@ -24,9 +24,11 @@ if TYPE_CHECKING:
     from gemma_tui.studies.attention.plan import AttentionPlan
     from gemma_tui.studies.attention.survey import HeadStudyPlan
     from gemma_tui.studies.capacity.plan import CapacityPlan
-    from gemma_tui.studies.generation import Generation, GenerationPlan
+    from gemma_tui.studies.curve.plan import CurvePlan
     from gemma_tui.studies.memorization.plan import MemorizationPlan
+    from gemma_tui.studies.pass_times import PassTimes, RooflinePlan
     from gemma_tui.studies.recording import Recorded
+    from gemma_tui.studies.side_by_side import SideBySide
     from gemma_tui.studies.training_plan import TrainingPlan
 
 Progress = Callable[[float, str], None]
@@ -42,7 +44,7 @@ class Job:
     """Something an engine is doing.
 
     Attributes:
-        kind: ``load``, ``train``, ``generate``, ``look``, ``study``, ``sweep`` or ``measure``.
+        kind: ``load``, ``train``, ``generate``, ``look``, ``study``, ``sweep``, ``measure``, ``curve`` or ``roofline``.
         label: a few words for the status line.
         share: how much of it is done, 0 to 1.
         detail: what is being done now.
@@ -231,8 +233,8 @@ class Session:
 
         return self._start(Job("train", "training", self.engine), work)
 
-    def generate(self, plan: GenerationPlan, generation: Generation) -> Job:
-        """Let the loaded model write into ``generation``.
+    def generate(self, texts: SideBySide) -> Job:
+        """Let the loaded model write texts of one prompt, one after the other, into what they are kept in.
 
         Raises:
             UnsupportedError: the engine is busy, or no model is loaded.
@@ -241,14 +243,12 @@ class Session:
 
         def work(engine: Engine, job: Job) -> None:
             from gemma_tui.hub.models import resolve
-            from gemma_tui.studies.generation import settled, write
+            from gemma_tui.studies.side_by_side import write_sides
             from gemma_tui.tokenizer import read_tokenizer
 
             model = resolve(place.model)
-            ready, generation.warnings = settled(plan, model)
-            for _ in write(engine, read_tokenizer(model.folder), ready, generation):
-                job.share = len(generation.tokens) / plan.max_tokens
-                job.detail = f"{len(generation.tokens):,} tokens"
+            texts.tokenizer = read_tokenizer(model.folder)
+            for job.share, job.detail in write_sides(engine, model, texts):
                 if job.control.stop.is_set():
                     break
 
@@ -402,7 +402,7 @@ class Session:
 
             return record_memorization(engine, plan, control, store)
 
-        return self._measure(begin)
+        return self._measure(begin, "measure", "memorization")
 
     def resume_measure(self, run: str) -> Job:
         """Go on with a measurement on the chosen engine.
@@ -416,10 +416,55 @@ class Session:
 
             return resume_memorization(engine, store.run(run), control, store)
 
-        return self._measure(begin)
+        return self._measure(begin, "measure", "memorization")
 
-    def _measure(self, begin: Begin) -> Job:
-        """Let a measurement take its course, and load again what was there before."""
+    def curve(self, plan: CurvePlan) -> Job:
+        """Decode rows in several ways, as a run; the model that is loaded is so afterwards, too.
+
+        Raises:
+            UnsupportedError: the engine is busy.
+        """
+
+        def begin(engine: Engine, control: Control, store: RunStore) -> Recorded:
+            from gemma_tui.studies.curve.measure import record_curve
+
+            return record_curve(engine, plan, control, store)
+
+        return self._measure(begin, "curve", "decoding")
+
+    def resume_curve(self, run: str) -> Job:
+        """Go on with a curve on the chosen engine.
+
+        Raises:
+            UnsupportedError: the engine is busy.
+        """
+
+        def begin(engine: Engine, control: Control, store: RunStore) -> Recorded:
+            from gemma_tui.studies.curve.measure import resume_curve
+
+            return resume_curve(engine, store.run(run), control, store)
+
+        return self._measure(begin, "curve", "decoding")
+
+    def roofline(self, plan: RooflinePlan, found: list[PassTimes]) -> Job:
+        """Time forward passes of the loaded model; ``found`` gets what is measured.
+
+        Raises:
+            UnsupportedError: the engine is busy, or no model is loaded.
+        """
+        self._loaded()
+
+        def work(engine: Engine, job: Job) -> None:
+            from gemma_tui.studies.pass_times import time_passes
+
+            for job.share in time_passes(engine, plan, found):
+                if job.control.stop.is_set():
+                    break
+
+        return self._start(Job("roofline", "timing passes", self.engine), work)
+
+    def _measure(self, begin: Begin, kind: str, label: str) -> Job:
+        """Let a run over rows of data take its course, and load again what was there before."""
         place = self.place
 
         def work(engine: Engine, job: Job) -> None:
@@ -431,7 +476,7 @@ class Session:
                         if event.kind == "load":
                             place.model = event.values["model"]
                         job.share, job.passing = event.step / total, passing(event)
-                        job.detail = f"{event.step:,}/{total:,} sequences"
+                        job.detail = f"{event.step:,}/{total:,} rows"
                         place.info, place.memory = engine.model(), engine.memory()
                 finally:
                     if engine.model() is held:
@@ -440,7 +485,7 @@ class Session:
                         place.model, place.info = "", None
                         place.settle(engine, name, anew=True)
 
-        return self._start(Job("measure", "memorization", self.engine), work)
+        return self._start(Job(kind, label, self.engine), work)
 
     def stop(self) -> None:
         """Ask everything that runs to end; training saves first."""

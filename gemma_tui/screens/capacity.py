@@ -19,8 +19,8 @@ from gemma_tui.figure import Figure
 from gemma_tui.runs.store import Run, RunStore
 from gemma_tui.screens import steering
 from gemma_tui.screens.capacity_plans import MEASURE, CapacityPlans
-from gemma_tui.screens.capacity_run import JOBS, LISTED, STUDIES, SWEEP, FollowedRun, check_idle, in_words
 from gemma_tui.screens.exporting import ask_and_export
+from gemma_tui.screens.followed_run import LISTED, MEASUREMENT, SWEEP, FollowedRun, check_idle, in_words
 from gemma_tui.screens.workbench import Workbench
 from gemma_tui.studies.capacity.plan import CapacityPlan, cells_of
 from gemma_tui.studies.capacity.sweep import extended, sweep_plan
@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 
 SECONDS = 1.0
 """Between two looks at the store."""
+
+STUDIES, JOBS = (SWEEP, MEASUREMENT), ("sweep", "measure")
+"""Runs that are listed, and the kinds of the jobs that compute them."""
 
 SIZES = Option("sizes", str, "", "numbers of strings of the cells that are added, with commas")
 NOTHING = "no run yet: n plans a sweep, m measures what a model has memorised"

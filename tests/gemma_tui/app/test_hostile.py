@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from decoding_passes import said as one
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from textual import events
-from textual.widgets import DataTable, Input, Static
+from textual.widgets import DataTable, Input
 
 import gemma_tui.hub.models
-import gemma_tui.studies.generation
+import gemma_tui.studies.side_by_side
 from engines.errors import EngineError
 from engines.torch.engine import TorchEngine
 from gemma_tui import paths
@@ -28,6 +29,7 @@ from gemma_tui.runs.queue import Queue
 from gemma_tui.runs.store import RunStore
 from gemma_tui.studies.generation import Generation
 from gemma_tui.studies.training_plan import TrainingPlan
+from gemma_tui.tokenizer import Tokenizer
 from gemma_tui.widgets.dialogs import Reading
 from gemma_tui.widgets.event_log import EventLog
 from gemma_tui.widgets.plan_form import Field, PlanForm
@@ -89,24 +91,37 @@ def folder_name(text: str) -> str:
 
 
 async def test_what_the_model_writes(opened: Open, tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def write(engine: Any, tokenizer: Any, plan: Any, generation: Generation) -> Iterator[str]:
-        for piece in (*plan.prompt, plan.prompt):  # an escape sequence comes in pieces, too
-            generation.tokens.append(1)
-            generation.text += piece
-            generation.seconds = 1.0
-            yield piece
+    said = {"text": ""}
 
-    monkeypatch.setattr(gemma_tui.studies.generation, "write", write)
+    def write(engine: Any, tokenizer: Any, plan: Any, generation: Generation) -> Iterator[str]:
+        for place in range(3):
+            generation.passes.append(one((place, 7, 1.0, True)))
+            generation.tokens.append(7)
+            generation.text += plan.prompt
+            generation.seconds = 1.0
+            yield plan.prompt
+        generation.ended = plan.prompt
+        generation.warnings.append(plan.prompt)
+
+    monkeypatch.setattr(gemma_tui.studies.side_by_side, "write", write)
+    monkeypatch.setattr(Tokenizer, "token", lambda self, token: said["text"])
     async with opened(model=tiny) as it:
         await it.loaded(tiny)
         await it.mode("5", "generation")
         form = it.app.screen.query_one(PlanForm)
         await it.until(lambda: form.row_count, "the form")
         for text in TEXTS:
+            said["text"] = text
             form.set("prompt", text)
+            await it.press("f")
             await it.press("g")
-            await it.until(lambda: it.static("#speed").endswith("ended"), "the end")
+            screen = it.app.screen
+            await it.until(lambda screen=screen: screen.step == 3 and screen._job is None, "the end")  # type: ignore[attr-defined]
+            assert nothing_foreign(it).count(WORD) > 5
+            await it.press("t")
+            await it.until(lambda: isinstance(it.app.screen, Reading), "the text")
             assert WORD in nothing_foreign(it)
+            await it.press("escape")
             await it.press("c")
             assert isinstance(it.app.screen, Reading)
             assert WORD in nothing_foreign(it)
@@ -117,7 +132,6 @@ async def test_what_the_model_writes(opened: Open, tiny: str, monkeypatch: pytes
             assert WORD in nothing_foreign(it)
             await it.press("escape")
             await it.until(lambda: not isinstance(it.app.screen, Field), "the end of the field")
-            it.app.screen.query_one("#speed", Static).update("")
 
 
 async def test_what_is_pasted_into_a_field(opened: Open) -> None:

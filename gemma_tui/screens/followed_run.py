@@ -1,4 +1,4 @@
-"""A capacity sweep or a measurement of memorization, as the capacity screen follows it while it grows."""
+"""A sweep, a measurement of memorization or a speed-quality curve, as a screen follows it while it grows."""
 
 from __future__ import annotations
 
@@ -16,12 +16,15 @@ from gemma_tui.runs.tail import Tail
 from gemma_tui.studies.capacity.results import Sweep, sweep_figure
 from gemma_tui.studies.capacity.sweep import STUDY as SWEEP
 from gemma_tui.studies.capacity.sweep import sweep_plan
+from gemma_tui.studies.curve.measure import STUDY as CURVE
+from gemma_tui.studies.curve.measure import plan_of as curve_plan
+from gemma_tui.studies.curve.results import Curve, curve_figure
 from gemma_tui.studies.memorization.inquiry import FURTHER
 from gemma_tui.studies.memorization.meter import STUDY as MEASUREMENT
 from gemma_tui.studies.memorization.results import memorization_figure, read_measured
 
-STUDIES, JOBS = (SWEEP, MEASUREMENT), ("sweep", "measure")
-"""Runs that the capacity screen lists, and the kinds of the jobs that compute them."""
+COUNTED = {SWEEP: "cells", MEASUREMENT: "sequences", CURVE: "rows"}
+"""What the steps of a run are, by its study."""
 
 LISTED = 200
 
@@ -44,6 +47,7 @@ class FollowedRun:
     _rested: float = 0.0
     _tail: Tail | None = None
     _sweep: Sweep | None = None
+    _curve: Curve | None = None
 
     def follow(self, run: Run, grown: Callable[[str], object]) -> None:
         """Let a thread read the run, if it has changed and it is time.
@@ -78,6 +82,11 @@ class FollowedRun:
                 if any(row.kind in (MEASUREMENT, *FURTHER) for row in rows):
                     self.figure = memorization_figure(read_measured(store, run))
                 return
+        if run.study == CURVE:
+            curve = self._curve = self._curve or Curve(curve_plan(run))
+            curve.add(rows)
+            self.figure = curve_figure(curve) if curve.rows else None
+            return
         plan = sweep_plan(run)
         sweep = self._sweep = self._sweep or Sweep(plan)
         if rows or sweep.plan != plan or self.figure is None:
@@ -88,8 +97,7 @@ class FollowedRun:
 
 def in_words(run: Run) -> str:
     """A run and how far it is, for a person."""
-    what = "cells" if run.study == SWEEP else "sequences"
-    return f"{run.run_id} · {run.state} · {run.step:,}/{run.steps:,} {what}"
+    return f"{run.run_id} · {run.state} · {run.step:,}/{run.steps:,} {COUNTED[run.study]}"
 
 
 def check_idle(run: Run, engine: str) -> None:
