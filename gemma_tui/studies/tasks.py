@@ -34,14 +34,14 @@ PLACES = (
 
 
 def record(draw: random.Random) -> PromptRow:
-    """Five fields, and an account of them in which each comes back at its places; the price is count times coin."""
+    """Five fields, and an account of them in which each comes back at its places, and so does one bag more."""
     person, goods, place = draw.choice(PEOPLE), draw.choice(GOODS), draw.choice(PLACES)
     count, coin = draw.randint(2, 9), draw.randint(2, 9)
     fields = f"{person}, {goods}, {place}, {count}, {coin}"
     account = (
         f"The {person} went to the {place} and asked for {goods}.\n"
         f"There were {count} bags of {goods}, and each was {coin} pieces of silver.\n"
-        f"So the {person} gave {count * coin} pieces of silver for the {count} bags.\n"
+        f"The {person} gave {coin} pieces of silver for each, and took {count + 1} bags, one as a gift.\n"
         f"Then the {person} took the {goods} and went home from the {place}."
     )
     return PromptRow(fields, account)
