@@ -32,8 +32,8 @@ EXPORTS = (
     ("csv", "tables"),
 )
 COMMANDS = (
-    "models list, generate, data, train, attention, capacity sweep, memorization, canaries, adapters list, runs list, "
-    "doctor"
+    "models list, generate, roofline, data, train, attention, capacity sweep, memorization, canaries, adapters list, "
+    "runs list, doctor"
 )
 
 

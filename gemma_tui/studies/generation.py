@@ -8,14 +8,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from engines.base import Engine, Sampling
-from engines.blocks import MASK, ORDERS, BlockDecoding
+from engines.blocks import MASK, ORDERS, BlockDecoding, DecodingPass
 from engines.gemma3 import Gemma3Config
 from gemma_tui.errors import UsageError
 from gemma_tui.hub.models import Model
 from gemma_tui.hub.set_blocks import set_blocks_of
 from gemma_tui.studies.chat import ask
 from gemma_tui.studies.plan import option
-from gemma_tui.studies.writing import Trace, Writing, parse_stops
+from gemma_tui.studies.writing import Writing, parse_stops
 from gemma_tui.tokenizer import END_OF_TURN, EOS, Tokenizer
 
 STOP_IDS = (EOS, END_OF_TURN)
@@ -70,16 +70,18 @@ class GenerationPlan:
 
 
 @dataclass
-class Generation(Trace):
+class Generation:
     """What was written so far; ``text`` is not cleaned.
 
     Attributes:
+        passes: all forward passes, the last of which ended the text.
         tokens: decided without a gap, up to the one that ended the text.
         seconds: since the prompt was given, reading it included.
         ended: ``stop token`` or ``stop string``; nothing where the text was cut, or goes on.
         warnings: what a person should know before believing the text.
     """
 
+    passes: list[DecodingPass] = field(default_factory=list)
     prompt_tokens: int = 0
     tokens: list[int] = field(default_factory=list)
     text: str = ""

@@ -100,13 +100,11 @@ def time_passes(engine: Engine, plan: RooflinePlan, found: list[PassTimes]) -> I
 
 
 def _timed(engine: Engine, prompts: list[list[int]], width: int) -> list[float]:
-    """Seconds of the passes of one width, without the first, which reads the prompt."""
+    """Seconds of the passes of one width; that of the prompt, and those that read a block before, are wider."""
     times, began = [], time.perf_counter()
-    for number, said in enumerate(
-        engine.decode(prompts, Sampling(max(PASSES, width)), BlockDecoding(width, gamma=0.0))
-    ):
+    for said in engine.decode(prompts, Sampling(max(PASSES, width)), BlockDecoding(width, gamma=0.0)):
         now = time.perf_counter()
-        if number and said.width == width:
+        if said.width == width:
             times.append(now - began)
         if len(times) == PASSES:
             break

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from engines.blocks import DecodingPass
 from gemma_tui.tokenizer import Stream, Tokenizer
@@ -134,17 +134,11 @@ class Decision:
     probability: float
 
 
-@dataclass
-class Trace:
-    """All passes of a text, and what each place was decided with."""
-
-    passes: list[DecodingPass] = field(default_factory=list)
-
-    def decisions(self, row: int = 0) -> dict[int, Decision]:
-        """By place, also of places after the end of the text."""
-        found = {}
-        for step, said in enumerate(list(self.passes), 1):
-            for i in ((said.rows == row) & said.decided).nonzero()[0]:
-                token, entropy = int(said.tokens[i]), float(said.entropies[i])
-                found[int(said.places[i])] = Decision(token, step, entropy, float(said.probabilities[i]))
-        return found
+def decisions(passes: Sequence[DecodingPass], row: int = 0) -> dict[int, Decision]:
+    """What each place of a prompt was decided with, also places after the end of the text."""
+    found = {}
+    for step, said in enumerate(passes, 1):
+        for i in ((said.rows == row) & said.decided).nonzero()[0]:
+            token, entropy = int(said.tokens[i]), float(said.entropies[i])
+            found[int(said.places[i])] = Decision(token, step, entropy, float(said.probabilities[i]))
+    return found

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,14 @@ import pytest
 
 from engines.base import Engine
 from engines.blocks import DecodingPass
-from gemma_tui.errors import UsageError
-from gemma_tui.studies.generation import Generation, GenerationPlan, encode_prompt, write
-from gemma_tui.studies.plan import build
+from gemma_tui.errors import GemmaTuiError, UsageError
+from gemma_tui.hub.models import Model
+from gemma_tui.studies.generation import Generation, GenerationPlan, encode_prompt, settled, write
+from gemma_tui.studies.plan import build, check_honoured
+from gemma_tui.studies.writing import decisions
 from gemma_tui.tokenizer import BOS, END_OF_TURN, EOS, MASK, START_OF_TURN, Tokenizer
+
+LAST_BYTE = 362
 
 
 @pytest.mark.parametrize(
@@ -22,6 +27,13 @@ from gemma_tui.tokenizer import BOS, END_OF_TURN, EOS, MASK, START_OF_TURN, Toke
         *[("temperature", v) for v in (-0.1, 100.1, math.nan, math.inf, "nan", "hot")],
         *[("top_p", v) for v in (0, -1, 1.01, math.nan, "nan")],
         *[("top_k", v) for v in (-1, 1.5)],
+        *[("gamma", v) for v in (-0.1, math.nan, "nan", math.inf)],
+        *[("block", v) for v in (0, -1, 4097)],
+        *[("min_p", v) for v in (-0.1, 1.1)],
+        *[("repetition_penalty", v) for v in (0, -1, math.nan)],
+        ("mask_token", -1),
+        ("order", "chance"),
+        ("decoder", "beam"),
         ("seed", -1),
         ("prompt", ""),
     ],
@@ -130,3 +142,106 @@ def test_both_engines_write_the_same(
         list(write(engine, tokenizer, GenerationPlan("The fox", max_tokens=12, temperature=0.0), generation))
         written.append(generation.tokens)
     assert written[0] == written[1]
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5])
+def test_blocks_of_one_token_are_greedy_decoding(
+    engine: Engine, prepared_model: Path, tokenizer: Tokenizer, gamma: float
+) -> None:
+    engine.load(prepared_model)
+    plans = (
+        GenerationPlan("The fox", max_tokens=12, temperature=0.0),
+        GenerationPlan("The fox", decoder="sbd", block=1, gamma=gamma, max_tokens=12, temperature=0.0),
+    )
+    made = [Generation(), Generation()]
+    for plan, generation in zip(plans, made, strict=True):
+        list(write(engine, tokenizer, plan, generation))
+    assert made[0].tokens == made[1].tokens
+    assert [len(one.passes) for one in made] == [12, 12]
+
+
+def test_a_text_in_blocks_is_its_tokens_and_takes_fewer_passes(
+    both_engines: tuple[Engine, Engine], prepared_model: Path, tokenizer: Tokenizer
+) -> None:
+    plan, written = GenerationPlan("The fox", decoder="sbd", block=4, gamma=14.0, max_tokens=12, temperature=0.0), []
+    for engine in both_engines:
+        engine.load(prepared_model, "float32")
+        generation = Generation()
+        pieces = list(write(engine, tokenizer, plan, generation))
+        assert "".join(pieces) == generation.text == tokenizer.decode(generation.tokens)
+        decided = decisions(generation.passes)
+        assert [decided[place].token for place in range(12)] == generation.tokens
+        assert generation.tokens_per_pass == 12 / len(generation.passes) > 1
+        written.append(generation.tokens)
+    assert written[0] == written[1]
+
+
+def test_a_stop_string_ends_the_text(engine: Engine, prepared_model: Path, tokenizer: Tokenizer) -> None:
+    engine.load(prepared_model)
+    whole, cut = Generation(), Generation()
+    plan = GenerationPlan("The fox", max_tokens=12, temperature=0.0)
+    list(write(engine, tokenizer, plan, whole))
+    stop = tokenizer.decode([next(token for token in whole.tokens if token > LAST_BYTE)])
+    pieces = list(write(engine, tokenizer, replace(plan, stop=stop.replace(",", "\\,")), cut))
+    assert "".join(pieces) == cut.text == whole.text[: whole.text.index(stop)]
+    assert (cut.ended, cut.stopped) == ("stop string", True)
+    assert len(cut.passes) == len(cut.tokens) < 12
+
+
+@pytest.mark.parametrize(
+    ("values", "why"),
+    [
+        ({"block": 255}, "253 tokens of the context of 256 are left"),
+        ({"max_tokens": 254}, "max_tokens: 253"),
+        ({"mask_token": 450}, "no token 450"),
+    ],
+)
+def test_blocks_without_room_are_refused(
+    torch_engine: Engine, prepared_model: Path, tokenizer: Tokenizer, values: dict[str, Any], why: str
+) -> None:
+    torch_engine.load(prepared_model)
+    plan = build(GenerationPlan, {"prompt": "The fox", "decoder": "sbd", **values})
+    prompt = len(tokenizer.encode("The fox"))
+    with pytest.raises(UsageError, match=why.replace("253", str(256 - prompt))):
+        list(write(torch_engine, tokenizer, plan, Generation()))
+
+
+@pytest.mark.parametrize("name", ["block", "gamma", "order", "mask_token"])
+def test_options_of_blocks_make_no_difference_token_by_token(name: str) -> None:
+    values = {"block": 8, "gamma": 1.0, "order": "margin", "mask_token": 5}
+    with pytest.raises(UsageError, match=name):
+        check_honoured(build(GenerationPlan, {"prompt": "a", name: values[name]}))
+    check_honoured(build(GenerationPlan, {"prompt": "a", "decoder": "sbd", name: values[name]}))
+
+
+def block_model(folder: Path, told: str, adapter: bool = False) -> Model:
+    """A model whose folder, or whose adapter's, holds what is told of its training."""
+    part = folder / ("adapter" if adapter else "model")
+    part.mkdir(parents=True)
+    (part / "set_blocks.json").write_text(told)
+    return Model("mine", folder / "model", "folder", part if adapter else None)
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_the_mask_is_that_of_the_training(tmp_path: Path, adapter: bool) -> None:
+    model = block_model(tmp_path, '{"mask_token": 7, "max_block": 16}', adapter)
+    plan = GenerationPlan("a", decoder="sbd")
+    assert settled(plan, model) == (replace(plan, mask_token=7), [])
+    assert settled(replace(plan, mask_token=7), model) == (replace(plan, mask_token=7), [])
+    with pytest.raises(UsageError, match="mask token 7, not 4"):
+        settled(replace(plan, mask_token=4), model)
+    assert "blocks of 16 tokens at most, not 32" in settled(replace(plan, block=32), model)[1][0]
+    assert settled(GenerationPlan("a"), model) == (GenerationPlan("a"), [])
+
+
+def test_a_model_that_knows_no_mask_is_warned_of(tmp_path: Path) -> None:
+    plan, model = GenerationPlan("a", decoder="sbd"), Model("mine", tmp_path, "folder")
+    ready, warnings = settled(plan, model)
+    assert ready.mask_token == MASK
+    assert "not trained with a mask token" in warnings[0]
+
+
+@pytest.mark.parametrize("told", ["", "[]", "{}", '{"mask_token": "4", "max_block": 16}', "[" * 100_000])
+def test_what_a_training_told_of_blocks_is_checked(tmp_path: Path, told: str) -> None:
+    with pytest.raises(GemmaTuiError, match=r"set_blocks\.json"):
+        settled(GenerationPlan("a", decoder="sbd"), block_model(tmp_path, told))
