@@ -18,7 +18,7 @@ import numpy as np
 from engines.blocks import BlockDecoding, DecodingPass, Noise
 from engines.edits import Edit
 from engines.errors import UnsupportedError
-from engines.gemma3 import Gemma3Config
+from engines.gemma3 import Gemma3Config, Quantization
 from engines.inspection import Inspection
 from engines.networks import Networks, NetworkShape, NetworkTraining
 from engines.peak import Peak
@@ -541,4 +541,25 @@ class Engine(Protocol):
 
         Args:
             dtype: of the file; None takes the one the model was loaded in.
+        """
+
+    def quantise(
+        self,
+        source: Path,
+        target: Path,
+        config: Mapping[str, Any],
+        quantization: Quantization,
+        dtype: str = "bfloat16",
+        progress: Progress | None = None,
+    ) -> None:
+        """Write a plain model in mlx-lm's quantised layout, one matrix at a time; the loaded model is left alone.
+
+        Args:
+            target: a folder that exists.
+            config: what ``config.json`` says beside the quantisation.
+            dtype: of scales, biases and norms.
+
+        Raises:
+            UnsupportedError: the engine computes with no such weights, or the model cannot be quantised so.
+            CheckpointError: the files are broken, or the disk is full.
         """

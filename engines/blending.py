@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,10 @@ import numpy as np
 
 from engines.adapters import Factors, LowRank, target_modules
 from engines.base import LINEARS, LoRASettings, Progress
-from engines.checkpoints import as_bfloat16, as_float32, iterate_model, write_json, write_safetensors
+from engines.checkpoints import as_bfloat16, as_float32, write_json, write_safetensors
 from engines.errors import CheckpointError, UnsupportedError
 from engines.gemma3 import Gemma3Config, read_config
+from engines.quantization import iterate_dense
 
 WAYS = ("linear", "svd", "cat")
 
@@ -175,7 +176,7 @@ def fuse(
 
     def arrays() -> Iterator[tuple[str, np.ndarray]]:
         nonlocal done
-        for name, stored in iterate_model(model, shapes):
+        for name, stored in iterate_dense(model, config):
             module = name.removesuffix(".weight")
             value = as_float32(stored)
             if module in factors:
@@ -186,5 +187,5 @@ def fuse(
                 progress(done / total, name)
 
     write_safetensors(target / "model.safetensors", arrays(), {name: (kind, shape) for name, shape in shapes.items()})
-    terms: Mapping[str, Any] = config.to_dict()
+    terms: Mapping[str, Any] = replace(config, quantization=None).to_dict()
     write_json(target / "config.json", {**terms, "dtype": dtype})

@@ -30,7 +30,10 @@ ITEM_BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1,
     "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1,
 }  # fmt: skip
-FLOATS: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
+ARRAYS: dict[str, np.dtype[Any]] = {
+    "F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2"), "U32": np.dtype("<u4"),
+}  # fmt: skip
+"""What weights are kept in; U32 holds packed numbers of a few bits."""
 
 
 @dataclass(frozen=True)
@@ -169,16 +172,16 @@ def _sharded(folder: Path, index: Path) -> dict[str, StoredTensor]:
 
 
 def read_array(tensor: StoredTensor) -> np.ndarray:
-    """The tensor's own bits: float32, float16, or bfloat16 as uint16.
+    """The tensor's own bits: float32, float16, uint32, or bfloat16 as uint16.
 
     Raises:
-        CheckpointError: the dtype is no float that Gemma-3 is kept in, or the file shrank meanwhile.
+        CheckpointError: the dtype is none that Gemma-3 is kept in, or the file shrank meanwhile.
     """
-    if tensor.dtype not in FLOATS:
+    if tensor.dtype not in ARRAYS:
         raise CheckpointError(
             f"{tensor.path}: {tensor.name[:60]!r} is {tensor.dtype}; weights in F32, F16 or BF16 are needed"
         )
-    dtype: np.dtype[Any] = FLOATS[tensor.dtype]
+    dtype: np.dtype[Any] = ARRAYS[tensor.dtype]
     count = math.prod(tensor.shape)
     with tensor.path.open("rb") as file:
         file.seek(tensor.offset)
@@ -212,6 +215,11 @@ def text_model_name(name: str) -> str | None:
         if name.startswith(prefix):
             return "model." + name.removeprefix(prefix)
     return name if name.startswith("model.") and not name.startswith("model.vision") else None
+
+
+def text_tensors(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """Those of the text model, by the names they have in ``Gemma3ForCausalLM``."""
+    return {known: tensor for name, tensor in tensors.items() if (known := text_model_name(name)) is not None}
 
 
 def write_safetensors(
@@ -297,13 +305,12 @@ def iterate_model(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> Iterat
     Raises:
         CheckpointError: a parameter is missing or has another shape than the config says.
     """
-    stored = {}
-    for name, tensor in model_tensors(folder).items():
-        if (known := text_model_name(name)) is not None:
-            stored[known] = tensor
+    stored = text_tensors(model_tensors(folder))
     for name, shape in shapes.items():
         if name not in stored:
             raise CheckpointError(f"{folder} lacks {name}: fetch the model again")
+        if stored[name].dtype == "U32":
+            raise CheckpointError(f"{folder}: {name} is packed, and its config.json says nothing of it: fetch it again")
         if stored[name].shape != shape:
             raise CheckpointError(
                 f"{folder}: {name} is {list(stored[name].shape)}, its config.json says {list(shape)}: fetch it again"

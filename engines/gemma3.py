@@ -7,6 +7,7 @@ transformers 4 and 5 write.
 from __future__ import annotations
 
 import json
+import math
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,9 +29,30 @@ class Rope:
     factor: float = 1.0
 
 
+BITS = (2, 3, 4, 5, 6, 8)
+GROUP_SIZES = (32, 64, 128)
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """MLX's affine quantisation: numbers of ``bits``, and a scale and a bias for each ``group_size`` of a row."""
+
+    bits: int
+    group_size: int = 64
+
+    def block(self) -> dict[str, Any]:
+        """What ``config.json`` says of it; the second key is for readers that know only that."""
+        block = {"group_size": self.group_size, "bits": self.bits, "mode": "affine"}
+        return {"quantization": block, "quantization_config": block}
+
+
 @dataclass(frozen=True)
 class Gemma3Config:
-    """The text model of Gemma-3, in Hugging Face's terms."""
+    """The text model of Gemma-3, in Hugging Face's terms.
+
+    Attributes:
+        quantization: how the matrices are packed on disk and in memory; None for plain weights.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -49,6 +71,7 @@ class Gemma3Config:
     bos_token_id: int = 2
     eos_token_ids: tuple[int, ...] = (1,)
     pad_token_id: int = 0
+    quantization: Quantization | None = None
 
     def rope(self, layer: int) -> Rope:
         """The rotary embedding of a layer."""
@@ -107,6 +130,16 @@ class Gemma3Config:
         table = self.vocab_size * d if embeddings else 0
         return table + self.num_hidden_layers * layer + d
 
+    def weight_bytes(self, item: int) -> int:
+        """Bytes of all weights in a dtype of ``item`` bytes; of packed matrices their scales and biases are in it."""
+        plain = item * self.parameter_count()
+        if (how := self.quantization) is None:
+            return plain
+        packed = sum(
+            math.prod(s) for s in self.parameter_shapes().values() if len(s) == 2 and not s[1] % how.group_size
+        )
+        return plain - item * packed + packed * how.bits // 8 + 2 * item * packed // how.group_size
+
     def lora_count(self, rank: int, targets: tuple[str, ...]) -> int:
         """Number of adapter parameters for one rank on the named linears of every layer."""
         chosen = [s for path, s in self.linear_shapes().items() if path.split(".")[-1] in targets]
@@ -147,7 +180,7 @@ class Gemma3Config:
             "bos_token_id": self.bos_token_id,
             "eos_token_id": list(self.eos_token_ids) if len(self.eos_token_ids) > 1 else self.eos_token_ids[0],
             "pad_token_id": self.pad_token_id,
-        }
+        } | (self.quantization.block() if self.quantization else {})
 
 
 def _whole(number: float) -> float | int:
@@ -222,6 +255,7 @@ def parse_config(raw: Mapping[str, Any], where: str = "config") -> Gemma3Config:
         bos_token_id=_token(text, raw, "bos_token_id", where, 2),
         eos_token_ids=_tokens(text, raw, "eos_token_id", where, (1,)),
         pad_token_id=_token(text, raw, "pad_token_id", where, 0),
+        quantization=_quantization(text, raw, where),
     )
 
 
@@ -258,9 +292,34 @@ def _refuse_unknown(text: Mapping[str, Any], raw: Mapping[str, Any], where: str)
     for key in ("auto_map", "model_file"):
         if key in raw or key in text:
             raise CheckpointError(f"{where}: {key} asks to run code from the model's folder, which is never done")
-    for key in ("quantization", "quantization_config"):
-        if raw.get(key) or text.get(key):
-            raise CheckpointError(f"{where}: {key}: quantised weights cannot be loaded; take the unquantised model")
+
+
+def _quantization(text: Mapping[str, Any], raw: Mapping[str, Any], where: str) -> Quantization | None:
+    """MLX's ``quantization``, which mlx-lm also writes as ``quantization_config``; others' is refused."""
+    mlx = raw.get("quantization") or text.get("quantization")
+    other = raw.get("quantization_config") or text.get("quantization_config")
+    if mlx is None and other is None:
+        return None
+    if not isinstance(mlx, Mapping) or other not in (None, mlx):
+        method = other.get("quant_method") if isinstance(other, Mapping) else mlx
+        raise CheckpointError(
+            f"{where}: quantization_config of {_short(method)} is not MLX's layout; take the unquantised model"
+        )
+    if mlx.get("mode", "affine") != "affine":
+        raise CheckpointError(
+            f"{where}: quantization mode {_short(mlx['mode'])} is not affine; take the unquantised model"
+        )
+    single = [key for key, value in mlx.items() if isinstance(value, Mapping)]
+    if single:
+        raise CheckpointError(
+            f"{where}: quantization has settings of its own for {_short(single[0])}; take a model with one for all"
+        )
+    found = Quantization(_integer(mlx, "bits", where, 2, 8), _integer(mlx, "group_size", where, 32, 128))
+    if found.bits not in BITS or found.group_size not in GROUP_SIZES:
+        raise CheckpointError(
+            f"{where}: {found.bits} bits in groups of {found.group_size} are not MLX's; take the unquantised model"
+        )
+    return found
 
 
 def _layer_types(text: Mapping[str, Any], layers: int, where: str) -> tuple[str, ...]:

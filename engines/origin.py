@@ -10,8 +10,9 @@ import numpy as np
 from engines.adapters import Factors
 from engines.base import LoRASettings, ModelInfo
 from engines.blending import merged
-from engines.checkpoints import as_bfloat16, as_float32, iterate_model
+from engines.checkpoints import as_bfloat16, as_float32
 from engines.initialisation import gemma3_weights
+from engines.quantization import iterate_dense
 
 
 def first_weights(
@@ -25,13 +26,14 @@ def first_weights(
     """
     wanted = set(modules)
     shapes = {n: s for n, s in info.config.parameter_shapes().items() if n.removesuffix(".weight") in wanted}
-    stored = iterate_model(Path(info.folder), shapes) if info.folder else gemma3_weights(info.config, seed)
+    stored = iterate_dense(Path(info.folder), info.config, shapes) if info.folder else gemma3_weights(info.config, seed)
     for name, array in stored:
         module = name.removesuffix(".weight")
         if module not in wanted:
             continue
         value = as_float32(array)
-        if info.dtype == "bfloat16":
+        # What packed numbers mean is never rounded: MLX multiplies by it group by group.
+        if info.dtype == "bfloat16" and info.config.quantization is None:
             value = as_float32(as_bfloat16(value))
         if adapter is not None and module in adapter[0]:
             value = merged(value, adapter[0][module], adapter[1])

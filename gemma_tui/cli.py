@@ -109,7 +109,7 @@ def _parser(given: Sequence[str]) -> Parser:
     parser.add_argument("--version", action="version", version=f"gemma-tui {VERSION}")
     parser.set_defaults(run=None, json=False, debug=False)
     groups = parser.add_subparsers(metavar="COMMAND", parser_class=Parser)
-    _models(groups)
+    _models(groups, wanted="models" in given)
     _generate(groups, wanted="generate" in given)
     _roofline(groups, wanted="roofline" in given)
     _data(groups, wanted="data" in given)
@@ -141,7 +141,7 @@ def _group(groups: argparse._SubParsersAction, name: str, help: str) -> argparse
     )
 
 
-def _models(groups: argparse._SubParsersAction) -> None:
+def _models(groups: argparse._SubParsersAction, wanted: bool) -> None:
     group = _group(groups, "models", "models here and on the hub: list, fetch, check, remove, import")
     _command(group, "list", "the models on this machine", "models:list_models")
     info = _command(group, "info", "one model: shape, layers, parameters, memory", "models:info")
@@ -153,6 +153,14 @@ def _models(groups: argparse._SubParsersAction) -> None:
     )
     imported.add_argument("--name", help="the model's name; the file's name without .gguf if left out")
     _hub(group)
+    convert = _command(group, "convert", "quantise a model for MLX, or change its dtype", "models:convert_model")
+    convert.add_argument("model", metavar="M", help="name, folder, run or hub id")
+    _engine_option(convert)
+    if wanted:
+        from gemma_tui.commands.plans import add_options
+        from gemma_tui.studies.conversion import ConversionPlan
+
+        add_options(convert, ConversionPlan, ("model",))
     new = _command(group, "new", "an untrained model of a given shape, with its own tokenizer", "models:new")
     new.add_argument("name", metavar="NAME", help="a folder of this name is made in the data folder")
     new.add_argument("--data", required=True, help="text for the tokenizer: .jsonl, .txt or a folder with train")

@@ -21,13 +21,13 @@ class LoRALinear(Linear):
 
     def __init__(self, base: Linear, lora_a: mx.array, lora_b: mx.array, settings: LoRASettings) -> None:
         nn.Module.__init__(self)
-        self.weight = base.weight
+        self.share(base)
         self.lora_A = lora_a
         self.lora_B = lora_b
         self.scale = settings.scale
         self.off = False
         self.dropout = nn.Dropout(settings.dropout)
-        self.freeze(keys=["weight"])
+        self.freeze(keys=["weight", "scales", "biases"])
 
     def __call__(self, x: mx.array) -> mx.array:
         if self.off:
@@ -39,7 +39,7 @@ class LoRALinear(Linear):
 
     def merged(self) -> mx.array:
         """The weight with the update added, in float32."""
-        return self.weight.astype(mx.float32) + self.scale * (self.lora_B @ self.lora_A)
+        return self.dense() + self.scale * (self.lora_B @ self.lora_A)
 
 
 class DoRALinear(LoRALinear):
@@ -56,7 +56,7 @@ class DoRALinear(LoRALinear):
         self, base: Linear, lora_a: mx.array, lora_b: mx.array, magnitude: mx.array | None, settings: LoRASettings
     ) -> None:
         super().__init__(base, lora_a, lora_b, settings)
-        lengths = mx.linalg.norm(base.weight.astype(mx.float32), axis=1) if magnitude is None else magnitude
+        lengths = mx.linalg.norm(base.dense(), axis=1) if magnitude is None else magnitude
         self.lora_magnitude_vector = lengths
 
     def __call__(self, x: mx.array) -> mx.array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -28,11 +29,11 @@ from engines.base import (
     TrainingSettings,
 )
 from engines.blocks import BlockDecoding, DecodingPass
-from engines.checkpoints import as_bfloat16, iterate_model, write_json, write_safetensors
+from engines.checkpoints import as_bfloat16, write_json, write_safetensors
 from engines.decoding import decode, prompt_lengths
 from engines.edits import Edit
 from engines.errors import UnsupportedError
-from engines.gemma3 import Gemma3Config, read_config
+from engines.gemma3 import Gemma3Config, Quantization, read_config
 from engines.initialisation import gemma3_weights
 from engines.inspection import Inspection
 from engines.memory import ensure_memory, training_bytes
@@ -40,9 +41,11 @@ from engines.mlx import adapters, decoding, device, merging, optimizers, rank1, 
 from engines.mlx.inspection import MLXInspection
 from engines.mlx.model import Gemma3
 from engines.mlx.networks import MLXNetworks
+from engines.mlx.packing import array_of, quantise_folder
 from engines.networks import NetworkShape, NetworkTraining
 from engines.origin import first_weights
 from engines.peak import Peak
+from engines.quantization import Packed, check_adapted, check_trainable, iterate_quantized
 from engines.removal import Removal, taken_away
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2}
@@ -82,7 +85,7 @@ class MLXEngine:
 
     def load(self, folder: Path, dtype: str | None = None, progress: Progress | None = None) -> ModelInfo:
         config = read_config(folder)
-        weights = iterate_model(folder, config.parameter_shapes())
+        weights = iterate_quantized(folder, config)
         return self._build(str(folder), config, weights, dtype, progress)
 
     def initialise(self, config: Gemma3Config, seed: int, dtype: str | None = None) -> ModelInfo:
@@ -143,6 +146,7 @@ class MLXEngine:
     def start_training(self, settings: TrainingSettings) -> int:
         model = self._whole()
         settings.check()
+        check_trainable(model.config, settings, bool(adapters.lora_layers(model)))
         needed = training_bytes(model.config, settings, ITEM_BYTES[self._loaded_info().dtype])
         ensure_memory("training", needed, device.free(self._device))
         self._settings = settings
@@ -155,6 +159,7 @@ class MLXEngine:
         return training.train_step(self._whole(), self._started(), batches, learning_rate, observe)
 
     def merge(self, reset: str, seed: int, count: bool = False) -> Merge:
+        check_adapted(self._whole().config)
         return merging.merge(self._whole(), reset, seed, count)
 
     def prune_optimizer(self, how: str, ratio: float, seed: int) -> float:
@@ -206,6 +211,7 @@ class MLXEngine:
 
     def save_model(self, folder: Path, config: Mapping[str, Any], dtype: str | None = None) -> None:
         model, stored = self._whole(), dtype or self._loaded_info().dtype
+        check_adapted(model.config)
         adapted = {f"{name}.weight" for name in (*adapters.lora_layers(model), *rank1.rank1_layers(model))}
         kind = "BF16" if stored == "bfloat16" else "F32"
         shapes = {name: (kind, shape) for name, shape in model.config.parameter_shapes().items()}
@@ -222,11 +228,22 @@ class MLXEngine:
         write_safetensors(folder / "model.safetensors", arrays(), shapes)
         write_json(folder / "config.json", {**config, "dtype": stored})
 
+    def quantise(
+        self,
+        source: Path,
+        target: Path,
+        config: Mapping[str, Any],
+        quantization: Quantization,
+        dtype: str = "bfloat16",
+        progress: Progress | None = None,
+    ) -> None:
+        quantise_folder(source, target, config, quantization, dtype, progress)
+
     def _build(
         self,
         folder: str,
         config: Gemma3Config,
-        weights: Iterable[tuple[str, np.ndarray]],
+        weights: Iterable[tuple[str, np.ndarray | Packed]],
         dtype: str | None,
         progress: Progress | None,
     ) -> ModelInfo:
@@ -235,17 +252,23 @@ class MLXEngine:
         kind = _dtype(chosen)
         ensure_memory(
             f"{folder or 'the model'} in {chosen}",
-            ITEM_BYTES[chosen] * config.parameter_count(),
+            config.weight_bytes(ITEM_BYTES[chosen]),
             device.free(self._device),
         )
         # MLX is lazy: the zeros a module starts with are never made, since every parameter is replaced.
         model = Gemma3(config, kind)
         done, total = 0, config.parameter_count()
+        modules, shapes = dict(model.named_modules()), config.parameter_shapes()
         for name, array in weights:
-            value = _array(array).astype(kind)
-            model.update(tree_unflatten([(name, value)]))
-            mx.eval(value)
-            done += array.size
+            if isinstance(array, Packed):
+                module = modules[name.removesuffix(".weight")]
+                module.pack(array, kind)
+                mx.eval(module.parameters())
+            else:
+                value = array_of(array).astype(kind)
+                model.update(tree_unflatten([(name, value)]))
+                mx.eval(value)
+            done += math.prod(shapes[name])
             if progress is not None:
                 progress(done / total, name)
         model.freeze()
@@ -279,10 +302,3 @@ def _dtype(name: str) -> mx.Dtype:
     if name not in DTYPES:
         raise UnsupportedError(f"dtype {name!r} is not offered: Gemma-3 runs in {' or '.join(DTYPES)}")
     return DTYPES[name]
-
-
-def _array(array: np.ndarray) -> mx.array:
-    """A copy in MLX; uint16 is bfloat16."""
-    if array.dtype == np.uint16:
-        return mx.array(array).view(mx.bfloat16)
-    return mx.array(array)

@@ -132,8 +132,8 @@ class MLXInspection:
         if self.edits:
             raise UnsupportedError("attribution splits what the model itself computes: take the edits away")
         decoder, last = self._model.model, self.config.num_hidden_layers
-        table = decoder.embed_tokens.weight
-        row = table[token].astype(mx.float32) - (table[contrast].astype(mx.float32) if contrast is not None else 0)
+        rows = decoder.embed_tokens.rows(mx.array([token, token if contrast is None else contrast])).astype(mx.float32)
+        row = rows[0] - (rows[1] if contrast is not None else 0)
         logits = self._model.logits(decoder.norm(self._stream(last)[position])).astype(mx.float32)
         logit = logits[token] - (logits[contrast] if contrast is not None else 0)
         toward = _through(decoder.norm, self._stream(last)[position], row)

@@ -84,7 +84,7 @@ def effective(model: Gemma3, name: str) -> mx.array:
     """The weight that a linear multiplies by, adapters and updates included, float32."""
     _, _, index, block, leaf = name.split(".")
     layer = model.model.layers[int(index)][block][leaf]
-    return layer.merged() if isinstance(layer, LoRALinear | Rank1Linear) else layer.weight.astype(mx.float32)
+    return layer.merged() if isinstance(layer, LoRALinear | Rank1Linear) else layer.dense()
 
 
 def updates(model: Gemma3, start: Iterator[tuple[str, np.ndarray]]) -> Iterator[tuple[str, np.ndarray, float]]:

@@ -14,6 +14,7 @@ import mlx.nn as nn
 
 from engines.gemma3 import Gemma3Config, Rope
 from engines.mlx.attention import KVCache, Layout, Mask, attention, causal
+from engines.mlx.packing import Packable
 
 
 class RMSNorm(nn.Module):
@@ -29,31 +30,26 @@ class RMSNorm(nn.Module):
         return mx.fast.rms_norm(x.astype(mx.float32), gain, self.eps).astype(x.dtype)
 
 
-class Linear(nn.Module):
+class Linear(Packable):
     """``x Wᵀ`` without bias; the weight is cast to the dtype of ``x``."""
 
-    def __init__(self, inner: int, out: int) -> None:
-        super().__init__()
-        self.weight = mx.zeros((out, inner))
-
     def __call__(self, x: mx.array) -> mx.array:
-        return x @ self.weight.astype(x.dtype).T
+        return self.times(x)
 
 
-class Embedding(nn.Module):
+class Embedding(Packable):
     """Token vectors times √hidden_size; √ is rounded to the activation dtype, as Hugging Face does."""
 
     def __init__(self, vocabulary: int, dim: int) -> None:
-        super().__init__()
-        self.weight = mx.zeros((vocabulary, dim))
+        super().__init__(dim, vocabulary)
         self.scale = dim**0.5
 
     def __call__(self, tokens: mx.array, dtype: mx.Dtype) -> mx.array:
-        return self.weight[tokens].astype(dtype) * mx.array(self.scale, dtype)
+        return self.rows(tokens).astype(dtype) * mx.array(self.scale, dtype)
 
     def as_linear(self, x: mx.array) -> mx.array:
         """The tied output head: logits ``[..., vocabulary]``."""
-        return x @ self.weight.astype(x.dtype).T
+        return self.times(x)
 
 
 def rotations(positions: mx.array, rope: Rope, head_dim: int) -> tuple[mx.array, mx.array]:

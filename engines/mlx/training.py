@@ -19,7 +19,7 @@ from engines.mlx import merging, optimizers
 from engines.mlx.adapters import add_lora, lora_layers
 from engines.mlx.attention import Layout, doubled, packed
 from engines.mlx.device import number
-from engines.mlx.model import Gemma3
+from engines.mlx.model import Embedding, Gemma3
 from engines.mlx.observing import observed
 from engines.mlx.rank1 import draw, put_rank1, rank1_layers
 from engines.packing import document_positions
@@ -28,7 +28,9 @@ LOGITS_BYTES = 8 << 20
 """Logits are made for as many tokens of the vocabulary at a time as fit in this; all of them would be gigabytes."""
 
 
-def chunked_cross_entropy(hidden: mx.array, weight: mx.array, labels: mx.array, train_weight: bool) -> mx.array:
+def chunked_cross_entropy(
+    hidden: mx.array, weight: mx.array, labels: mx.array, train_weight: bool, packed: Embedding | None = None
+) -> mx.array:
     """Summed negative log-likelihood of a linear head, a tile of the vocabulary at a time.
 
     The gradient of a hidden state is the mean row of the head under the model's prediction, less the row of the label:
@@ -40,6 +42,7 @@ def chunked_cross_entropy(hidden: mx.array, weight: mx.array, labels: mx.array, 
         hidden: ``[n, d]``.
         weight: ``[vocabulary, d]``.
         labels: ``[n]``.
+        packed: the head in place of ``weight``, where that holds packed numbers; a tile of it is unpacked at a time.
 
     Returns:
         A float32 scalar, nats.
@@ -49,7 +52,9 @@ def chunked_cross_entropy(hidden: mx.array, weight: mx.array, labels: mx.array, 
     def loss_and_gradients(hidden: mx.array, weight: mx.array) -> tuple[mx.array, mx.array, mx.array]:
         count = hidden.shape[0]
         size = max(1, LOGITS_BYTES // (4 * max(1, count)))
-        tiles: Any = mx.split(weight, list(range(size, weight.shape[0], size)))
+        starts = range(0, weight.shape[0], size)
+        rows_of: Any = weight.__getitem__ if packed is None else packed.rows
+        tiles = [rows_of(slice(start, start + size)) for start in starts]
         top = mx.full((count, 1), -math.inf)
         mass = mx.zeros((count, 1))
         mean_row = mx.zeros(hidden.shape)
@@ -62,7 +67,7 @@ def chunked_cross_entropy(hidden: mx.array, weight: mx.array, labels: mx.array, 
             mass = mass * kept + scores.sum(axis=1, keepdims=True)
             mean_row = mean_row * kept + scores.astype(rows.dtype) @ rows
             top = peak
-        target = weight[labels].astype(hidden.dtype)
+        target = rows_of(labels).astype(hidden.dtype)
         label_score = (hidden.astype(mx.float32) * target.astype(mx.float32)).sum(axis=1, keepdims=True)
         partition = top + mx.log(mass)
         grad_hidden = (mean_row / mass - target).astype(hidden.dtype)
@@ -112,7 +117,8 @@ def _cross_entropy(model: Gemma3, hidden: mx.array, labels: np.ndarray) -> mx.ar
     train_weight = "weight" in embedding.trainable_parameters()
     weight = embedding.weight if train_weight else mx.stop_gradient(embedding.weight)
     chosen = hidden.reshape(-1, hidden.shape[-1])[supervised]
-    return chunked_cross_entropy(chosen, weight, mx.array(targets)[supervised], train_weight)
+    packed = embedding if embedding.packing is not None else None
+    return chunked_cross_entropy(chosen, weight, mx.array(targets)[supervised], train_weight, packed)
 
 
 def _documents(batch: Batch, model: Gemma3) -> Layout | None:

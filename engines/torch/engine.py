@@ -32,7 +32,7 @@ from engines.checkpoints import as_bfloat16, iterate_model, write_json, write_sa
 from engines.decoding import decode, prompt_lengths
 from engines.edits import Edit
 from engines.errors import UnsupportedError
-from engines.gemma3 import Gemma3Config, read_config
+from engines.gemma3 import Gemma3Config, Quantization, read_config
 from engines.initialisation import gemma3_weights
 from engines.inspection import Inspection
 from engines.memory import ensure_memory, training_bytes
@@ -82,6 +82,11 @@ class TorchEngine:
 
     def load(self, folder: Path, dtype: str | None = None, progress: Progress | None = None) -> ModelInfo:
         config = read_config(folder)
+        if config.quantization is not None:
+            raise UnsupportedError(
+                f"{folder} is packed for MLX, {config.quantization.bits} bits a weight: load it with --engine mlx, or "
+                "unpack it with `gemma-tui models convert M --dtype bfloat16`"
+            )
         weights = iterate_model(folder, config.parameter_shapes())
         return self._build(str(folder), config, weights, dtype, progress)
 
@@ -228,6 +233,17 @@ class TorchEngine:
         folder.mkdir(parents=True, exist_ok=True)
         write_safetensors(folder / "model.safetensors", arrays(), shapes)
         write_json(folder / "config.json", {**config, "dtype": stored})
+
+    def quantise(
+        self,
+        source: Path,
+        target: Path,
+        config: Mapping[str, Any],
+        quantization: Quantization,
+        dtype: str = "bfloat16",
+        progress: Progress | None = None,
+    ) -> None:
+        raise UnsupportedError("torch has no kernels for MLX's packed weights: quantise with --engine mlx")
 
     def _build(
         self,

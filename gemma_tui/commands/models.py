@@ -5,13 +5,17 @@ from __future__ import annotations
 import argparse
 from dataclasses import asdict
 
+from engines import open_engine
 from gemma_tui.commands.hub import about_remote, disk_use
+from gemma_tui.commands.plans import plan_from
 from gemma_tui.errors import UsageError
-from gemma_tui.hub import convert, demo, fit
+from gemma_tui.hub import demo, fit
+from gemma_tui.hub.convert import import_gguf, new_model
 from gemma_tui.hub.facts import facts
 from gemma_tui.hub.models import REAL, Model, Summary, is_only_remote, local_models, resolve, summary
 from gemma_tui.output import Output, bytes_text, count_text
 from gemma_tui.rows import data_path
+from gemma_tui.studies.conversion import ConversionPlan, convert
 
 
 def list_models(args: argparse.Namespace, output: Output) -> int:
@@ -78,15 +82,35 @@ def import_model(args: argparse.Namespace, output: Output) -> int:
             folder = demo.ensure_imported(progress)
         else:
             source = data_path(args.file)
-            folder = convert.import_gguf(source, args.name or source.stem, progress)
+            folder = import_gguf(source, args.name or source.stem, progress)
     output.say(f"{folder.name} is ready: `gemma-tui generate {folder.name} --prompt ...`")
     output.row("end", status="done", model=folder.name, folder=str(folder))
     return 0
 
 
+def convert_model(args: argparse.Namespace, output: Output) -> int:
+    """Quantise a model for MLX, or change its dtype."""
+    plan = plan_from(ConversionPlan, args, {}, "models convert")
+    wanted = "mlx" if args.engine == "auto" and plan.bits is not None else args.engine
+    with output.progress("converting") as progress:
+        made = convert(plan, lambda: open_engine(wanted), progress)
+    name = made.folder.name
+    output.say(f"{name}: {bytes_text(made.bytes_after)}, before {bytes_text(made.bytes_before)}; {made.folder}")
+    found = {}
+    if made.before is not None and made.after is not None:
+        found = {"perplexity_before": made.before.value, "perplexity_after": made.after.value}
+        output.say(f"perplexity over {made.after.tokens:,} tokens of {plan.text}: {made.before.value:.3f} before, "
+                   f"{made.after.value:.3f} after ({made.after.value / made.before.value - 1:+.1%})")  # fmt: skip
+    engine = " --engine mlx" if plan.bits is not None else ""
+    output.say(f"`gemma-tui generate {name}{engine} --prompt ...` lets it write")
+    output.row("end", status="done", model=name, folder=str(made.folder), bytes_before=made.bytes_before,
+               bytes_after=made.bytes_after, tokens=made.after.tokens if made.after else 0, **found)  # fmt: skip
+    return 0
+
+
 def new(args: argparse.Namespace, output: Output) -> int:
     """Make an untrained model of a given shape, with a tokenizer of its own."""
-    folder = convert.new_model(
+    folder = new_model(
         args.name,
         data_path(args.data),
         {

@@ -39,7 +39,7 @@ def import_gguf(source: Path, name: str, progress: Progress) -> Path:
     Raises:
         EngineError: the file is broken, the name is taken or not valid, or the disk is too small.
     """
-    target = _free_target(name)
+    target = free_target(name)
     progress(0.0, "reading the file")
     file = read_gguf(source)
     config = gemma3_config(file)
@@ -119,7 +119,7 @@ def new_model(name: str, data: Path, shape: Mapping[str, int]) -> Path:
     Raises:
         EngineError: the name is taken, the shape is not valid, or the data are not readable.
     """
-    target = _free_target(name)
+    target = free_target(name)
     config = parse_config({"model_type": "gemma3_text", "query_pre_attn_scalar": shape["head_dim"], **shape}, name)
     if config.vocab_size < SMALLEST_VOCABULARY:
         raise UsageError(f"vocab-size {config.vocab_size}: bytes and special tokens alone take {SMALLEST_VOCABULARY}")
@@ -131,7 +131,12 @@ def new_model(name: str, data: Path, shape: Mapping[str, int]) -> Path:
     return target
 
 
-def _free_target(name: str) -> Path:
+def free_target(name: str) -> Path:
+    """The folder of a new model of that name.
+
+    Raises:
+        EngineError: the name is not valid, or taken.
+    """
     if not MODEL_NAME.fullmatch(name):
         raise UsageError(f"{name[:60]!r} is no model name: use letters, digits, dots and dashes")
     for place in (paths.models(), paths.adapters()):

@@ -160,7 +160,8 @@ def summary(model: Model) -> Summary:
         return Summary(model, problem=str(error))
     nbytes = sum(t.nbytes for t in tensors.values())
     largest = max(tensors.values(), key=lambda t: t.nbytes)
-    return Summary(model, config.parameter_count(), largest.dtype, nbytes)
+    dtype = f"{config.quantization.bits}-bit" if config.quantization else largest.dtype
+    return Summary(model, config.parameter_count(), dtype, nbytes)
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:

@@ -123,7 +123,7 @@ def estimate(
     float32 = _linear_count(parts.float32)
     largest = max(map(math.prod, ((parts.merged if formed else {}) | parts.rest).values()), default=0)
     return Estimate(
-        weights=item * config.parameter_count(),
+        weights=config.weight_bytes(item),
         masters=(4 - item) * _count(parts.float32),
         trainables=4 * _count(parts.adapters),
         gradients=4 * (_count(parts.trained) + _count(parts.merged if formed else parts.vectors)),

@@ -246,7 +246,7 @@ def test_keys_and_values_take_the_published_bytes() -> None:
         ({"hidden_activation": "silu"}, "silu"),
         ({"auto_map": {"AutoModel": "evil.Model"}}, "auto_map"),
         ({"model_file": "evil.py"}, "model_file"),
-        ({"quantization": {"bits": 4, "group_size": 64}}, "quantization"),
+        ({"quantization": {"bits": 4, "group_size": 48}}, "48"),
         ({"quantization_config": {"quant_method": "no-such"}}, "quantization_config"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "yarn"),
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}, "dynamic"),

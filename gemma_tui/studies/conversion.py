@@ -1,0 +1,155 @@
+"""Models in another dtype, or quantised for MLX, with the perplexity before and after on a text of one's own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from engines.base import Engine, Progress
+from engines.checkpoints import as_bfloat16, as_float32, write_json, write_safetensors
+from engines.gemma3 import Gemma3Config, Quantization
+from engines.quantization import iterate_dense
+from gemma_tui.errors import GemmaTuiError, UsageError
+from gemma_tui.hub.convert import ensure_space, free_target, staging
+from gemma_tui.hub.models import Model, copy_tokenizer, resolve, summary
+from gemma_tui.rows import data_path
+from gemma_tui.studies.perplexity import Perplexity, perplexity
+from gemma_tui.studies.plan import option
+from gemma_tui.tokenizer import read_tokenizer
+
+ITEM_BYTES = {"float32": 4, "bfloat16": 2}
+MAX_TEXT_BYTES = 16 << 20
+
+
+@dataclass(frozen=True)
+class ConversionPlan:
+    """What is made of a model."""
+
+    model: str = option("", "name, folder, run or hub id", required=True)
+    bits: int | None = option(
+        None, "quantise the matrices to so many bits, in MLX's layout", unit="bits: 4, 6 or 8", low=4, high=8,
+        open_means="plain weights",
+    )  # fmt: skip
+    group_size: int = option(64, "numbers of a row that share a scale and a bias", unit="numbers: 32, 64 or 128")
+    dtype: str | None = option(
+        None, "of the weights; quantised, of scales and norms", choices=("float32", "bfloat16"),
+        open_means="that of the model",
+    )  # fmt: skip
+    name: str = option("", "of the new model; the model's with -4bit or the dtype if left out")
+    text: str = option("", "a text file, whose perplexity is measured before and after")
+
+
+@dataclass(frozen=True)
+class Converted:
+    """The new model, and how well both read the text, if one was given."""
+
+    folder: Path
+    bytes_before: int
+    bytes_after: int
+    before: Perplexity | None = None
+    after: Perplexity | None = None
+
+
+def check(plan: ConversionPlan) -> None:
+    """Refuse what cannot be meant.
+
+    Raises:
+        UsageError: nothing is to be changed, or the numbers are not MLX's.
+    """
+    if plan.bits is None and plan.dtype is None:
+        raise UsageError("bits: name what it becomes: --bits 4, 6 or 8, or --dtype float32 or bfloat16")
+    if plan.bits not in (None, 4, 6, 8):
+        raise UsageError(f"bits is {plan.bits}; 4, 6 or 8 is needed")
+    if plan.group_size not in (32, 64, 128):
+        raise UsageError(f"group_size is {plan.group_size}; 32, 64 or 128 is needed")
+    if plan.bits is None and plan.group_size != 64:
+        raise UsageError("group_size: --group-size makes no difference without --bits: leave it out")
+
+
+def convert(plan: ConversionPlan, engine: Callable[[], Engine], progress: Progress) -> Converted:
+    """Write the new model to the data folder.
+
+    Args:
+        engine: opens the engine; called only if one is needed, since a change of dtype needs none.
+
+    Raises:
+        EngineError: the plan or the model is refused, the name is taken, or the disk is too small.
+    """
+    check(plan)
+    model = resolve(plan.model)
+    if model.adapter is not None:
+        raise GemmaTuiError(f"{model.name} is an adapter: make a model of it with `gemma-tui adapters fuse` first")
+    item, config = summary(model), model.config()
+    if item.problem:
+        raise GemmaTuiError(item.problem)
+    dtype = plan.dtype or ("float32" if item.dtype == "F32" else "bfloat16")
+    how = None if plan.bits is None else Quantization(plan.bits, plan.group_size)
+    target = free_target(plan.name or f"{model.name.rpartition('/')[2]}-{_kind(plan)}")
+    ids = _ids(plan, model)
+    opened = engine() if how is not None or ids else None
+    needed = replace(config, quantization=how).weight_bytes(ITEM_BYTES[dtype])
+    ensure_space(target.parent, needed + (64 << 20))
+    before = _read(opened, model.folder, ids, model, _part(progress, 0.0, 0.3)) if opened and ids else None
+    middle = _part(progress, 0.3 if ids else 0.0, 0.7 if ids else 1.0)
+    with staging(target) as folder:
+        if opened is not None and how is not None:
+            opened.quantise(model.folder, folder, config.to_dict(), how, dtype, middle)
+        else:
+            _write(model.folder, folder, config, dtype, middle)
+        copy_tokenizer(model.folder, folder)
+    made = summary(Model(target.name, target, "data folder"))
+    after = _read(opened, target, ids, model, _part(progress, 0.7, 1.0)) if opened and ids else None
+    return Converted(target, item.nbytes, made.nbytes, before, after)
+
+
+def _write(source: Path, target: Path, config: Gemma3Config, dtype: str, progress: Progress) -> None:
+    """Plain weights in a dtype; packed ones become what they mean."""
+    kind, shapes = "BF16" if dtype == "bfloat16" else "F32", config.parameter_shapes()
+
+    def arrays() -> Iterator[tuple[str, np.ndarray]]:
+        done, total = 0, config.parameter_count()
+        for name, stored in iterate_dense(source, config):
+            value = as_float32(stored)
+            yield name, as_bfloat16(value) if kind == "BF16" else value
+            done += math.prod(shapes[name])
+            progress(done / total, f"writing {name}")
+
+    write_safetensors(target / "model.safetensors", arrays(), {name: (kind, shape) for name, shape in shapes.items()})
+    write_json(target / "config.json", {**replace(config, quantization=None).to_dict(), "dtype": dtype})
+
+
+def _ids(plan: ConversionPlan, model: Model) -> list[int]:
+    """The tokens of the text, if there is one."""
+    if not plan.text:
+        return []
+    path = data_path(plan.text)
+    try:
+        if path.stat().st_size > MAX_TEXT_BYTES:
+            raise UsageError(f"text: {path} is over 16 MiB: name a shorter text")
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise UsageError(f"text: {path} cannot be read ({error.strerror}): check the path") from None
+    ids = read_tokenizer(model.folder).encode(text, bos=False)
+    if not ids:
+        raise UsageError(f"text: {path} is empty: name another")
+    return ids
+
+
+def _read(engine: Engine, folder: Path, ids: list[int], model: Model, progress: Progress) -> Perplexity:
+    engine.load(folder, None, lambda share, what: progress(0.3 * share, what))
+    found = perplexity(engine, ids, model.config().bos_token_id, lambda s, what: progress(0.3 + 0.7 * s, what))
+    engine.unload()
+    return found
+
+
+def _kind(plan: ConversionPlan) -> str:
+    return str(plan.dtype) if plan.bits is None else f"{plan.bits}bit"
+
+
+def _part(progress: Progress, low: float, high: float) -> Progress:
+    """A progress that fills only a part of another."""
+    return lambda share, what: progress(low + (high - low) * share, what)
