@@ -360,10 +360,9 @@ class GenerationScreen(Workbench):
         side = self.texts.sides[0]
         tokens = side.generation.prompt_tokens
         said = one_line(side.plan.prompt.replace("\n", "⏎"), 400)
-        facts = f"{'chat, ' * side.plan.chat}{tokens:,} tokens: " if tokens else ""
-        self.query_one("#prompt", Static).update(
-            Text.assemble((f"prompt, {facts}", "dim"), (said, "bold")), layout=False
-        )
+        facts = f", {'chat, ' * side.plan.chat}{tokens:,} tokens: " if tokens else ": "
+        line = Text.assemble((f"prompt{facts}", "dim"), (said, "bold"))
+        self.query_one("#prompt", Static).update(line, layout=False)
 
     def _tell_plan(self) -> None:
         self.query_one("#planned", Static).update(self._planned, layout=False)

@@ -102,8 +102,8 @@ class SidePane(Vertical):
         if cell.place >= len(tokens):
             return ""
         if tokens[cell.place] == cell.token:
-            return "the same beside"
-        return f"beside {visible(self._texts.label(tokens[cell.place]))}"
+            return "agrees"
+        return f"differs: {visible(self._texts.label(tokens[cell.place]))}"
 
     def _word(self, cell: Cell) -> str:
         return f'"{visible(self._texts.label(cell.token))}"'

@@ -77,11 +77,11 @@ async def test_a_curve_is_started_by_keys_and_shown_as_it_is_kept(
         assert figure(it).figure.tables[0].rows == kept.tables[0].rows
         assert [row[0] for row in kept.tables[0].rows] == ["ar", "sbd-4-0", "sbd-4-7"]
         for title in ("against forward passes saved", "against speed"):
-            assert it.sees(title)
+            await it.until(lambda title=title: it.sees(title), title)
             await it.press("v")
-        assert it.sees("table point")
+        await it.until(lambda: it.sees("table point"), "the points")
         await it.press("v")
-        assert it.sees("Llama-3.1-8B", "table paper")
+        await it.until(lambda: it.sees("Llama-3.1-8B", "table paper"), "the paper's table")
         assert not _layout_faults(it)
         assert screen(it).command() == words
         assert it.app.session.place.model == tiny
@@ -162,7 +162,7 @@ async def test_the_roofline_is_measured_and_shown_in_both_forms(
         assert set(times.fastest) == set(WIDTHS)
         rows = {row[0]: row for row in figure(it).figure.tables[0].rows}
         assert [rows[k][1] for k in WIDTHS] == [1000 * times.fastest[k] for k in WIDTHS]
-        assert it.sees("measured", "corrected", "printed", "roofline of the loaded model")
+        await it.until(lambda: it.sees("measured", "corrected", "printed", "roofline of the loaded model"), "the chart")
         assert not _layout_faults(it)
         await it.press("v")
         assert it.app.screen.query_one("#rows", DataTable).row_count == len(WIDTHS)

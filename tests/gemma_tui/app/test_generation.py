@@ -189,7 +189,7 @@ async def test_one_cursor_tells_of_the_token_in_both_texts(opened: Open, tiny: s
             assert under.startswith("token 2 ")
             assert f"pass {cell.step} ({cell.turn} of its block)" in under
             assert f"{cell.entropy:.3g} nats, p {cell.probability:.3g}" in under
-            assert ("the same beside" in under) is (sides[AR][2] == sides[SBD][2])
+            assert ("agrees" in under) is (sides[AR][2] == sides[SBD][2])
             assert decoder != other
         await it.press("tab")
         await it.press("end")

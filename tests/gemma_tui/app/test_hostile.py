@@ -10,6 +10,7 @@ import re
 import shutil
 import threading
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,8 @@ from engines.torch.engine import TorchEngine
 from gemma_tui import paths
 from gemma_tui.runs.queue import Queue
 from gemma_tui.runs.store import RunStore
-from gemma_tui.studies.generation import Generation
+from gemma_tui.studies.generation import Generation, GenerationPlan
+from gemma_tui.studies.side_by_side import Side, SideBySide
 from gemma_tui.studies.training_plan import TrainingPlan
 from gemma_tui.tokenizer import Tokenizer
 from gemma_tui.widgets.dialogs import Reading
@@ -295,6 +297,16 @@ async def test_progress_and_status(opened: Open, tiny: str, monkeypatch: pytest.
 FOREIGN = st.text(st.one_of(st.sampled_from(CONTROLS + BIDI + "[]/@=$\\\"'abm;"), st.characters()), max_size=60)
 
 
+@dataclass
+class Vocabulary:
+    """A tokenizer with one token."""
+
+    text: str
+
+    def token(self, token: int) -> str:
+        return self.text
+
+
 @settings(max_examples=2, deadline=None, suppress_health_check=list(HealthCheck), phases=[Phase.generate])
 @given(texts=st.lists(FOREIGN, min_size=10, max_size=10))
 async def test_any_text(texts: list[str], opened: Open) -> None:
@@ -304,8 +316,11 @@ async def test_any_text(texts: list[str], opened: Open) -> None:
         form = it.app.screen.query_one(PlanForm)
         for text in texts:
             form.set("prompt", text)
-            it.app.screen._prompt = text  # type: ignore[attr-defined]
-            it.app.screen._say(Generation(text=text), True)  # type: ignore[attr-defined]
+            plan = GenerationPlan(text)
+            passes = [one((0, 0, 1.0, True), (1, 0, 1.0, False))]
+            said = Generation(passes, tokens=[0], text=text, ended=text, warnings=[text])
+            texts_of = SideBySide((Side(plan, said),), Vocabulary(text))  # type: ignore[arg-type]
+            it.app.screen._begin(texts_of)  # type: ignore[attr-defined]
             it.app.tell(text)
             await it.pilot.pause(0.02)
             nothing_foreign(it)
