@@ -297,21 +297,20 @@ class GenerationScreen(Workbench):
         """Take in what was written, and play."""
         if not self.is_current or not self.texts.sides:
             return
-        before, running = self._steps, self._busy
+        before, running = (self.step, self._steps), self._busy
         for pane in self._panes:
             pane.read()
         if self._follows:
             self.step = self._steps
         elif self._played and time.monotonic() - self._played >= PASS_SECONDS:
-            self.step, self._played = self.step + 1, time.monotonic()
-            if self.step >= self._steps:
-                self.step, self._played = self._steps, 0.0
-        elif before == self._steps and self._job is None:
+            self.step, self._played = min(self.step + 1, self._steps), time.monotonic()
+            if self.step == self._steps:
+                self._played = 0.0
+        if before == (self.step, self._steps) and self._job is None:
             return
+        ended, self._job = self._job is not None and not running, self._job if running else None
         self._go()
-        if not running and self._job is not None:
-            self._job = None
-            self._draw()
+        if ended:
             self.refresh_bindings()
 
     def _go(self) -> None:
@@ -333,9 +332,8 @@ class GenerationScreen(Workbench):
         self._tell_prompt()
         warnings = [text for side in self.texts.sides for text in side.generation.warnings]
         line = self.query_one("#warning", Static)
-        if line.display != bool(warnings):
-            line.display = bool(warnings)
-            line.update(one_line("; ".join(warnings), 400))
+        line.display = bool(warnings)
+        line.update(one_line("; ".join(warnings), 400), layout=False)
 
     def _compared(self) -> list[str]:
         """How far the texts agree, with the place of the first difference marked in both."""
