@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
+import numpy as np
 import pytest
 from samples import write_rows
 
+from engines.blocks import DecodingPass
 from gemma_tui import paths
 from gemma_tui.runs.queue import Queue
 from gemma_tui.runs.store import RunStore
@@ -124,8 +126,12 @@ def test_what_a_model_writes_never_reaches_a_terminal_raw(
 
         def load(self, *given: object) -> None: ...
 
-        def generate(self, *given: object) -> list[int]:
-            return tokenizer.encode(f"fox{ESCAPE} dog", bos=False)
+        def model(self) -> None: ...
+
+        def decode(self, *given: object) -> Iterator[DecodingPass]:
+            for place, token in enumerate(tokenizer.encode(f"fox{ESCAPE} dog", bos=False)):
+                ids, numbers = (np.array([n], np.int32) for n in (token, place))
+                yield DecodingPass(numbers * 0, numbers, ids, numbers * 0.0, numbers * 0.0, numbers >= 0, 1)
 
     monkeypatch.setattr("gemma_tui.commands.generate.open_engine", lambda name: Hostile())
     code, text, errors = spoken("generate", tiny, "--prompt", "a", *as_json)
