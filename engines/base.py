@@ -468,7 +468,7 @@ class Engine(Protocol):
         """One optimizer step over micro-batches, weighted by their supervised tokens.
 
         With noise the objective is the weighted sum of both sides, over the supervised tokens (arXiv:2509.04185,
-        equation 13); a masked side that weighs 0 is not computed.
+        equation 13); a copy of which nothing counts is not computed.
 
         Args:
             observe: also form the gradients of the layers' matrices and tell what they are like.

@@ -132,7 +132,7 @@ def _documents(batch: Batch, model: Gemma3) -> Layout | None:
 def objective(model: Gemma3, batch: Batch) -> tuple[mx.array, mx.array, mx.array]:
     """What is made smaller, summed over a batch, and the losses of the text and of its masked tokens, nats."""
     noise = batch.noise
-    if noise is None or noise.masked_weight == 0:
+    if noise is None or not batch.masked:
         loss = summed_loss(model, batch)
         return loss if noise is None else loss * noise.next_token_weight, loss, mx.array(0.0)
     loss, masked = summed_losses(model, batch, noise)

@@ -27,7 +27,7 @@ from gemma_tui.hub.models import (
     summary,
     whole_model,
 )
-from gemma_tui.hub.set_blocks import set_blocks_of, write_set_blocks
+from gemma_tui.hub.set_blocks import SetBlocks, set_blocks_of, write_set_blocks
 
 FORMATS = ("peft", "mlx")
 ITEM_BYTES = {"float32": 4, "bfloat16": 2}
@@ -100,7 +100,8 @@ def import_adapter(source: Path, name: str, base: str | None = None) -> Model:
         raise GemmaTuiError(f"{source} is no folder: name one that holds an adapter of PEFT or mlx-lm")
     model = base_model(source) if base is None else whole_model(base)
     factors, settings = read_adapter(source, model.config())
-    return _store(target, factors, settings, model)
+    trained = set_blocks_of(Model(name, model.folder, "adapter", source))
+    return _store(target, factors, settings, model, trained)
 
 
 def export(name: str, format: str, out: Path) -> Path:
@@ -117,6 +118,7 @@ def export(name: str, format: str, out: Path) -> Path:
             write_mlx(folder, factors, settings, model.config(), _reference(model))
         else:
             write_peft(folder, factors, settings, _reference(model))
+        write_set_blocks(folder, set_blocks_of(resolve(name)))
     return out
 
 
@@ -151,7 +153,9 @@ def blend_adapters(
                 "only adapters of one model can be blended"
             )
     made = blend([(factors, settings) for _, factors, settings in found], weights, model.config(), how, rank)
-    return _store(target, made.factors, made.settings, model), made
+    notes = {set_blocks_of(resolve(some)) for some in names} - {None}
+    # Of adapters for different mask tokens or blocks, what they know together was trained by none.
+    return _store(target, made.factors, made.settings, model, notes.pop() if len(notes) == 1 else None), made
 
 
 def fuse_adapter(name: str, new: str, dtype: str | None = None, progress: Progress | None = None) -> Path:
@@ -170,8 +174,7 @@ def fuse_adapter(name: str, new: str, dtype: str | None = None, progress: Progre
     with staging(paths.models() / new) as folder:
         fuse(model.folder, factors, settings, folder, kept, progress)
         copy_tokenizer(model.folder, folder)
-        if (trained := set_blocks_of(model)) is not None:
-            write_set_blocks(folder, trained)
+        write_set_blocks(folder, set_blocks_of(resolve(name)))
     return paths.models() / new
 
 
@@ -191,11 +194,12 @@ def free_name(name: str) -> Path:
     return paths.adapters() / name
 
 
-def _store(target: Path, factors: Factors, settings: LoRASettings, model: Model) -> Model:
+def _store(target: Path, factors: Factors, settings: LoRASettings, model: Model, trained: SetBlocks | None) -> Model:
     # By its name a base is found even after the data folder or the program has moved.
     base = str(model.folder) if model.source == "folder" else model.name
     with staging(target) as folder:
         write_adapter(folder, factors, settings, model.config(), base)
+        write_set_blocks(folder, trained)
     return Model(target.name, model.folder, "adapter", target)
 
 

@@ -27,9 +27,10 @@ class SetBlocks:
     max_block: int
 
 
-def write_set_blocks(folder: Path, trained: SetBlocks) -> None:
-    """Put the file beside weights or an adapter."""
-    write_json(folder / FILE, asdict(trained))
+def write_set_blocks(folder: Path, trained: SetBlocks | None) -> None:
+    """Put the file beside weights or an adapter; none where there was no such training."""
+    if trained is not None:
+        write_json(folder / FILE, asdict(trained))
 
 
 def set_blocks_of(model: Model) -> SetBlocks | None:

@@ -16,6 +16,7 @@ from engines.quantization import iterate_dense
 from gemma_tui.errors import GemmaTuiError, UsageError
 from gemma_tui.hub.convert import ensure_space, free_target, staging
 from gemma_tui.hub.models import Model, copy_tokenizer, resolve, summary
+from gemma_tui.hub.set_blocks import set_blocks_of, write_set_blocks
 from gemma_tui.rows import data_path
 from gemma_tui.studies.perplexity import Perplexity, perplexity
 from gemma_tui.studies.plan import option
@@ -101,6 +102,7 @@ def convert(plan: ConversionPlan, engine: Callable[[], Engine], progress: Progre
         else:
             _write(model.folder, folder, config, dtype, middle)
         copy_tokenizer(model.folder, folder)
+        write_set_blocks(folder, set_blocks_of(model))
     made = summary(Model(target.name, target, "data folder"))
     after = _read(opened, target, ids, model, _part(progress, 0.7, 1.0)) if opened and ids else None
     return Converted(target, item.nbytes, made.nbytes, before, after)

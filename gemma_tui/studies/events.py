@@ -13,7 +13,7 @@ from gemma_tui.output import duration
 PACE_SECONDS = 1.0
 PASSING = ("waiting", "evaluating", "diagnosing", "scoring", "measuring", "decoding", "training")
 """Kinds that tell only what a study is at between two steps: a pause, an evaluation, the spectra of all matrices, the
-scores of sequences, bits while a run trains, greedy decoding. They are shown and not kept."""
+scores of sequences, bits or masked losses while a run trains, greedy decoding. They are shown and not kept."""
 
 
 @dataclass(frozen=True)

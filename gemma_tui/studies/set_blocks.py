@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from engines.base import IGNORED, Batch, Engine, Sampling
 from engines.blocks import BlockDecoding, Noise
-from gemma_tui.studies.data import PADDING, evaluation_windows
+from gemma_tui.errors import UsageError
+from gemma_tui.studies.data import PADDING, Splits, evaluation_windows, make_batch
 from gemma_tui.studies.training_plan import BLOCKWISE, TrainingPlan
 from gemma_tui.studies.turns import Window
 from gemma_tui.tokenizer import END_OF_TURN, EOS, PAD
@@ -29,10 +30,14 @@ def batch_maker(plan: TrainingPlan) -> Callable[[Sequence[Window], int], Batch]:
     """What makes the micro-batch of some windows, given its number from 0 on; the same on both engines and on resuming.
 
     The block size is drawn once for a step, uniformly from 2 to ``max_block``, the masking rate once for a row,
-    uniformly from 0 to 1.
+    uniformly from 0 to 1. Where masked tokens weigh nothing, the rows are those of plain training and have no copy.
     """
 
     def make(windows: Sequence[Window], number: int) -> Batch:
+        if plan.masked_weight == 0:
+            nothing = np.empty((len(windows), 0), np.int32)
+            noise = Noise(nothing, nothing, plan.max_block, plan.next_token_weight, 0.0)
+            return replace(make_batch(windows), noise=noise)
         step = number // plan.accumulate
         block = int(np.random.default_rng([plan.seed, BLOCK, step]).integers(2, plan.max_block + 1))
         generator = np.random.default_rng([plan.seed, RATE, number])
@@ -93,21 +98,30 @@ class Watching:
     plan: TrainingPlan
     windows: Sequence[Window]
 
+    @property
+    def blocks(self) -> list[int]:
+        """Block sizes that the masked loss is told for."""
+        return sorted({min(4, self.plan.max_block), self.plan.max_block})
+
+    @property
+    def parts(self) -> int:
+        """How many measures there are, at most."""
+        return len(self.blocks) * len(RATES) + 2
+
     def measures(self, engine: Engine) -> Iterator[dict[str, float]]:
         """One by one: the masked loss of each block size and rate, nats, their mean, and tokens per pass.
 
         The first are named like ``masked_loss_16_50``, for blocks of 16 and half of the tokens masked.
         """
         plan, losses = self.plan, []
-        for block in sorted({min(4, plan.max_block), plan.max_block}):
+        for block in self.blocks:
             for rate in RATES:
                 if (loss := self._masked_loss(engine, block, rate)) is not None:
                     losses.append(loss)
                     yield {f"masked_loss_{block}_{round(100 * rate)}": loss}
         if losses:
             yield {"masked_valid_loss": sum(losses) / len(losses)}
-        if prompts := self._prompts():
-            yield {"tokens_per_pass": tokens_per_pass(engine, prompts, plan)}
+        yield {"tokens_per_pass": tokens_per_pass(engine, self._prompts(), plan)}
 
     def _masked_loss(self, engine: Engine, block: int, rate: float) -> float | None:
         generator = np.random.default_rng([self.plan.seed, MEASURED, block, round(100 * rate)])
@@ -129,18 +143,34 @@ class Watching:
 
 
 def tokens_per_pass(engine: Engine, prompts: Sequence[Sequence[int]], plan: TrainingPlan) -> float:
-    """Tokens that greedy block decoding writes in a forward pass, over some prompts, each read alone."""
+    """Tokens that greedy block decoding writes in a forward pass; a pass over several prompts is one of each."""
     sampling = Sampling(WATCHED_TOKENS, stop_ids=(EOS, END_OF_TURN))
     blocks = BlockDecoding(plan.max_block, WATCHED_GAMMA, mask=plan.mask_token)
-    written, passes = 0, 0
-    for prompt in prompts:
-        tokens: dict[int, int] = {}
-        for said in engine.decode([prompt], sampling, blocks):
-            passes += 1
-            tokens |= dict(zip(said.places[said.decided].tolist(), said.tokens[said.decided].tolist(), strict=True))
-        ends = [place for place, token in tokens.items() if token in sampling.stop_ids]
-        written += min(ends) + 1 if ends else len(tokens)
-    return written / passes
+    passes, lengths, ends = 0, np.zeros(len(prompts), int), np.full(len(prompts), WATCHED_TOKENS)
+    for said in engine.decode(prompts, sampling, blocks):
+        passes += len(np.unique(said.rows))
+        rows, places, tokens = (some[said.decided] for some in (said.rows, said.places, said.tokens))
+        stops = np.isin(tokens, sampling.stop_ids)
+        np.maximum.at(lengths, rows, places + 1)
+        np.minimum.at(ends, rows[stops], places[stops] + 1)
+    return float(np.minimum(lengths, ends).sum()) / passes
+
+
+def check_mask(plan: TrainingPlan, splits: Splits, vocabulary: int) -> None:
+    """Refuse a mask token that the model has not, or that the data hold, since decoding never writes it.
+
+    Raises:
+        UsageError: it is one of these.
+    """
+    if plan.method not in BLOCKWISE:
+        return
+    if plan.mask_token >= vocabulary:
+        raise UsageError(f"mask_token: the model has no token {plan.mask_token:,}: its ids end at {vocabulary - 1:,}")
+    if any((window.ids == plan.mask_token).any() for window in (*splits.train, *splits.valid)):
+        raise UsageError(
+            f"mask_token: the data hold token {plan.mask_token}, which could never be written then: leave "
+            "--mask-token out"
+        )
 
 
 def watching(plan: TrainingPlan, windows: Sequence[Window]) -> Watching | None:

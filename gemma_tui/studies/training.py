@@ -30,7 +30,7 @@ from gemma_tui.studies.estimate import checkpoint_bytes, estimate
 from gemma_tui.studies.events import Control, Event, Pace, wait_while_paused
 from gemma_tui.studies.memorization.watch import Watch, watch_of
 from gemma_tui.studies.methods import after_step
-from gemma_tui.studies.set_blocks import batch_maker, watching
+from gemma_tui.studies.set_blocks import batch_maker, check_mask, watching
 from gemma_tui.studies.training_plan import BLOCKWISE, WHOLE, TrainingPlan, plan_config, settings
 from gemma_tui.tokenizer import read_tokenizer
 
@@ -59,6 +59,7 @@ def train(
     yield Event("load", values={"model": model.name})
     open_model(engine, model, plan)
     splits = _read_data(plan, model)
+    check_mask(plan, splits, plan_config(plan, model).vocab_size)
     checkpoints.sweep(folder / "checkpoints")
     checkpoints.hold_ballast(folder / "checkpoints")
     found = checkpoints.latest(folder / "checkpoints")
@@ -281,11 +282,13 @@ def _evaluate(
     if loss is None:
         return None
     found = {"valid_loss": loss, "perplexity": math.exp(min(loss, 700))}
-    watched = watching(plan, splits.valid)
-    for measures in watched.measures(engine) if watched else ():
-        if control.stop.is_set():
-            break
-        found |= measures
+    if (watched := watching(plan, splits.valid)) is not None:
+        pace = Pace("measuring", step, watched.parts, watched.parts)
+        for measures in watched.measures(engine):
+            found |= measures
+            yield from pace.advance()
+            if control.stop.is_set():
+                break
     return found | {"seconds": time.perf_counter() - began}
 
 

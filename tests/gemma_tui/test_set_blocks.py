@@ -8,27 +8,31 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from samples import TEXTS
 
-from engines.base import IGNORED, Batch, Engine
+from engines.base import IGNORED, Batch, Engine, Sampling, TrainingSettings
+from engines.blocks import BlockDecoding
 from gemma_tui import cli
 from gemma_tui.errors import GemmaTuiError, UsageError
 from gemma_tui.hub.models import resolve
 from gemma_tui.hub.set_blocks import SetBlocks, set_blocks_of
 from gemma_tui.rows import read_sources
 from gemma_tui.runs.store import RunStore
-from gemma_tui.studies.data import training_batches
+from gemma_tui.studies.data import make_batch, training_batches
 from gemma_tui.studies.events import Control, Event
 from gemma_tui.studies.recording import record_training
-from gemma_tui.studies.set_blocks import Watching, batch_maker, masked_batch
+from gemma_tui.studies.set_blocks import WATCHED_TOKENS, Watching, batch_maker, masked_batch, tokens_per_pass
 from gemma_tui.studies.tasks import KINDS, TaskPlan, make
 from gemma_tui.studies.training_plan import TrainingPlan, settings
 from gemma_tui.studies.turns import Window
-from gemma_tui.tokenizer import BOS, EOS
+from gemma_tui.tokenizer import BOS, END_OF_TURN, EOS, Tokenizer
 
 Plan = Callable[..., TrainingPlan]
+Commands = Callable[..., tuple[int, list[dict[str, Any]], str]]
 PLAN = TrainingPlan(method="sbd", batch_size=3, seed=5)
 
 
@@ -131,6 +135,39 @@ def test_the_masked_loss_falls(torch_engine: Engine, plan: Plan, store: RunStore
     assert last < 0.9 * first
 
 
+@pytest.mark.parametrize(("method", "plain"), [("sbd", "full"), ("sbd-lora", "lora")])
+def test_without_weight_a_run_is_that_of_plain_training(
+    engine: Engine, plan: Plan, store: RunStore, method: str, plain: str
+) -> None:
+    """To the last bit."""
+    seen = []
+    for chosen in (plan(method=method, masked_weight=0.0), plan(method=plain)):
+        _, events = run(engine, chosen, store)
+        steps = [e.values for e in events if e.kind == "step"]
+        assert not any("masked_loss" in values for values in steps)
+        losses = [e.values["valid_loss"] for e in events if e.kind == "evaluation"]
+        seen.append([(v["loss"], v["grad_norm"]) for v in steps] + losses)
+    assert seen[0] == seen[1]
+
+
+def test_without_weight_a_full_window_is_no_longer_than_in_plain_training() -> None:
+    full = window(4, 27)  # 33 tokens, of which the last is only predicted
+    batch, plain = batch_maker(replace(PLAN, masked_weight=0.0))([full], 0), make_batch([full])
+    assert batch.tokens.shape == (1, 32)
+    assert np.array_equal(batch.tokens, plain.tokens)
+    assert np.array_equal(batch.labels, plain.labels)
+
+
+def test_rows_without_a_whole_block_are_trained_on(engine: Engine, tiny: str) -> None:
+    engine.load(resolve(tiny).folder, "float32")
+    engine.start_training(TrainingSettings())
+    batch = masked_batch([window(4, 9)], PLAN, 40, np.ones(1), np.random.default_rng(0))
+    assert batch.noised().tokens.size == 0
+    result = engine.train_step([batch], 1e-3)
+    assert np.isfinite(result.loss)
+    assert result.masked_loss is None
+
+
 def test_both_engines_train_on_the_same_masks(both_engines: tuple[Engine, Engine], plan: Plan, store: RunStore) -> None:
     seen = []
     for engine in both_engines:
@@ -144,6 +181,58 @@ def test_a_watched_model_is_measured_alike_every_time(torch_engine: Engine, plan
     run(torch_engine, chosen, store)
     watching = Watching(chosen, [window(4, 9)] * 5)
     assert list(watching.measures(torch_engine)) == list(watching.measures(torch_engine))
+
+
+def test_prompts_side_by_side_take_the_passes_of_each_alone(
+    torch_engine: Engine, plan: Plan, store: RunStore, tokenizer: Tokenizer
+) -> None:
+    chosen = plan(method="sbd", max_block=4, steps=60, fill_blocks=True, evaluate_every=0)
+    run(torch_engine, chosen, store)
+    stops, prompts = (EOS, END_OF_TURN), [tokenizer.encode(text)[: -2 - 3 * n] for n, text in enumerate(TEXTS[:4])]
+    written, passes = 0, 0
+    for prompt in prompts:
+        text: dict[int, int] = {}
+        for said in torch_engine.decode([prompt], Sampling(WATCHED_TOKENS, stop_ids=stops), BlockDecoding(4, 0.1)):
+            passes += 1
+            text |= dict(zip(said.places[said.decided].tolist(), said.tokens[said.decided].tolist(), strict=True))
+        ends = [place for place, token in text.items() if token in stops]
+        written += min(ends) + 1 if ends else len(text)
+    assert written < len(prompts) * WATCHED_TOKENS  # some have ended
+    assert tokens_per_pass(torch_engine, prompts, chosen) == pytest.approx(written / passes)
+
+
+def test_a_mask_token_that_cannot_be_one_is_refused(
+    torch_engine: Engine, plan: Plan, store: RunStore, tokenizer: Tokenizer
+) -> None:
+    for token, said in ((tokenizer.size, "no token"), (EOS, "data hold token 1"), (BOS, "data hold token 2")):
+        with pytest.raises(UsageError, match=said):
+            run(torch_engine, plan(method="sbd", mask_token=token), store)
+
+
+def test_what_an_adapter_was_trained_for_goes_where_it_goes(
+    torch_engine: Engine, plan: Plan, store: RunStore, command: Commands, tmp_path: Path
+) -> None:
+    one, two, other = (
+        run(torch_engine, plan(method="sbd-lora", steps=1, evaluate_every=0, mask_token=6, **values), store)[0]
+        for values in ({}, {"seed": 1}, {"max_block": 8})
+    )
+    plain, _ = run(torch_engine, plan(steps=1, evaluate_every=0), store)
+    out = str(tmp_path / "exported")
+    for words in (
+        ("export", one, "--format", "peft", "--out", out),
+        ("import", out, "--name", "imported"),
+        ("fuse", "imported", "--name", "fused"),
+        ("blend", one, two, "--weights", "1", "1", "--name", "blended"),
+        ("blend", one, plain, "--weights", "1", "1", "--name", "half"),
+        ("blend", one, other, "--weights", "1", "1", "--name", "mixed"),
+    ):
+        code, _, error = command("adapters", *words)
+        assert code == 0, error
+    assert command("models", "convert", "fused", "--dtype", "bfloat16", "--name", "converted")[0] == 0
+    for name in (out, "imported", "fused", "blended", "half", "converted"):
+        assert set_blocks_of(resolve(name)) == SetBlocks(6, 16), name
+    assert set_blocks_of(resolve("mixed")) is None
+    assert set_blocks_of(resolve(plain)) is None
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -74,8 +75,9 @@ def prompt(tokenizer: Tokenizer) -> np.ndarray:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_tells_what_happens_in_order_and_the_store_keeps_it(
-    engine: Engine, plan: Plan, store: RunStore, method: str
+    engine: Engine, plan: Plan, store: RunStore, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
+    monkeypatch.setattr(events_module, "PACE_SECONDS", math.inf)  # how far a slow evaluation is comes in between
     run_id, events = finished(engine, plan(method=method), store)
     training = ["step", "step", "evaluating", "evaluation", "step", "evaluating", "evaluation"]
     assert [e.kind for e in events] == ["run", "load", "start", *training, "checkpoint", "end"]
