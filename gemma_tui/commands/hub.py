@@ -163,17 +163,17 @@ def verify(args: argparse.Namespace, output: Output) -> int:
 
 def remove(args: argparse.Namespace, output: Output) -> int:
     """Delete a model from the cache or the data folder, after a look at what goes."""
-    found = keeping.removal(args.model)
-    refuse_in_use(args.model)
-    return _delete(found, keeping.adapters_on(args.model), args, output)
+    return _delete(keeping.removal(args.model), args, output)
 
 
 def clean(args: argparse.Namespace, output: Output) -> int:
     """Delete what downloads that broke off have left."""
-    return _delete(leftovers(), [], args, output)
+    return _delete(leftovers(), args, output)
 
 
-def _delete(found: Removal, adapters: list[str], args: argparse.Namespace, output: Output) -> int:
+def _delete(found: Removal, args: argparse.Namespace, output: Output) -> int:
+    refuse_in_use(found)
+    adapters = keeping.adapters_on(found)
     output.row(
         "removal", what=found.what, frees=found.frees, commits=list(found.commits), adapters=adapters,
         paths=[str(path) for path in (*found.folders, *found.files, *found.links)],

@@ -22,6 +22,7 @@ from gemma_tui.hub.models import (
     copy_tokenizer,
     imported_adapters,
     newest_runs,
+    no_import,
     resolve,
     run_adapter,
     summary,
@@ -80,7 +81,7 @@ def listed() -> Iterator[Listed]:
     for name, source, folder in places:
         nbytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
         try:
-            base, settings = base_model(folder).folder, read_settings(folder)
+            base, settings = base_model(folder, no_import).folder, read_settings(folder)
             yield Listed(name, source, folder, nbytes, base, settings)
         except EngineError as error:
             yield Listed(name, source, folder, nbytes, problem=str(error))

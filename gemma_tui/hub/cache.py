@@ -6,12 +6,14 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from engines.checkpoints import model_tensors
+from engines.errors import EngineError
 from gemma_tui.errors import GemmaTuiError
-from gemma_tui.hub.remote import COMMIT, REPO_ID
+from gemma_tui.hub.remote import CODE, COMMIT, REPO_ID
 
 if TYPE_CHECKING:
     from huggingface_hub import HFCacheInfo
@@ -47,19 +49,21 @@ class Removal:
     Attributes:
         frees: bytes that the disk gets back; what other commits share stays.
         commits: the commits that go.
+        snapshots: the folders of those commits.
         folders: folders that go beside what the library deletes.
         files: files that go.
         links: links to folders from elsewhere, which stay as they are.
-        strategy: the library's own deletion.
+        strategies: the library's own deletions, one for each repository.
     """
 
     what: str
     frees: int
     commits: tuple[str, ...] = ()
+    snapshots: tuple[Path, ...] = ()
     folders: tuple[Path, ...] = ()
     files: tuple[Path, ...] = ()
     links: tuple[Path, ...] = ()
-    strategy: Any = field(default=None, repr=False)
+    strategies: tuple[Any, ...] = field(default=(), repr=False)
 
     @property
     def empty(self) -> bool:
@@ -73,8 +77,8 @@ class Removal:
             GemmaTuiError: a file could not be deleted.
         """
         try:
-            if self.strategy is not None:
-                self.strategy.execute()
+            for strategy in self.strategies:
+                strategy.execute()
             for path in (*self.links, *self.files):
                 path.unlink(missing_ok=True)
             for folder in self.folders:
@@ -110,13 +114,13 @@ def snapshot(repo: str, revision: str = "main") -> Path | None:
 
 
 def point(repo: str, revision: str, commit: str) -> None:
-    """Let a branch or tag mean a commit, as the library does; with that a download becomes usable by its name.
+    """Let a branch, a tag or a commit's own number mean a commit; with that a download becomes usable by its name.
+
+    The library writes no ref for a commit's number; without one it could not be told from what broke off.
 
     Raises:
         GemmaTuiError: the cache cannot be written.
     """
-    if revision == commit:
-        return
     ref = repo_folder(repo) / "refs" / revision
     partial = ref.with_name(f".{ref.name}.{os.getpid()}")
     try:
@@ -144,31 +148,39 @@ def removal(repo: str, revision: str | None = None) -> Removal:
     found = next((r for r in info.repos if r.repo_type == "model" and r.repo_id == repo), None) if info else None
     if info is None or found is None:
         raise GemmaTuiError(f"{repo[:120]} is not in the hub cache: see `gemma-tui models list`")
-    commits = sorted(
-        r.commit_hash
-        for r in found.revisions
+    going = [
+        r for r in found.revisions
         if revision is None or revision in r.refs or (len(revision) >= 7 and r.commit_hash.startswith(revision))
-    )
-    if not commits:
+    ]  # fmt: skip
+    if not going:
         raise GemmaTuiError(f"{repo} has no {revision!r} in the hub cache: see `gemma-tui models list`")
-    return _deletion(info, f"{repo}{f'@{revision}' if revision else ''}", commits)
+    return _deletion(info, found, f"{repo}{f'@{revision}' if revision else ''}", going)
 
 
 def leftovers() -> Removal:
-    """What downloads that broke off have left: partial files, commits without a name, and entries with nothing in."""
+    """What downloads that broke off have left: partial files, commits without a name, and entries with nothing in.
+
+    A commit that may be a model stays, and so do all commits of a repository of which something comes just now.
+    """
     info = _scan()
     if info is None:
         return Removal("nothing", 0)
-    partial = [path for folder in _repo_folders() for path in _abandoned(folder)]
-    commits = [r.commit_hash for repo in info.repos if repo.repo_type == "model" for r in repo.revisions if not r.refs]
-    found = _deletion(info, "leftovers", sorted(commits))
+    abandoned = {folder: list(_abandoned(folder)) for folder in _repo_folders()}
+    live = {folder.name for folder, parts in abandoned.items() if set(_unfinished(folder)) - set(parts)}
+    found = []
+    for repo in sorted(info.repos, key=lambda r: r.repo_id):
+        if repo.repo_type == "model" and repo.repo_path.name not in live:
+            going = [r for r in repo.revisions if not r.refs and not _may_be_model(r.snapshot_path)]
+            found += [_deletion(info, repo, repo.repo_id, going)] if going else []
+    partial = [path for parts in abandoned.values() for path in parts]
     return Removal(
         "leftovers of downloads",
-        found.frees + sum(_size(path) for path in partial),
-        found.commits,
-        tuple(folder for folder in _repo_folders() if _is_empty(folder)),
-        tuple(partial),
-        strategy=found.strategy,
+        sum(one.frees for one in found) + sum(_size(path) for path in partial),
+        commits=tuple(commit for one in found for commit in one.commits),
+        snapshots=tuple(folder for one in found for folder in one.snapshots),
+        folders=tuple(folder for folder in abandoned if _is_empty(folder)),
+        files=tuple(partial),
+        strategies=tuple(strategy for one in found for strategy in one.strategies),
     )
 
 
@@ -188,11 +200,6 @@ def tidy(repo: str) -> None:
 def finished_bytes(repo: str) -> int:
     """Bytes of a repository's files that are here whole."""
     return sum(_size(path) for path in (repo_folder(repo) / "blobs").glob("*") if not path.name.endswith(".incomplete"))
-
-
-def partial_files(repo: str) -> list[Path]:
-    """Files of downloads that are unfinished, whether or not one goes on."""
-    return sorted((repo_folder(repo) / "blobs").glob("*.incomplete"))
 
 
 def _scan() -> HFCacheInfo | None:
@@ -217,14 +224,30 @@ def _cached(repo: Any) -> CachedRepo:
     )
 
 
-def _deletion(info: HFCacheInfo, what: str, commits: Iterable[str]) -> Removal:
-    commits = tuple(commits)
-    strategy = info.delete_revisions(*commits)
+def _deletion(info: HFCacheInfo, repo: Any, what: str, going: Iterable[Any]) -> Removal:
+    """What goes with some commits of a repository, which alone the library sees: others may have the same commits."""
+    revisions = sorted(going, key=lambda r: str(r.commit_hash))
+    strategy = replace(info, repos=frozenset({repo})).delete_revisions(*(r.commit_hash for r in revisions))
     root = cache_folder().resolve()
     for path in (*strategy.repos, *strategy.snapshots, *strategy.refs, *strategy.blobs):
         if not path.parent.resolve().is_relative_to(root):
             raise GemmaTuiError(f"{path} lies outside of {root}: nothing is deleted; look at the cache by hand")
-    return Removal(what, strategy.expected_freed_size, commits, strategy=strategy)
+    return Removal(
+        what,
+        strategy.expected_freed_size,
+        commits=tuple(r.commit_hash for r in revisions),
+        snapshots=tuple(r.snapshot_path for r in revisions),
+        strategies=(strategy,),
+    )
+
+
+def _may_be_model(snapshot: Path) -> bool:
+    """Whether a commit without a name is whole, or holds what only another program fetches."""
+    if any(path.name.endswith((".gguf", *CODE)) for path in snapshot.iterdir()):
+        return True
+    with suppress(EngineError, OSError):
+        return bool(model_tensors(snapshot))
+    return False
 
 
 def _repo_folders() -> Iterator[Path]:
@@ -238,12 +261,16 @@ def _is_empty(folder: Path) -> bool:
     return not files
 
 
+def _unfinished(folder: Path) -> list[Path]:
+    return sorted((folder / "blobs").glob("*.incomplete"))
+
+
 def _abandoned(folder: Path) -> Iterator[Path]:
     """Unfinished files that no process writes: the library holds a lock of the blob's name while it does."""
     from filelock import Timeout
     from huggingface_hub.utils import WeakFileLock
 
-    for path in sorted((folder / "blobs").glob("*.incomplete")):
+    for path in _unfinished(folder):
         lock = cache_folder() / ".locks" / folder.name / f"{path.name.split('.')[0]}.lock"
         try:
             lock.parent.mkdir(parents=True, exist_ok=True)

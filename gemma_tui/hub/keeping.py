@@ -35,17 +35,14 @@ def removal(name: str) -> Removal:
     raise GemmaTuiError(f"no model {name[:80]!r} in the data folder or the hub cache{again}")
 
 
-def folders_of(name: str) -> list[Path]:
+def folders_of(found: Removal) -> list[Path]:
     """The folders that would go, to be held against what runs use."""
-    found = removal(name)
-    folders = [path.resolve() for path in (*found.folders, *found.links)]
-    repo = cache.repo_folder(name.partition("@")[0])
-    return folders + [(repo / "snapshots" / commit).resolve() for commit in found.commits]
+    return [path.resolve() for path in (*found.folders, *found.links, *found.snapshots)]
 
 
-def adapters_on(name: str) -> list[str]:
+def adapters_on(found: Removal) -> list[str]:
     """Names of adapters whose base would go."""
-    going = set(folders_of(name))
+    going = set(folders_of(found))
     return [item.name for item in listed() if item.base is not None and item.base.resolve() in going]
 
 

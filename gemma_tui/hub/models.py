@@ -125,6 +125,15 @@ def whole_model(name: str, progress: Progress | None = None) -> Model:
     raise GemmaTuiError(f"no model {name[:80]!r}: give a folder, a run, or a name from `gemma-tui models list`")
 
 
+def no_import(share: float, what: str) -> None:
+    """A progress for who only looks at models: it ends the import of the real one as that begins.
+
+    Raises:
+        GemmaTuiError: always.
+    """
+    raise GemmaTuiError("told once the model is imported: load it on the first screen")
+
+
 def is_only_remote(name: str) -> bool:
     """Whether a name is a hub id of which nothing is here, and the hub may be asked."""
     from huggingface_hub import is_offline_mode
@@ -232,7 +241,7 @@ def _adapter_models() -> Iterator[Model]:
     """The adapters of the data folder; one whose base is gone cannot be loaded and is not listed."""
     for folder in imported_adapters():
         with suppress(EngineError):
-            yield adapted(folder.name, "adapter", folder)
+            yield adapted(folder.name, "adapter", folder, no_import)
 
 
 def _trained_models() -> Iterator[Model]:
@@ -242,7 +251,7 @@ def _trained_models() -> Iterator[Model]:
             yield Model(folder.name, folder / "model", "run")
         elif (adapter := run_adapter(folder)) is not None:
             with suppress(EngineError):
-                yield adapted(folder.name, "run", adapter)
+                yield adapted(folder.name, "run", adapter, no_import)
 
 
 def _may_be_gemma(folder: Path) -> bool:

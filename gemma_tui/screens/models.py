@@ -193,9 +193,8 @@ class ModelsScreen(Workbench):
 
         try:
             found = keeping.removal(name) if name else leftovers()
-            if name:
-                refuse_in_use(name)
-            lines = preview(found, keeping.adapters_on(name) if name else [])
+            refuse_in_use(found)
+            lines = preview(found, keeping.adapters_on(found))
         except EngineError as error:
             self.app.call_from_thread(self.bench.tell, str(error), "warning")
             return

@@ -5,8 +5,7 @@ from __future__ import annotations
 from contextlib import closing
 
 from engines.base import DeviceInfo
-from gemma_tui.errors import GemmaTuiError
-from gemma_tui.hub.models import resolve
+from gemma_tui.hub.models import no_import, resolve
 from gemma_tui.output import count_text
 from gemma_tui.runs.store import RunStore
 from gemma_tui.studies.estimate import estimate, remembered
@@ -24,7 +23,7 @@ def forecast(plan: TrainingPlan, engine: str, device: DeviceInfo | None) -> str:
         EngineError: the model is not here or still waits to be imported, the plan could not begin, or there is no run
             store.
     """
-    config = plan_config(plan, resolve(plan.model, _refuse))
+    config = plan_config(plan, resolve(plan.model, no_import))
     if device is None:
         parameters = count_text(config.parameter_count())
         return f"{parameters} parameters; what they need here is told once {engine} has begun"
@@ -34,8 +33,3 @@ def forecast(plan: TrainingPlan, engine: str, device: DeviceInfo | None) -> str:
         config, settings(plan), plan.batch_size, plan.row_length, plan.dtype or device.dtypes[0], device,
         plan.accumulate, ratio,
     ).text  # fmt: skip
-
-
-def _refuse(share: float, what: str) -> None:
-    """A look at a plan imports no model."""
-    raise GemmaTuiError("told once the model is imported: load it on the first screen")

@@ -14,14 +14,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
+
+from gemma_tui.hub import cache
 
 LFS = (".safetensors", ".gguf", ".bin")
 COMMIT = "a" * 40
 NEXT_COMMIT = "b" * 40
 ENDLESS = 256
 """Pieces that a body without an end has behind its end."""
+
+
+def partial_files(repo: str) -> list[Path]:
+    """Files of downloads into the cache that are unfinished, whether or not one goes on."""
+    return sorted((cache.repo_folder(repo) / "blobs").glob("*.incomplete"))
 
 
 def git_sha1(data: bytes) -> str:
@@ -71,7 +79,7 @@ class StandInHub:
     """Repositories by id, served while it is open.
 
     Attributes:
-        asked: method, path and whether a token came along, of each request.
+        asked: method, path and token (empty if none came along) of each request.
         tokens: the tokens that are valid, and whose they are.
     """
 

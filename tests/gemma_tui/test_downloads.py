@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -10,18 +11,20 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
-from stand_in_hub import COMMIT, NEXT_COMMIT, Repo, StandInHub
+from stand_in_hub import COMMIT, NEXT_COMMIT, Repo, StandInHub, partial_files
 
 from engines.errors import EngineError
 from gemma_tui import paths
-from gemma_tui.hub import cache
+from gemma_tui.hub import cache, demo
 from gemma_tui.hub.downloads import CANCELLED, DONE, FAILED, Download, Downloads
 from gemma_tui.hub.fetching import Request
 from gemma_tui.hub.models import resolve
+from gemma_tui.runs.queue import Queue
 from gemma_tui.runs.store import RunStore
 
 Commands = Callable[..., tuple[int, list[dict[str, Any]], str]]
@@ -43,7 +46,7 @@ def slowly(hub: StandInHub) -> Download:
     hub.faults.slow, hub.faults.piece = 0.3, 4096
     item = Download(Request(TINY))
     item.start()
-    until(lambda: cache.partial_files(TINY) and hub.count("GET", "/model.safetensors"), "the weights")
+    until(lambda: partial_files(TINY) and hub.count("GET", "/model.safetensors"), "the weights")
     return item
 
 
@@ -59,7 +62,7 @@ def test_a_cancel_takes_less_than_a_second_and_leaves_no_part(hub: StandInHub) -
     assert time.monotonic() - began < 1.5  # one second, and a busy machine
     assert item.state == CANCELLED
     assert "begins again" in item.detail
-    assert not cache.partial_files(TINY)
+    assert not partial_files(TINY)
     hub.faults.slow = 0
     again = Download(Request(TINY))
     again.start()
@@ -76,7 +79,7 @@ def test_a_process_that_is_killed_leaves_what_the_next_try_clears(hub: StandInHu
     os.killpg(item._process.pid, signal.SIGKILL)
     assert ended(item)[-1]["kind"] == "failed"
     assert item.state == FAILED
-    assert not cache.partial_files(TINY)
+    assert not partial_files(TINY)
     with pytest.raises(EngineError, match="not in the hub cache"):
         resolve(TINY)
     hub.faults.slow = 0
@@ -97,10 +100,10 @@ def test_a_process_whose_asker_has_died_ends_and_leaves_no_part(hub: StandInHub)
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as asker:
         assert asker.stdout is not None
         pid = int(asker.stdout.readline())
-        until(lambda: cache.partial_files(TINY) and hub.count("GET", "/model.safetensors"), "the weights")
+        until(lambda: partial_files(TINY) and hub.count("GET", "/model.safetensors"), "the weights")
         asker.kill()
     until(lambda: not Path(f"/proc/{pid}").exists() and not _lives(pid), "its end")
-    assert not cache.partial_files(TINY)
+    assert not partial_files(TINY)
 
 
 def _lives(pid: int) -> bool:
@@ -214,7 +217,7 @@ def test_an_interrupted_command_ends_with_130_and_no_part(hub: StandInHub) -> No
     with subprocess.Popen(
         [sys.executable, "-m", "gemma_tui", "models", "download", TINY, "--json"], stdout=subprocess.PIPE, text=True
     ) as process:
-        until(lambda: cache.partial_files(TINY), "the weights")
+        until(lambda: partial_files(TINY), "the weights")
         began = time.monotonic()
         process.send_signal(signal.SIGINT)
         out, _ = process.communicate(timeout=SECONDS)
@@ -223,7 +226,7 @@ def test_an_interrupted_command_ends_with_130_and_no_part(hub: StandInHub) -> No
     last = json.loads(out.splitlines()[-1])
     whole = {name: len(data) for name, data in hub.repos[TINY].files.items() if name != "model.safetensors"}
     assert (last["status"], last["kept"] <= sum(whole.values())) == ("interrupted", True)
-    assert not cache.partial_files(TINY)
+    assert not partial_files(TINY)
 
 
 def test_a_token_is_nowhere_but_with_the_hub(hub: StandInHub, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -334,6 +337,41 @@ def test_a_model_that_a_run_uses_stays(cached: Path, command: Commands, store: R
     assert command("models", "remove", TINY, "--yes")[0] == 0
 
 
+def test_a_plan_of_the_queue_names_paths_from_its_own_folder(
+    tiny: str, command: Commands, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir()
+    there.mkdir()
+    (there / "base").symlink_to(paths.models() / tiny)
+    with closing(Queue()) as queue:
+        (number,) = queue.enqueue([{"model": "base"}], "torch", str(there))
+    monkeypatch.chdir(here)
+    code, _, said = command("models", "remove", tiny, "--yes")
+    assert (code, f"plan {number} of the queue" in said) == (1, True)
+    (there / "base").unlink()
+    (here / "base").symlink_to(paths.models() / tiny)
+    assert command("models", "remove", tiny, "--yes")[0] == 0
+
+
+def test_looking_who_uses_a_model_imports_none(
+    tiny: str, prepared_model: Path, command: Commands, store: RunStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    imported: list[object] = []
+    monkeypatch.setattr(demo, "packaged", lambda: True)
+    monkeypatch.setattr(demo, "_chunks", lambda: [prepared_model / "tokenizer.json"])
+    monkeypatch.setattr(demo, "SHA256", hashlib.sha256((prepared_model / "tokenizer.json").read_bytes()).hexdigest())
+    monkeypatch.setattr(demo, "import_gguf", lambda *given: imported.append(given) or prepared_model)
+    run = store.create("mine", "train", "torch", {"model": "gemma-3-270m"}, "gemma-tui train", 10)
+    store.set_state(run.run_id, "running")
+    adapter = paths.adapters() / "on-the-real-one"
+    adapter.mkdir(parents=True)
+    (adapter / "adapter_config.json").write_text('{"base_model_name_or_path": "gemma-3-270m"}')
+    assert command("adapters", "list")[0] == command("models", "list")[0] == 0
+    assert command("models", "remove", tiny, "--yes")[0] == 0
+    assert not imported
+
+
 def test_clean_takes_what_broken_downloads_left_and_nothing_else(cached: Path, command: Commands) -> None:
     blobs = cache.repo_folder(TINY) / "blobs"
     (blobs / f"{'c' * 64}.12345678.incomplete").write_bytes(b"x" * 100)
@@ -349,6 +387,52 @@ def test_clean_takes_what_broken_downloads_left_and_nothing_else(cached: Path, c
     assert command("models", "clean")[1][-1]["freed"] == 0
     assert not (cache.cache_folder() / "models--org--nothing").exists()
     assert command("models", "verify", TINY)[0] == 0
+
+
+def test_clean_keeps_a_whole_model_without_a_name(cached: Path, hub: StandInHub, command: Commands) -> None:
+    assert command("models", "download", TINY, "--revision", COMMIT)[0] == 0
+    assert resolve(f"{TINY}@{COMMIT}").folder == cached
+    (cache.repo_folder(TINY) / "refs" / "main").unlink()
+    assert command("models", "clean", "--yes")[1][-1]["freed"] == 0
+    assert command("models", "verify", f"{TINY}@{COMMIT}")[0] == 0
+    # As another program leaves it that was told to fetch that commit.
+    shutil.rmtree(cache.repo_folder(TINY) / "refs")
+    assert command("models", "clean", "--yes")[1][-1]["freed"] == 0
+    (cached / "model.safetensors").rename(cached / "pytorch_model.bin")
+    assert command("models", "clean", "--yes")[1][-1]["freed"] == 0
+    assert (cached / "pytorch_model.bin").is_file()
+
+
+def test_clean_keeps_the_finished_files_of_a_download_that_goes_on(hub: StandInHub, command: Commands) -> None:
+    item = slowly(hub)
+    folder = cache.repo_folder(TINY) / "snapshots" / COMMIT
+    until(lambda: (folder / "config.json").exists() and (folder / "tokenizer.json").exists(), "the small files")
+    code, rows, _ = command("models", "clean", "--yes")
+    assert (code, rows[-1]["freed"], partial_files(TINY) != []) == (0, 0, True)
+    assert (folder / "config.json").exists()
+    item.cancel()
+    ended(item)
+    assert command("models", "clean", "--yes")[1][-1]["freed"] == sum(
+        len(data) for name, data in hub.repos[TINY].files.items() if name != "model.safetensors"
+    )
+
+
+def test_clean_refuses_what_a_run_uses(cached: Path, command: Commands, store: RunStore) -> None:
+    shutil.rmtree(cache.repo_folder(TINY) / "refs")
+    (cached / "model.safetensors").unlink()
+    run = store.create("mine", "train", "torch", {"model": str(cached)}, "gemma-tui train", 10)
+    store.set_state(run.run_id, "running")
+    code, _, said = command("models", "clean", "--yes")
+    assert (code, run.run_id in said, cached.is_dir()) == (1, True, True)
+
+
+def test_removal_takes_the_repository_that_was_named(cached: Path, hub: StandInHub, command: Commands) -> None:
+    other = "org/gemma-3-next"
+    hub.repos[other] = Repo(dict(hub.repos[TINY].files))
+    for gone, stays in ((TINY, other), (other, TINY)):
+        assert command("models", "download", TINY, other)[0] == 0
+        assert command("models", "remove", gone, "--yes")[0] == 0
+        assert (cache.repo_folder(gone).exists(), resolve(stays).folder.name) == (False, COMMIT)
 
 
 def test_clean_leaves_what_another_process_writes(cached: Path, command: Commands) -> None:

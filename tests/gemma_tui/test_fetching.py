@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from stand_in_hub import COMMIT, NEXT_COMMIT, Repo, StandInHub
+from stand_in_hub import COMMIT, NEXT_COMMIT, Repo, StandInHub, partial_files
 
 from engines.errors import EngineError
 from gemma_tui.hub import cache, fetching, metering
@@ -221,7 +221,7 @@ def test_other_content_than_the_checksum_says_is_never_usable(hub: StandInHub) -
 def test_a_file_that_comes_short_is_never_usable(hub: StandInHub) -> None:
     hub.faults.short = {"model.safetensors"}
     refused()
-    assert not cache.partial_files(TINY)
+    assert not partial_files(TINY)
     hub.faults.short = set()
     fetched()
 
@@ -229,7 +229,7 @@ def test_a_file_that_comes_short_is_never_usable(hub: StandInHub) -> None:
 def test_a_body_without_an_end_is_stopped(hub: StandInHub) -> None:
     hub.faults.endless = {"model.safetensors"}
     assert "sends more than" in refused()
-    assert not cache.partial_files(TINY)
+    assert not partial_files(TINY)
 
 
 def test_a_disk_without_room_is_told_before_the_first_byte(hub: StandInHub, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -248,7 +248,7 @@ def test_a_disk_that_fills_up_meanwhile_is_told_and_keeps_no_part(
     monkeypatch.setattr(fetching, "free_bytes", free)
     monkeypatch.setattr(metering, "free_bytes", free)
     assert "is full" in refused()
-    assert not cache.partial_files(TINY)
+    assert not partial_files(TINY)
     assert hub.count("GET", "/model.safetensors") == 1
 
 
@@ -263,7 +263,7 @@ def test_a_cancel_leaves_no_part_and_the_next_try_is_clean(hub: StandInHub) -> N
 
     with pytest.raises(CancelledError):
         fetch(Request(TINY), tell, control)
-    assert not cache.partial_files(TINY)
+    assert not partial_files(TINY)
     with pytest.raises(EngineError, match="not in the hub cache"):
         resolve(TINY)
     hub.faults.slow = 0

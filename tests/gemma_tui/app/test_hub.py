@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from stand_in_hub import Repo, StandInHub
+from stand_in_hub import Repo, StandInHub, partial_files
 from textual.widgets import Input
 
 from gemma_tui.hub import cache
@@ -65,14 +65,14 @@ async def test_a_download_is_paused_goes_on_and_is_cancelled(opened: Open, hub: 
     hub.faults.slow, hub.faults.piece = 0.3, 4096
     async with opened(model="") as it:
         await queued(it)
-        await it.until(lambda: cache.partial_files(TINY), "the first bytes")
+        await it.until(lambda: partial_files(TINY), "the first bytes")
         it.app.screen.query_one(DownloadList).focus()
         await it.press("space")
         await it.until(lambda: it.sees("paused"), "the pause")
         await it.press("space")
         await it.until(lambda: it.sees("running"), "the end of the pause")
         await it.press("x")
-        await it.until(lambda: it.sees("cancelled") and not cache.partial_files(TINY), "the cancel")
+        await it.until(lambda: it.sees("cancelled") and not partial_files(TINY), "the cancel")
 
 
 async def test_a_second_waits_and_the_same_twice_is_refused(opened: Open, hub: StandInHub) -> None:
@@ -91,13 +91,13 @@ async def test_leaving_asks_and_leaves_no_part(opened: Open, hub: StandInHub) ->
     hub.faults.slow, hub.faults.piece = 0.3, 4096
     async with opened(model="") as it:
         await queued(it)
-        await it.until(lambda: cache.partial_files(TINY), "the first bytes")
+        await it.until(lambda: partial_files(TINY), "the first bytes")
         await it.press("q")
         await it.until(lambda: isinstance(it.app.screen, Question), "the question")
         await it.press("s")
         downloads = it.app.downloads
         assert downloads is not None
-        await it.until(lambda: not cache.partial_files(TINY), "the end")
+        await it.until(lambda: not partial_files(TINY), "the end")
         assert downloads.items[0].state == "cancelled"
 
 
