@@ -11,7 +11,7 @@ import json
 import math
 import os
 import stat
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +34,8 @@ ARRAYS: dict[str, np.dtype[Any]] = {
     "F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2"), "U32": np.dtype("<u4"),
 }  # fmt: skip
 """What weights are kept in; U32 holds packed numbers of a few bits."""
+
+FLOATS = ("F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)
@@ -171,16 +173,17 @@ def _sharded(folder: Path, index: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def read_array(tensor: StoredTensor) -> np.ndarray:
+def read_array(tensor: StoredTensor, kinds: Sequence[str] = FLOATS) -> np.ndarray:
     """The tensor's own bits: float32, float16, uint32, or bfloat16 as uint16.
 
+    Args:
+        kinds: the dtypes that may be, of ``ARRAYS``; packed weights alone are U32.
+
     Raises:
-        CheckpointError: the dtype is none that Gemma-3 is kept in, or the file shrank meanwhile.
+        CheckpointError: the dtype is another one, or the file shrank meanwhile.
     """
-    if tensor.dtype not in ARRAYS:
-        raise CheckpointError(
-            f"{tensor.path}: {tensor.name[:60]!r} is {tensor.dtype}; weights in F32, F16 or BF16 are needed"
-        )
+    if tensor.dtype not in kinds:
+        raise CheckpointError(f"{tensor.path}: {tensor.name[:60]!r} is {tensor.dtype}; {' or '.join(kinds)} is needed")
     dtype: np.dtype[Any] = ARRAYS[tensor.dtype]
     count = math.prod(tensor.shape)
     with tensor.path.open("rb") as file:

@@ -14,12 +14,12 @@ from pathlib import Path
 import numpy as np
 
 from engines.base import TrainingSettings
-from engines.checkpoints import StoredTensor, as_float32, iterate_model, model_tensors, read_array, text_tensors
+from engines.checkpoints import FLOATS, StoredTensor, as_float32, iterate_model, model_tensors, read_array, text_tensors
 from engines.errors import CheckpointError, UnsupportedError
 from engines.gemma3 import Gemma3Config, Quantization
 
 PARTS = ("weight", "scales", "biases")
-FLOATS = ("F32", "F16", "BF16")
+PACKED = ("U32",)
 
 
 def check_quantization(config: Gemma3Config, quantization: Quantization) -> None:
@@ -131,7 +131,7 @@ def iterate_quantized(folder: Path, config: Gemma3Config) -> Iterator[tuple[str,
             yield next(whole)
         else:
             module = name.removesuffix(".weight")
-            weight, scales, biases = (read_array(stored[f"{module}.{part}"]) for part in PARTS)
+            weight, scales, biases = (read_array(stored[f"{module}.{part}"], _kinds(part)) for part in PARTS)
             yield name, Packed(weight, scales, biases, quantization)
 
 
@@ -151,6 +151,10 @@ def iterate_dense(
             yield name, value.unpacked() if isinstance(value, Packed) else value
 
 
+def _kinds(part: str) -> tuple[str, ...]:
+    return PACKED if part == "weight" else FLOATS
+
+
 def _check_packed(
     folder: Path, name: str, stored: Mapping[str, StoredTensor], shape: tuple[int, ...], quantization: Quantization
 ) -> None:
@@ -161,7 +165,7 @@ def _check_packed(
         tensor = stored.get(f"{module}.{part}")
         if tensor is None:
             raise CheckpointError(f"{folder} lacks {module}.{part}: fetch the model again")
-        kinds = ("U32",) if part == "weight" else FLOATS
+        kinds = _kinds(part)
         if tensor.shape != expected or tensor.dtype not in kinds:
             raise CheckpointError(
                 f"{folder}: {module}.{part} is {tensor.dtype} {list(tensor.shape)}, where {quantization.bits} bits in "

@@ -35,7 +35,7 @@ def one_line(text: str, limit: int = 200) -> str:
     return line if len(line) <= limit else line[: limit - 1] + "…"
 
 
-_SECRETS = re.compile(r"hf_[A-Za-z0-9]{8,}|(?<=Bearer )\S+|(?<=[?&]token=)[^&\s]+", re.ASCII)
+_SECRETS = re.compile(r"hf_(?:(?:jwt|oauth)_[\w.\-]+|[A-Za-z0-9]{8,})|(?<=Bearer )\S+|(?<=[?&]token=)[^&\s]+", re.ASCII)
 
 
 def without_tokens(text: str) -> str:

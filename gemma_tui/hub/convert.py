@@ -31,6 +31,11 @@ SMALLEST_VOCABULARY = 363
 MODEL_NAME = re.compile(r"\w[\w.\-]{0,95}")
 
 
+def name_from(text: str) -> str:
+    """A name for a model, of one from elsewhere; of a text without a letter or digit nothing is left."""
+    return re.sub(r"[^\w.\-]+", "-", text, flags=re.ASCII).strip("-.")
+
+
 def import_gguf(source: Path, name: str, progress: Progress) -> Path:
     """Write a Gemma-3 GGUF as bfloat16 safetensors with config and tokenizer to the data folder.
 
@@ -39,7 +44,7 @@ def import_gguf(source: Path, name: str, progress: Progress) -> Path:
     Raises:
         EngineError: the file is broken, the name is taken or not valid, or the disk is too small.
     """
-    target = free_target(name)
+    target = _free_target(name)
     progress(0.0, "reading the file")
     file = read_gguf(source)
     config = gemma3_config(file)
@@ -119,7 +124,7 @@ def new_model(name: str, data: Path, shape: Mapping[str, int]) -> Path:
     Raises:
         EngineError: the name is taken, the shape is not valid, or the data are not readable.
     """
-    target = free_target(name)
+    target = _free_target(name)
     config = parse_config({"model_type": "gemma3_text", "query_pre_attn_scalar": shape["head_dim"], **shape}, name)
     if config.vocab_size < SMALLEST_VOCABULARY:
         raise UsageError(f"vocab-size {config.vocab_size}: bytes and special tokens alone take {SMALLEST_VOCABULARY}")
@@ -131,7 +136,7 @@ def new_model(name: str, data: Path, shape: Mapping[str, int]) -> Path:
     return target
 
 
-def free_target(name: str) -> Path:
+def _free_target(name: str) -> Path:
     """The folder of a new model of that name.
 
     Raises:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 from engines.checkpoints import model_tensors
@@ -11,6 +10,7 @@ from gemma_tui.errors import GemmaTuiError
 from gemma_tui.hub import cache
 from gemma_tui.hub.adapters import free_name, listed
 from gemma_tui.hub.cache import Removal
+from gemma_tui.hub.convert import name_from
 from gemma_tui.hub.models import NAME, NANO, REAL, Model
 from gemma_tui.hub.remote import REPO_ID
 
@@ -56,7 +56,7 @@ def adopt(folder: Path, name: str | None) -> Model:
         source = folder.expanduser().resolve(strict=True)
     except (OSError, RuntimeError):
         raise GemmaTuiError(f"{folder} is not there: name a folder with a model") from None
-    chosen = name or re.sub(r"[^\w.\-]+", "-", source.name, flags=re.ASCII).strip("-.")
+    chosen = name or name_from(source.name)
     free_name(chosen)
     Model(chosen, source, "folder").config()
     model_tensors(source)

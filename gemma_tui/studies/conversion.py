@@ -11,19 +11,21 @@ import numpy as np
 
 from engines.base import Engine, Progress
 from engines.checkpoints import as_bfloat16, as_float32, write_json, write_safetensors
-from engines.gemma3 import Gemma3Config, Quantization
+from engines.gemma3 import GROUP_SIZES, Gemma3Config, Quantization
 from engines.quantization import iterate_dense
+from gemma_tui import paths
 from gemma_tui.errors import GemmaTuiError, UsageError
-from gemma_tui.hub.convert import ensure_space, free_target, staging
+from gemma_tui.hub.adapters import ITEM_BYTES, free_name
+from gemma_tui.hub.convert import ensure_space, name_from, staging
 from gemma_tui.hub.models import Model, copy_tokenizer, resolve, summary
 from gemma_tui.hub.set_blocks import set_blocks_of, write_set_blocks
 from gemma_tui.rows import data_path
-from gemma_tui.studies.perplexity import Perplexity, perplexity
+from gemma_tui.studies.perplexity import TOKENS, Perplexity, perplexity
 from gemma_tui.studies.plan import option
 from gemma_tui.tokenizer import read_tokenizer
 
-ITEM_BYTES = {"float32": 4, "bfloat16": 2}
-MAX_TEXT_BYTES = 16 << 20
+TEXT_CHARACTERS = 64 * TOKENS
+"""Of a text that are tokenised: the tokens that are read are shorter than 64 characters on average."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ def check(plan: ConversionPlan) -> None:
         raise UsageError("bits: name what it becomes: --bits 4, 6 or 8, or --dtype float32 or bfloat16")
     if plan.bits not in (None, 4, 6, 8):
         raise UsageError(f"bits is {plan.bits}; 4, 6 or 8 is needed")
-    if plan.group_size not in (32, 64, 128):
+    if plan.group_size not in GROUP_SIZES:
         raise UsageError(f"group_size is {plan.group_size}; 32, 64 or 128 is needed")
     if plan.bits is None and plan.group_size != 64:
         raise UsageError("group_size: --group-size makes no difference without --bits: leave it out")
@@ -89,20 +91,23 @@ def convert(plan: ConversionPlan, engine: Callable[[], Engine], progress: Progre
         raise GemmaTuiError(item.problem)
     dtype = plan.dtype or ("float32" if item.dtype == "F32" else "bfloat16")
     how = None if plan.bits is None else Quantization(plan.bits, plan.group_size)
-    target = free_target(plan.name or f"{model.name.rpartition('/')[2]}-{_kind(plan)}")
+    name = plan.name or f"{name_from(model.name.partition('@')[0].rpartition('/')[2])}-{_kind(plan)}"
+    free_name(name)
+    target = paths.models() / name
     ids = _ids(plan, model)
     opened = engine() if how is not None or ids else None
     needed = replace(config, quantization=how).weight_bytes(ITEM_BYTES[dtype])
     ensure_space(target.parent, needed + (64 << 20))
-    before = _read(opened, model.folder, ids, model, _part(progress, 0.0, 0.3)) if opened and ids else None
-    middle = _part(progress, 0.3 if ids else 0.0, 0.7 if ids else 1.0)
+    writing = _part(progress, 0.0, 0.4 if ids else 1.0)
     with staging(target) as folder:
+        # Before the text is read, since the engine refuses here what it cannot quantise.
         if opened is not None and how is not None:
-            opened.quantise(model.folder, folder, config.to_dict(), how, dtype, middle)
+            opened.quantise(model.folder, folder, config.to_dict(), how, dtype, writing)
         else:
-            _write(model.folder, folder, config, dtype, middle)
+            _write(model.folder, folder, config, dtype, writing)
         copy_tokenizer(model.folder, folder)
         write_set_blocks(folder, set_blocks_of(model))
+        before = _read(opened, model.folder, ids, model, _part(progress, 0.4, 0.7)) if opened and ids else None
     made = summary(Model(target.name, target, "data folder"))
     after = _read(opened, target, ids, model, _part(progress, 0.7, 1.0)) if opened and ids else None
     return Converted(target, item.nbytes, made.nbytes, before, after)
@@ -125,14 +130,13 @@ def _write(source: Path, target: Path, config: Gemma3Config, dtype: str, progres
 
 
 def _ids(plan: ConversionPlan, model: Model) -> list[int]:
-    """The tokens of the text, if there is one."""
+    """The tokens of the text's beginning, if there is a text."""
     if not plan.text:
         return []
     path = data_path(plan.text)
     try:
-        if path.stat().st_size > MAX_TEXT_BYTES:
-            raise UsageError(f"text: {path} is over 16 MiB: name a shorter text")
-        text = path.read_text(encoding="utf-8", errors="replace")
+        with path.open(encoding="utf-8", errors="replace") as file:
+            text = file.read(TEXT_CHARACTERS)
     except OSError as error:
         raise UsageError(f"text: {path} cannot be read ({error.strerror}): check the path") from None
     ids = read_tokenizer(model.folder).encode(text, bos=False)

@@ -13,7 +13,7 @@ from oracles import refusal
 
 from engines.adapters import read_adapter
 from engines.base import Engine
-from engines.checkpoints import read_array, read_header, write_arrays
+from engines.checkpoints import read_array, read_header, write_arrays, write_safetensors
 from engines.errors import CheckpointError, UnsupportedError
 from engines.gemma3 import Gemma3Config
 
@@ -116,6 +116,15 @@ def with_factors(adapter: Path, edit: Callable[[dict[str, np.ndarray]], object])
 
 
 A = "base_model.model.model.layers.1.mlp.up_proj.lora_A.weight"
+
+
+def test_packed_factors_are_refused(adapter: Path, config: Gemma3Config) -> None:
+    path = adapter / "adapter_model.safetensors"
+    stored = read_header(path)
+    arrays = [(n, read_array(t).astype(np.uint32) if n == A else read_array(t)) for n, t in stored.items()]
+    shapes = {name: ("U32" if name == A else tensor.dtype, tensor.shape) for name, tensor in stored.items()}
+    write_safetensors(path, arrays, shapes)
+    assert "is U32" in refusal(adapter, config)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from engines.base import Batch, Engine, LoRASettings, Rank1Settings, Sampling, TrainingSettings
-from engines.checkpoints import as_float32, iterate_model, read_array, read_header, write_arrays, write_json
+from engines.checkpoints import ARRAYS, as_float32, iterate_model, read_array, read_header, write_arrays, write_json
 from engines.errors import CheckpointError, UnsupportedError
 from engines.gemma3 import Gemma3Config, Quantization, parse_config, read_config, read_config_dict
 from engines.quantization import Packed, iterate_dense, iterate_quantized, quantized_names
@@ -66,7 +66,7 @@ def test_mlx_lm_quantises_to_the_same_numbers(
 
     theirs = {name: np.array(value) for name, value in tree_flatten(model.parameters())}
     folder = packed_folder(mlx_engine, source, tmp_path / "packed")
-    ours = {name: read_array(tensor) for name, tensor in read_header(folder / "model.safetensors").items()}
+    ours = {n: read_array(tensor, tuple(ARRAYS)) for n, tensor in read_header(folder / "model.safetensors").items()}
     assert ours.keys() == theirs.keys()
     for name, array in ours.items():
         np.testing.assert_array_equal(array, theirs[name], name)

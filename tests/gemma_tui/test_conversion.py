@@ -10,12 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 from samples import TEXTS
+from stand_in_hub import StandInHub
 
 from engines import open_engine
 from engines.checkpoints import as_bfloat16, as_float32, read_array, read_header
 from gemma_tui import paths
 from gemma_tui.cli import USAGE
-from gemma_tui.studies import perplexity
+from gemma_tui.runs.store import RunStore
+from gemma_tui.studies import conversion, perplexity
+from gemma_tui.studies.perplexity import Perplexity
 from gemma_tui.tokenizer import read_tokenizer
 
 Commands = Callable[..., tuple[int, list[dict[str, Any]], str]]
@@ -61,6 +64,43 @@ def test_the_perplexity_is_that_of_the_definition(
         total -= logs[np.arange(len(part)), part].sum()
     assert rows[-1]["tokens"] == len(ids)
     assert rows[-1]["perplexity_before"] == pytest.approx(math.exp(total / len(ids)), rel=1e-4)
+
+
+def test_of_a_long_text_only_the_beginning_is_tokenised(
+    tiny: str, text: Path, command: Commands, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(conversion, "TEXT_CHARACTERS", 40)
+    code, rows, _ = command("models", "convert", tiny, "--dtype", "float32", "--text", str(text), "--engine", "torch")
+    ids = read_tokenizer(paths.models() / tiny).encode(text.read_text()[:40], bos=False)
+    assert (code, rows[-1]["tokens"]) == (0, len(ids))
+
+
+def test_what_cannot_be_quantised_is_refused_before_the_text_is_read(
+    tiny: str, text: Path, command: Commands, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[object] = []
+    monkeypatch.setattr(conversion, "perplexity", lambda *given: read.append(given) or Perplexity(1.0, 1))
+    assert command("models", "convert", tiny, "--bits", "4", "--group-size", "32")[0] == 0
+    for model, options, said in (
+        (tiny, ("--group-size", "32", "--engine", "torch"), "--engine mlx"),
+        (tiny, ("--group-size", "128"), "--group-size 32"),
+        ("tiny-4bit", ("--group-size", "32"), "4 bits already"),
+    ):
+        chosen = ("--bits", "4", "--name", "again", "--text", str(text), *options)
+        code, _, error = command("models", "convert", model, *chosen)
+        assert (code, said in error, read) == (1, True, []), error
+    assert sorted(path.name for path in paths.models().iterdir()) == ["tiny", "tiny-4bit"]
+
+
+def test_the_new_name_is_valid_and_free(tiny: str, hub: StandInHub, command: Commands, store: RunStore) -> None:
+    assert command("models", "download", "org/gemma-3-tiny", "--revision", "v1")[0] == 0
+    assert command("models", "convert", "org/gemma-3-tiny@v1", "--dtype", "bfloat16")[1][-1]["model"] == (
+        "gemma-3-tiny-bfloat16"
+    )
+    run = store.create("mine", "train", "torch", {"model": tiny}, "gemma-tui train", 10)
+    for name, said in (("gemma-3-270m", "built-in"), ("nano", "built-in"), (run.run_id, "there already")):
+        code, _, error = command("models", "convert", tiny, "--dtype", "bfloat16", "--name", name)
+        assert (code, said in error) == (1, True), error
 
 
 def test_a_dtype_is_changed_by_rounding(tiny: str, command: Commands) -> None:

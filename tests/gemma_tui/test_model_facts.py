@@ -72,7 +72,13 @@ def test_control_characters_of_a_card_are_made_visible() -> None:
     assert plain_text("a\x1b[2Jb") == "a\u241b[2Jb"
 
 
-@pytest.mark.parametrize("text", ["hf_" + "a" * 34, "Authorization: Bearer abc.def", "https://x/y?token=abc&z=1"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "hf_" + "a" * 34, "Authorization: Bearer abc.def", "https://x/y?token=abc&z=1", "hf_oauth_" + "a" * 34,
+        "hf_jwt_" + "a" * 20 + "." + "a" * 20 + ".abc-abc_abc",
+    ],
+)  # fmt: skip
 def test_tokens_are_taken_out_of_text(text: str) -> None:
     said = without_tokens(f"before {text} after")
     assert "a" * 20 not in said
