@@ -196,27 +196,33 @@ def read_config(folder: Path) -> Gemma3Config:
     return parse_config(read_config_dict(folder), str(folder / "config.json"))
 
 
-def read_config_dict(folder: Path) -> dict[str, Any]:
+def read_config_dict(folder: Path, where: str = "") -> dict[str, Any]:
     """``config.json`` as it stands.
+
+    Args:
+        where: what errors call the file; its path if left out.
 
     Raises:
         CheckpointError: the file is missing, too large or no JSON object.
     """
     path = folder / "config.json"
+    where = where or str(path)
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for without an end
-            raise CheckpointError(f"{path} is no regular file: fetch the model again")
+            raise CheckpointError(f"{where} is no regular file: fetch the model again")
         if status.st_size > MAX_CONFIG_BYTES:
-            raise CheckpointError(f"{path} is larger than 1 MiB, so it is no model config: take another folder")
+            raise CheckpointError(f"{where} is larger than 1 MiB, so it is no model config: take another folder")
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing: name a folder that holds a Gemma-3 model") from None
-    except (OSError, ValueError, RecursionError) as error:
-        reason = str(error).split("\n", 1)[0]
-        raise CheckpointError(f"{path} cannot be read ({reason}): fetch the model again") from None
+        raise CheckpointError(f"{where} is missing: name a folder that holds a Gemma-3 model") from None
+    except OSError as error:
+        raise CheckpointError(f"{where} cannot be read ({error.strerror}): check the path") from None
+    except (ValueError, RecursionError) as error:
+        reason = str(error).split("\n", 1)[0][:80]
+        raise CheckpointError(f"{where} is not valid JSON ({reason}): fetch it again, or take another model") from None
     if not isinstance(raw, dict):
-        raise CheckpointError(f"{path} is not a JSON object: fetch the model again")
+        raise CheckpointError(f"{where} is no JSON object: fetch it again, or take another model")
     return raw
 
 

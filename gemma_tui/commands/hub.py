@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import signal
+import queue
+import shlex
 import sys
-import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from gemma_tui.commands.signals import heard
 from gemma_tui.errors import GemmaTuiError
 from gemma_tui.hub import fit, keeping
 from gemma_tui.hub.cache import Removal, cached_repos, finished_bytes, leftovers
@@ -24,7 +24,7 @@ from gemma_tui.hub.remote import search as search_hub
 from gemma_tui.output import Output, age, bytes_text, duration
 from gemma_tui.studies.using import refuse_in_use
 
-FAILED, INTERRUPTED = 1, 130
+INTERRUPTED = 130
 
 
 def search(args: argparse.Namespace, output: Output) -> int:
@@ -50,11 +50,7 @@ def download(args: argparse.Namespace, output: Output) -> int:
         check_names(request.repo, request.revision)
     failed: list[str] = []
     for request in requests:
-        item = Download(request)
-        with cancelled_by_signal(item):
-            item.start()
-            for event in item.follow():
-                _tell(item, event, output)
+        item = _fetched(request, output)
         if item.state == CANCELLED:
             output.say(f"{request.repo}: cancelled; {KEPT}")
             output.row("end", status="interrupted", repo=request.repo, kept=finished_bytes(request.repo), note=KEPT)
@@ -67,19 +63,13 @@ def download(args: argparse.Namespace, output: Output) -> int:
     return 0
 
 
-@contextmanager
-def cancelled_by_signal(item: Download) -> Iterator[None]:
-    """Cancel the download on ^C, SIGTERM or SIGHUP."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = [signal.signal(number, lambda *_: item.cancel()) for number in numbers]
-    try:
-        yield
-    finally:
-        for number, handler in zip(numbers, before, strict=True):
-            signal.signal(number, handler)
+def _fetched(request: Request, output: Output) -> Download:
+    item = Download(request, events=queue.SimpleQueue())
+    with heard(lambda *_: item.cancel()):
+        item.start()
+        for event in item.follow():
+            _tell(item, event, output)
+    return item
 
 
 def _tell(item: Download, event: Mapping[str, Any], output: Output) -> None:
@@ -98,8 +88,15 @@ def _tell(item: Download, event: Mapping[str, Any], output: Output) -> None:
     elif kind == "retry":
         output.say(item.detail)
     elif kind == "fetched":
-        usable = f"`gemma-tui models info {_name(item)}`" if "folder" in event else ""
-        output.say(f"{_name(item)} is checked and ready: {usable}")
+        output.say(f"{_name(item)} is checked and ready: `{_use(item, Path(event['folder']))}`")
+
+
+def _use(item: Download, folder: Path) -> str:
+    """What can be done with what has come; GGUF alone is no model here before it is imported."""
+    files = sorted(folder.rglob("*.gguf"))
+    if files and not list(folder.glob("*.safetensors")):
+        return f"gemma-tui models import {shlex.quote(str(files[0]))}"
+    return f"gemma-tui models info {_name(item)}"
 
 
 def _name(item: Download) -> str:

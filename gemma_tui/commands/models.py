@@ -11,7 +11,7 @@ from gemma_tui.commands.plans import plan_from
 from gemma_tui.errors import UsageError
 from gemma_tui.hub import demo, fit
 from gemma_tui.hub.convert import import_gguf, new_model
-from gemma_tui.hub.facts import facts
+from gemma_tui.hub.facts import about, facts
 from gemma_tui.hub.models import REAL, Model, Summary, is_only_remote, local_models, resolve, summary
 from gemma_tui.output import Output, bytes_text, count_text
 from gemma_tui.rows import data_path
@@ -52,8 +52,6 @@ def info(args: argparse.Namespace, output: Output) -> int:
     table = config.vocab_size * config.hidden_size
     lines = [
         ("folder", model.folder),
-        *([("commit", known.commit)] if known.commit else []),
-        *([("licence", known.licence)] if known.licence else []),
         ("parameters", f"{item.parameters:,}, of which {table:,} ({table / item.parameters:.0%}) are embeddings"),
         ("stored as", f"{item.dtype}, {bytes_text(item.nbytes)}"),
         ("layers", f"{config.num_hidden_layers}, global: {', '.join(map(str, config.global_layers)) or 'none'}"),
@@ -64,10 +62,8 @@ def info(args: argparse.Namespace, output: Output) -> int:
         ),
         ("widths", f"{config.hidden_size} residual, {config.intermediate_size} MLP, {config.vocab_size:,} tokens"),
         *((f"memory, {name}", bytes_text(size)) for name, size in memory.items()),
+        *about(known),
     ]
-    lines += [("tokenizer", known.tokenizer), ("chat template", known.template or "none")]
-    lines += [("", known.difference)] if known.difference else []
-    lines += [("never opened", ", ".join(known.left_alone))] if known.left_alone else []
     output.table(("", model.name), lines)
     if args.card:
         output.say(known.card or f"{model.name} has no model card")

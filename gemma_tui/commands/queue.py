@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
+from gemma_tui.commands.signals import heard
 from gemma_tui.errors import GemmaTuiError, UsageError
 from gemma_tui.output import Output, age
 from gemma_tui.runs.processes import Detached, start
@@ -126,7 +127,8 @@ def _work(queue: Queue, output: Output, group: str = "") -> int:
         raise GemmaTuiError(f"process {queue.leader()} works through the queue already: `gemma-tui queue list`")
     output.row("runner", group=group)
     ended: list[str] = []
-    with closing(RunStore()) as store, _Signals() as signals:
+    signals = _Signals()
+    with closing(RunStore()) as store, heard(signals.hear):
         try:
             _wait_for_orphan(queue, signals, output)
             while not signals.came and (item := queue.claim()) is not None:
@@ -196,16 +198,6 @@ class _Signals:
         self.came: list[int] = []
         self._child: Detached | None = None
 
-    def __enter__(self) -> _Signals:
-        wanted = (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM))
-        heard = {number for number in wanted if signal.getsignal(number) != signal.SIG_IGN}
-        self._kept = {number: signal.signal(number, self._hear) for number in heard}
-        return self
-
-    def __exit__(self, *fault: object) -> None:
-        for number, handler in self._kept.items():
-            signal.signal(number, handler)
-
     @contextmanager
     def passed_on(self, child: Detached) -> Iterator[None]:
         """Signals reach this process too, also one that came while it began."""
@@ -217,7 +209,8 @@ class _Signals:
         finally:
             self._child = None
 
-    def _hear(self, number: int, frame: object) -> None:
+    def hear(self, number: int, frame: object) -> None:
+        """Take a signal."""
         self.came.append(number)
         if self._child is not None:
             self._child.process.send_signal(signal.SIGTERM)

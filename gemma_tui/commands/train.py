@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import signal
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 from engines import open_engine
 from engines.base import Engine
 from gemma_tui.commands.plans import plan_from
+from gemma_tui.commands.signals import heard
 from gemma_tui.output import Output, bytes_text
 from gemma_tui.runs.processes import start
 from gemma_tui.runs.store import RunStore
@@ -88,14 +88,8 @@ def stop_on_signal(control: Control) -> Iterator[list[int]]:
         came.append(number)
         control.stop.set()
 
-    wanted = (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM))
-    heard = {number for number in wanted if signal.getsignal(number) != signal.SIG_IGN}  # nohup has it ignored
-    kept = {number: signal.signal(number, stop) for number in heard}
-    try:
+    with heard(stop):
         yield came
-    finally:
-        for number, handler in kept.items():
-            signal.signal(number, handler)
 
 
 def _say(output: Output, event: Event, plan: TrainingPlan) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from engines.gguf import read_gguf
 from engines.gguf_gemma3 import gemma3_config, gemma3_tensors, tokenizer_json
 from gemma_tui import paths
 from gemma_tui.errors import GemmaTuiError, UsageError
+from gemma_tui.hub.metering import free_bytes
 from gemma_tui.rows import read_split_rows
 from gemma_tui.tokenizer import train_tokenizer
 
@@ -101,20 +101,20 @@ def staging(target: Path) -> Iterator[Path]:
             whole.rename(target)
 
 
-def ensure_space(folder: Path, needed: int) -> None:
+def ensure_space(folder: Path, needed: int, remedy: str = "set GEMMA_TUI_HOME") -> None:
     """Check that a disk holds what is to be written, with a reserve.
+
+    Args:
+        remedy: what else than freeing space may be done.
 
     Raises:
         GemmaTuiError: it does not; the message has the numbers.
     """
-    place = folder
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
+    free = free_bytes(folder)
     if free < needed + RESERVE_BYTES:
         short = (needed + RESERVE_BYTES - free) / 2**30
         raise GemmaTuiError(
-            f"{folder} needs {needed / 2**30:.1f} GB and a reserve: free {short:.1f} GB, or set GEMMA_TUI_HOME"
+            f"{folder} has no room for {needed / 2**30:.1f} GB and a reserve: free {short:.1f} GB more, or {remedy}"
         )
 
 

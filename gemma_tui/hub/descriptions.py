@@ -14,7 +14,10 @@ FOUND = ("repository", "size", "params", "fits", "access", "format", "dtype", "l
 
 
 def fit_of(item: Found) -> dict[str, str]:
-    """Whether a model of which only the size is known fits this machine, in float32; empty where it is not."""
+    """Whether a model fits this machine: in float32, or as it is stored where parameters are not told, as when packed.
+
+    Empty if its size is not told either.
+    """
     if not item.parameters:
         return {"inference": fit.here(item.nbytes)} if item.nbytes else {}
     return {"inference": fit.here(4 * item.parameters), "full training": fit.here(16 * item.parameters)}

@@ -39,6 +39,8 @@ class Download:
         rate: bytes per second, over the last seconds.
         seconds_left: None while there is nothing to go by.
         detail: what is done now, or what became of it.
+        told: whether ``Downloads.ended`` has given it.
+        events: where what it says is put for ``follow``; without it nothing is kept.
     """
 
     request: Request
@@ -48,7 +50,8 @@ class Download:
     rate: float = 0.0
     seconds_left: float | None = None
     detail: str = ""
-    events: queue.Queue[Mapping[str, Any] | None] = field(default_factory=queue.Queue, repr=False)
+    told: bool = False
+    events: queue.SimpleQueue[Mapping[str, Any] | None] | None = field(default=None, repr=False)
     _process: subprocess.Popen[str] | None = field(default=None, repr=False)
 
     @property
@@ -101,27 +104,34 @@ class Download:
             threading.Thread(target=self._end, args=(self._process,), daemon=True).start()
 
     def follow(self) -> Iterator[Mapping[str, Any]]:
-        """What it says, until its process has ended and what it left is tidied."""
-        while (event := self.events.get()) is not None:
+        """What it says, until its process has ended and what it left is tidied; nothing without ``events``."""
+        while self.events is not None and (event := self.events.get()) is not None:
             yield event
 
     def _listen(self, process: subprocess.Popen[str]) -> None:
-        assert process.stdout is not None
-        with process.stdout as said:
-            for line in said:
-                with suppress(ValueError):  # a line of a process that was killed
-                    event = json.loads(line)
-                    self._take(event)
-                    self.events.put(event)
-        code = process.wait()
-        with suppress(OSError):
-            if process.stdin is not None:
-                process.stdin.close()
-        cache.tidy(self.request.repo)
-        if self.active:
-            self.state, self.detail = FAILED, f"the download's process ended ({code}); try again: {KEPT}"
-            self.events.put({"kind": "failed", "error": self.detail})
-        self.events.put(None)
+        try:
+            assert process.stdout is not None
+            with process.stdout as said:
+                for line in said:
+                    with suppress(ValueError):  # a line of a process that was killed
+                        event = json.loads(line)
+                        self._take(event)
+                        self._put(event)
+            code = process.wait()
+            with suppress(OSError):
+                if process.stdin is not None:
+                    process.stdin.close()
+            with suppress(OSError):  # what stays is no harm: `models clean` takes it
+                cache.tidy(self.request.repo)
+            if self.active:
+                self.state, self.detail = FAILED, f"the download's process ended ({code}); try again: {KEPT}"
+                self._put({"kind": "failed", "error": self.detail})
+        finally:
+            self._put(None)
+
+    def _put(self, event: Mapping[str, Any] | None) -> None:
+        if self.events is not None:
+            self.events.put(event)
 
     def _take(self, event: Mapping[str, Any]) -> None:
         kind = event.get("kind")
@@ -180,6 +190,13 @@ class Downloads:
             following = next((item for item in self.items if item.state == WAITING), None)
             if following is not None:
                 following.start()
+
+    def ended(self) -> list[Download]:
+        """Those that are done or have failed since the last call; each is given once."""
+        found = [item for item in self.items if item.state in (DONE, FAILED) and not item.told]
+        for item in found:
+            item.told = True
+        return found
 
     def cancel(self) -> None:
         """Cancel all."""

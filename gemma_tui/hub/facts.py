@@ -56,18 +56,22 @@ def facts(model: Model) -> Facts:
     )
 
 
+def about(known: Facts) -> list[tuple[str, str]]:
+    """The facts by name, without the card."""
+    left = ", ".join(known.left_alone)
+    return [
+        ("commit", known.commit or "none: not of the hub"),
+        ("licence", known.licence or "not told"),
+        ("tokenizer", known.tokenizer),
+        ("chat template", known.template or "none"),
+        *([("", known.difference or "writes turns as Gemma does")] if known.template else []),
+        *([("never opened", left)] if left else []),
+    ]
+
+
 def about_lines(known: Facts) -> list[str]:
     """Facts and card as lines for a person."""
-    left = ", ".join(known.left_alone)
-    lines = [
-        f"commit         {known.commit or 'none: not of the hub'}",
-        f"licence        {known.licence or 'not told'}",
-        f"tokenizer      {known.tokenizer}",
-        f"chat template  {known.template or 'none'}",
-        f"               {known.difference or 'writes turns as Gemma does'}" if known.template else "",
-        f"never opened   {left}" if left else "",
-    ]
-    return [line for line in lines if line] + ["", known.card or "no model card"]
+    return [f"{name:<13}  {fact}" for name, fact in about(known)] + ["", known.card or "no model card"]
 
 
 def commit_of(model: Model) -> str:

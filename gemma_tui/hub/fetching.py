@@ -26,7 +26,7 @@ from engines.checkpoints import model_tensors
 from engines.errors import EngineError
 from gemma_tui.errors import GemmaTuiError
 from gemma_tui.hub import cache
-from gemma_tui.hub.convert import RESERVE_BYTES
+from gemma_tui.hub.convert import ensure_space
 from gemma_tui.hub.metering import TELL_SECONDS, CancelledError, Control, Tell, Watch, free_bytes, meter
 from gemma_tui.hub.refusals import reason
 from gemma_tui.hub.remote import Remote, RemoteFile, check_access, check_names, look, remote_config, wanted
@@ -106,29 +106,23 @@ def _preflight(remote: Remote, request: Request, tell: Tell, control: Control) -
     files = list(wanted(remote, request.include))
     if any(f.path.endswith(".safetensors") for f in files):
         _patiently(lambda: remote_config(remote), tell, control)
-    total, needed = _patiently(lambda: _exact(remote, files), tell, control)
-    place = cache.cache_folder()
-    free = free_bytes(place)
+    total, place = sum(f.size for f in files), cache.cache_folder()
+    needed = total - _here(remote, files)
     tell(
-        "plan", repo=remote.repo, commit=remote.commit, files=len(files), bytes=total, download=needed, free=free,
-        licence=remote.licence, gated=remote.gated, left_out=len(remote.code),
+        "plan", repo=remote.repo, commit=remote.commit, files=len(files), bytes=total, download=needed,
+        free=free_bytes(place), licence=remote.licence, gated=remote.gated, left_out=len(remote.code),
     )  # fmt: skip
-    if free < needed + RESERVE_BYTES:
-        short = (needed + RESERVE_BYTES - free) / 1e9
-        raise GemmaTuiError(
-            f"{place} has no room for {needed / 1e9:.1f} GB and a reserve: free {short:.1f} GB more, or set HF_HOME"
-        )
+    ensure_space(place, needed, "set HF_HOME")
     return files
 
 
-def _exact(remote: Remote, files: list[RemoteFile]) -> tuple[int, int]:
-    """Bytes of the files, and of those that are not here yet, as the server tells them file by file."""
-    from huggingface_hub import snapshot_download
-
-    found = snapshot_download(
-        remote.repo, revision=remote.commit, allow_patterns=[f.path for f in files], dry_run=True, tqdm_class=meter()
+def _here(remote: Remote, files: list[RemoteFile]) -> int:
+    """Bytes of the files that are here, from this commit or, by their checksums, from another one."""
+    folder = cache.repo_folder(remote.repo)
+    commit, blobs = folder / "snapshots" / remote.commit, folder / "blobs"
+    return sum(
+        f.size for f in files if (commit / f.path).exists() or (f.digest.isalnum() and (blobs / f.digest).is_file())
     )
-    return sum(f.file_size or 0 for f in found), sum(f.file_size or 0 for f in found if f.will_download)
 
 
 def _download(remote: Remote, files: list[RemoteFile], tell: Tell, control: Control) -> Path:
@@ -136,8 +130,7 @@ def _download(remote: Remote, files: list[RemoteFile], tell: Tell, control: Cont
     from huggingface_hub import snapshot_download
 
     folder = cache.repo_folder(remote.repo) / "snapshots" / remote.commit
-    there = sum(f.size for f in files if (folder / f.path).exists())
-    watch = Watch(there, sum(f.size for f in files), tell, control, cache.cache_folder())
+    watch = Watch(_here(remote, files), sum(f.size for f in files), tell, control, cache.cache_folder())
     snapshot_download(
         remote.repo,
         revision=remote.commit,

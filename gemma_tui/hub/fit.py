@@ -17,18 +17,20 @@ RANK = 8
 
 
 def estimates(config: Gemma3Config) -> dict[str, int]:
-    """Bytes by use, with float32 weights as on a CPU; activations are not in it.
+    """Bytes by use, with weights in float32 as on a CPU, or packed; activations are not in it.
 
-    Training keeps a float32 gradient and AdamW's two moments for each trained parameter.
+    Training keeps a float32 gradient and AdamW's two moments for each trained parameter, and packed weights take no
+    updates.
     """
-    parameters = config.parameter_count()
-    weights = 4 * parameters
+    weights = config.weight_bytes(4)
     adapters = config.lora_count(RANK, LINEARS)
-    return {
+    uses = {
         f"inference at {CONTEXT:,} tokens": weights + config.cache_bytes(CONTEXT, item=4),
         f"LoRA training, rank {RANK}, before activations": weights + 16 * adapters,
-        "full training, before activations": weights + 12 * parameters,
     }
+    if config.quantization is None:
+        uses["full training, before activations"] = weights + 12 * config.parameter_count()
+    return uses
 
 
 def band(needed: int, available: int) -> str:
@@ -43,7 +45,7 @@ def state(item: Summary) -> str:
         return "no weights" if item.parameters else "broken"
     if not item.installed:
         return "import with enter" if packaged() else "needs the extra `demo`"
-    return band(4 * item.parameters, psutil.virtual_memory().total)
+    return here(item.nbytes if item.packed else 4 * item.parameters)
 
 
 def importable(item: Summary) -> bool:

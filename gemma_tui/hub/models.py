@@ -58,6 +58,8 @@ class Summary:
     problem: str = ""
     installed: bool = True
     """False for the real model while it still waits to be imported."""
+    packed: bool = False
+    """Whether the matrices are quantised, and stay so in memory."""
 
 
 def resolve(name: str, progress: Progress | None = None) -> Model:
@@ -170,7 +172,7 @@ def summary(model: Model) -> Summary:
     nbytes = sum(t.nbytes for t in tensors.values())
     largest = max(tensors.values(), key=lambda t: t.nbytes)
     dtype = f"{config.quantization.bits}-bit" if config.quantization else largest.dtype
-    return Summary(model, config.parameter_count(), dtype, nbytes)
+    return Summary(model, config.parameter_count(), dtype, nbytes, packed=config.quantization is not None)
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:

@@ -5,7 +5,6 @@ Everything that comes back is foreign: ids, names, licences and numbers are chec
 
 from __future__ import annotations
 
-import json
 import re
 import tempfile
 from collections.abc import Iterable
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from engines.checkpoints import ITEM_BYTES
-from engines.gemma3 import MAX_CONFIG_BYTES, Gemma3Config, parse_config
+from engines.gemma3 import MAX_CONFIG_BYTES, Gemma3Config, parse_config, read_config_dict
 from gemma_tui.errors import GemmaTuiError, UsageError
 from gemma_tui.hub.metering import meter
 from gemma_tui.hub.refusals import client, explained
@@ -156,19 +155,11 @@ def remote_config(remote: Remote) -> Gemma3Config:
         raise GemmaTuiError(f"{remote.repo} has no config.json: it holds no model that can be computed here")
     if size > MAX_CONFIG_BYTES:
         raise GemmaTuiError(f"{remote.repo}: config.json of {size:,} bytes is over the limit of {MAX_CONFIG_BYTES:,}")
+    where = f"{remote.repo}: config.json"
     with tempfile.TemporaryDirectory() as folder:
         with explained(remote.repo, gated=remote.gated):
-            path = hf_hub_download(
-                remote.repo, "config.json", revision=remote.commit, local_dir=folder, tqdm_class=meter()
-            )
-        try:
-            raw = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
-            reason = str(error).split("\n", 1)[0][:80]
-            raise GemmaTuiError(f"{remote.repo}: config.json is not valid JSON ({reason})") from None
-    if not isinstance(raw, dict):
-        raise GemmaTuiError(f"{remote.repo}: config.json is no JSON object")
-    return parse_config(raw, f"{remote.repo}: config.json")
+            hf_hub_download(remote.repo, "config.json", revision=remote.commit, local_dir=folder, tqdm_class=meter())
+        return parse_config(read_config_dict(Path(folder), where), where)
 
 
 def _found(info: Any) -> Found | None:

@@ -129,9 +129,9 @@ class HubSearch(ModalScreen[None]):
         try:
             found = search(words)
         except EngineError as error:
-            self.app.call_from_thread(self._tell, str(error))
+            self.app.call_from_thread(self._failed, words, str(error))
             return
-        self.app.call_from_thread(self._fill, found, [found_cells(item) for item in found])
+        self.app.call_from_thread(self._fill, words, found, [found_cells(item) for item in found])
 
     @work(thread=True, exclusive=True, group="hub")
     def _look(self, repo: str) -> None:
@@ -143,12 +143,23 @@ class HubSearch(ModalScreen[None]):
             check_access(remote)
             lines = remote_lines(remote, wanted(remote), remote_config(remote))
         except EngineError as error:
-            self.app.call_from_thread(self._tell, str(error))
+            self.app.call_from_thread(self._about, repo, str(error))
             return
-        self.app.call_from_thread(self._tell, "\n".join(f"{name:<12}  {one_line(text, 200)}" for name, text in lines))
+        text = "\n".join(f"{name:<12}  {one_line(text, 200)}" for name, text in lines)
+        self.app.call_from_thread(self._about, repo, text)
 
-    def _fill(self, found: list[Found], rows: list[tuple[str, ...]]) -> None:
-        if not self.is_attached:
+    def _about(self, repo: str, text: str) -> None:
+        """Details, unless another model was chosen meanwhile, which does not stop a thread that waits for the hub."""
+        if self.is_attached and (item := self._chosen()) is not None and item.repo == repo:
+            self._tell(text)
+
+    def _failed(self, words: str, text: str) -> None:
+        if words == self._words:
+            self._tell(text)
+
+    def _fill(self, words: str, found: list[Found], rows: list[tuple[str, ...]]) -> None:
+        """What was found, unless other words were searched for meanwhile."""
+        if not self.is_attached or words != self._words:
             return
         self._found = found
         table = self.query_one(DataTable)
@@ -174,7 +185,8 @@ class HubSearch(ModalScreen[None]):
 def _known(item: Found) -> str:
     from gemma_tui.hub.descriptions import fit_of
 
-    fits = ", ".join(f"{use} {band}" for use, band in fit_of(item).items()) or "its size is not told"
+    fits = ", ".join(f"{use} {band}" for use, band in fit_of(item).items())
+    counted = "in float32: " if item.parameters else "as it is stored: " if fits else "its size is not told"
     changed = f"; changed {item.modified}" if item.modified else ""
     gate = {"": "open", "auto": "gated: its terms must be accepted", "manual": "gated: its owners approve requests"}
-    return f"{item.repo}\n{gate[item.gated]}{changed}\nin float32: {fits}"
+    return f"{item.repo}\n{gate[item.gated]}{changed}\n{counted}{fits}"

@@ -57,8 +57,6 @@ class ModelsScreen(Workbench):
     def __init__(self) -> None:
         super().__init__()
         self._found: dict[str, tuple[Summary, str]] = {}
-        self._ended: set[int] = set()
-        """Downloads whose end was told."""
 
     def body(self) -> Iterable[Widget]:
         """The table, and what is known of the model under the cursor."""
@@ -223,13 +221,11 @@ class ModelsScreen(Workbench):
         rows = self.query_one(DownloadList)
         rows.downloads = downloads
         rows.fill()
-        for item in downloads.items:
-            if id(item) not in self._ended and item.state in ("done", "failed"):
-                self._ended.add(id(item))
-                done = item.state == "done"
-                text = f"{item.request.repo} is checked and ready" if done else item.detail
-                self.bench.tell(text, "information" if done else "error")
-                self._look()
+        for item in downloads.ended():
+            done = item.state == "done"
+            self.bench.tell(f"{item.request.repo} is checked and ready" if done else item.detail,
+                            "information" if done else "error")  # fmt: skip
+            self._look()
 
     def _say(self, text: str) -> None:
         if self.is_attached:

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -80,6 +81,19 @@ def test_what_is_here_does_not_come_again(hub: StandInHub) -> None:
     assert events[0]["download"] == 0
     # The config is looked at before anything else.
     assert hub.count("GET", "/resolve/") <= before + 1
+
+
+def test_what_another_commit_has_is_counted_as_here(hub: StandInHub) -> None:
+    fetched()
+    hub.repos[TINY].commit = NEXT_COMMIT
+    hub.repos[TINY].files["generation_config.json"] = b'{"new": 1}'
+    events: Events = []
+    fetched(events)
+    plan = events[0]
+    counts = [e["bytes"] for e in events if e["kind"] == "progress"]
+    assert plan["download"] == len(b'{"new": 1}')
+    assert counts == sorted(counts)
+    assert (counts[0] >= plan["bytes"] - plan["download"], counts[-1]) == (True, plan["bytes"])
 
 
 def test_one_commit_is_fetched_while_the_branch_moves(hub: StandInHub) -> None:
@@ -270,25 +284,31 @@ def test_a_cancel_leaves_no_part_and_the_next_try_is_clean(hub: StandInHub) -> N
     assert fetched().name == COMMIT
 
 
-def test_a_pause_lets_nothing_come(hub: StandInHub) -> None:
+def test_a_pause_lets_nothing_come(hub: StandInHub, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.faults.slow, hub.faults.piece = 0.01, 4096
-    control, came = Control(), threading.Event()
+    control, looks = Control(), threading.Semaphore(0)
     counts: list[int] = []
+    folder = cache.repo_folder(TINY) / "snapshots" / COMMIT
 
     def tell(kind: str, **values: Any) -> None:
-        if kind == "progress" and not came.is_set():
-            control.paused.set()
-            came.set()
         if kind == "progress":
             counts.append(values["bytes"])
+            # From here on the weights come alone, so that no other thread has passed the look at the pause.
+            if (folder / "config.json").exists() and (folder / "tokenizer.json").exists() and not before:
+                before.append(len(counts))
+                control.paused.set()
 
+    def sleep(seconds: float, real: Callable[[float], None] = time.sleep) -> None:
+        looks.release()
+        real(seconds)
+
+    before: list[int] = []
+    monkeypatch.setattr(metering, "time", SimpleNamespace(monotonic=time.monotonic, sleep=sleep))
     thread = threading.Thread(target=lambda: fetch(Request(TINY), tell, control))
     thread.start()
-    assert came.wait(10)
-    threading.Event().wait(0.2)
-    before = len(counts)
-    threading.Event().wait(0.3)
-    assert len(counts) == before
+    assert all(looks.acquire(timeout=20) for _ in range(10))
+    assert [len(counts)] == before
+    assert counts[-1] < sum(map(len, hub.repos[TINY].files.values()))
     control.paused.clear()
     thread.join(20)
     assert resolve(TINY).source == "hub cache"

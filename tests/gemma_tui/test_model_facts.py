@@ -13,8 +13,11 @@ import pytest
 from samples import GEMMA3_TEMPLATE
 from stand_in_hub import COMMIT, StandInHub
 
+from engines.gemma3 import Gemma3Config, read_config
 from gemma_tui import paths
+from gemma_tui.hub import fit
 from gemma_tui.hub.cards import MAX_BYTES, MAX_LINES, plain_text, read_card
+from gemma_tui.hub.models import Model, summary
 from gemma_tui.text import without_tokens
 
 TINY = "org/gemma-3-tiny"
@@ -112,6 +115,21 @@ def test_info_shows_the_card_on_demand(tiny: str, spoken: Callable[..., tuple[in
     code, said, _ = spoken("models", "info", tiny, "--card")
     assert code == 0
     assert "A bold model with a picture" in said
+
+
+def test_a_quantised_model_is_counted_by_what_it_takes(tiny: str, command: Commands, monkeypatch: Any) -> None:
+    assert command("models", "convert", tiny, "--bits", "4", "--group-size", "32")[0] == 0
+    plain, packed = (command("models", "info", name)[1][0] for name in (tiny, "tiny-4bit"))
+    inference = "inference at 2,048 tokens"
+    assert "full training, before activations" in plain["memory"]
+    assert "full training, before activations" not in packed["memory"]
+    less = 4 * plain["parameters"] - Gemma3Config.weight_bytes(read_config(paths.models() / "tiny-4bit"), 4)
+    assert plain["memory"][inference] - packed["memory"][inference] == less > 0
+    item = summary(Model("tiny-4bit", paths.models() / "tiny-4bit", "data folder"))
+    asked: list[int] = []
+    monkeypatch.setattr(fit, "here", lambda needed: asked.append(needed) or "fits")
+    assert fit.state(item) == "fits"
+    assert asked == [item.nbytes]
 
 
 def test_info_of_a_model_on_the_hub_tells_what_it_would_need(hub: StandInHub, command: Commands) -> None:

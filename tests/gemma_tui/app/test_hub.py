@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import threading
+from queue import SimpleQueue
 
 import pytest
 from stand_in_hub import Repo, StandInHub, partial_files
-from textual.widgets import Input
+from textual.widgets import DataTable, Input
 
-from gemma_tui.hub import cache
+from gemma_tui.hub import cache, remote
 from gemma_tui.hub.downloads import Download
 from gemma_tui.hub.fetching import Request
 from gemma_tui.hub.models import resolve
@@ -59,6 +61,62 @@ async def test_a_model_is_found_looked_at_and_fetched(opened: Open, hub: StandIn
         it.app.screen.query_one(DownloadList).focus()
         await it.press("delete")
         assert not it.app.screen.query_one(DownloadList).display
+
+
+async def test_a_late_answer_does_not_overwrite_a_newer_one(
+    opened: Open, hub: StandInHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.repos["org/gemma-3-next"] = Repo(dict(hub.repos[TINY].files))
+    late, came = threading.Event(), []
+    real_search, real_look = remote.search, remote.look
+
+    def search(words: str) -> list[remote.Found]:
+        if words == "tiny":
+            late.wait(20)
+        return real_search(words)
+
+    def look(repo: str) -> remote.Remote:
+        if repo == TINY:
+            late.wait(20)
+        return real_look(repo)
+
+    def counted(name: str) -> None:
+        real = getattr(HubSearch, name)
+        monkeypatch.setattr(HubSearch, name, lambda *given: (real(*given), came.append(given[1])))
+
+    monkeypatch.setattr(remote, "search", search)
+    monkeypatch.setattr(remote, "look", look)
+    counted("_fill")
+    counted("_about")
+    async with opened((120, 40), model="") as it:
+        await searched(it, "next")
+        it.app.screen.query_one(Input).value = "tiny"
+        await it.press("slash", "enter")
+        it.app.screen.query_one(Input).value = "gemma-3"
+        await it.press("enter")
+        await it.until(lambda: "gemma-3" in came, "the newer answer")
+        table = it.app.screen.query_one(DataTable)
+        assert table.row_count == 2
+        late.set()
+        await it.until(lambda: "tiny" in came, "the late answer")
+        assert table.row_count == 2
+        late.clear()
+        rows = [table.get_row_at(at)[0].plain for at in range(2)]
+        table.move_cursor(row=rows.index(TINY))
+        await it.press("enter")
+        table.move_cursor(row=1 - rows.index(TINY))
+        await it.until(lambda: "org/gemma-3-next" in it.static("#about"), "the other model")
+        late.set()
+        await it.until(lambda: TINY in came, "the late details")
+        assert "to fetch" not in it.static("#about")
+
+
+async def test_what_is_not_in_float32_is_not_called_so(opened: Open, hub: StandInHub) -> None:
+    packed = {"parameters": {"U32": 125_000_000, "BF16": 10**6}, "total": 10**9}
+    hub.repos = {"org/gemma-3-4bit": Repo({}, info={"tags": ["mlx"], "safetensors": packed})}
+    async with opened((120, 40), model="") as it:
+        await searched(it)
+        assert "as it is stored: inference" in it.static("#about")
 
 
 async def test_a_download_is_paused_goes_on_and_is_cancelled(opened: Open, hub: StandInHub) -> None:
@@ -118,7 +176,7 @@ async def test_a_hub_that_refuses_is_told(opened: Open, hub: StandInHub) -> None
 @pytest.fixture
 def cached(hub: StandInHub) -> str:
     hub.repos[TINY].files["README.md"] = b"---\nlicense: gemma\n---\n# Tiny\nA **small** [model](http://x.y).\n"
-    item = Download(Request(TINY))
+    item = Download(Request(TINY), events=SimpleQueue())
     item.start()
     list(item.follow())
     return item.state
