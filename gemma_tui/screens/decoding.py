@@ -16,7 +16,7 @@ from gemma_tui.runs.store import RunStore
 from gemma_tui.screens.exporting import ask_and_export
 from gemma_tui.screens.followed_run import CURVE, check_idle, in_words
 from gemma_tui.screens.following import FollowingScreen
-from gemma_tui.studies.curve.plan import CurvePlan, ways_of
+from gemma_tui.studies.curve.plan import CurvePlan, command_of, ways_of
 from gemma_tui.studies.pass_times import PassTimes, RooflinePlan, roofline_figure
 from gemma_tui.studies.plan import command, honoured
 from gemma_tui.text import one_line
@@ -86,8 +86,7 @@ class DecodingScreen(FollowingScreen):
             return command((ROOFLINE, session.place.model or "nano", "--engine", session.engine), plan)
         if self.run_shown is not None and not self.kind:
             return self.run_shown.command
-        curve = honoured(CurvePlan(**self._form(CURVE).values))
-        return command(("generate", curve.model, "--engine", session.engine), replace(curve, model=CurvePlan.model))
+        return command_of(honoured(CurvePlan(**self._form(CURVE).values)), session.engine)
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
         """Starting is for an open form, the rest for what is shown."""
