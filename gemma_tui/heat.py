@@ -181,6 +181,13 @@ def _cell(heat: Heat, row: int, column: int, cell: int, colour: bool) -> str:
     return _painted(" " * (cell - GAP), tint) + " " * GAP
 
 
+def ink(tint: tuple[int, int, int]) -> str:
+    """The colour of a text that can be read on another colour, as Rich writes it."""
+    red, green, blue = tint
+    bright = 0.299 * red + 0.587 * green + 0.114 * blue > 128
+    return "rgb(0,0,0)" if bright else "rgb(255,255,255)"
+
+
 def _painted(text: str, tint: tuple[int, int, int]) -> str:
     return "\x1b[48;2;{};{};{}m{}\x1b[0m".format(*tint, text)
 

@@ -183,8 +183,8 @@ class Session:
                 job.share, job.detail = share, text
 
             place.model, place.info, place.desk = "", None, None
-            model = load(engine, name, None, progress)
-            place.model, place.info = model.name, engine.model()
+            load(engine, name, None, progress)
+            place.model, place.info = name, engine.model()
 
         return self._start(Job("load", f"loading {name}", self.engine), work)
 
@@ -402,7 +402,7 @@ class Session:
 
             return record_memorization(engine, plan, control, store)
 
-        return self._measure(begin, "measure", "memorization")
+        return self._measure(begin, "measure", "memorization", "sequences")
 
     def resume_measure(self, run: str) -> Job:
         """Go on with a measurement on the chosen engine.
@@ -416,7 +416,7 @@ class Session:
 
             return resume_memorization(engine, store.run(run), control, store)
 
-        return self._measure(begin, "measure", "memorization")
+        return self._measure(begin, "measure", "memorization", "sequences")
 
     def curve(self, plan: CurvePlan) -> Job:
         """Decode rows in several ways, as a run; the model that is loaded is so afterwards, too.
@@ -430,7 +430,7 @@ class Session:
 
             return record_curve(engine, plan, control, store)
 
-        return self._measure(begin, "curve", "decoding")
+        return self._measure(begin, "curve", "decoding", "rows")
 
     def resume_curve(self, run: str) -> Job:
         """Go on with a curve on the chosen engine.
@@ -444,7 +444,7 @@ class Session:
 
             return resume_curve(engine, store.run(run), control, store)
 
-        return self._measure(begin, "curve", "decoding")
+        return self._measure(begin, "curve", "decoding", "rows")
 
     def roofline(self, plan: RooflinePlan, found: list[PassTimes]) -> Job:
         """Time forward passes of the loaded model; ``found`` gets what is measured.
@@ -463,8 +463,12 @@ class Session:
 
         return self._start(Job("roofline", "timing passes", self.engine), work)
 
-    def _measure(self, begin: Begin, kind: str, label: str) -> Job:
-        """Let a run over rows of data take its course, and load again what was there before."""
+    def _measure(self, begin: Begin, kind: str, label: str, unit: str) -> Job:
+        """Let a run over rows of data take its course, and load again what was there before.
+
+        Args:
+            unit: what its steps are.
+        """
         place = self.place
 
         def work(engine: Engine, job: Job) -> None:
@@ -476,7 +480,7 @@ class Session:
                         if event.kind == "load":
                             place.model = event.values["model"]
                         job.share, job.passing = event.step / total, passing(event)
-                        job.detail = f"{event.step:,}/{total:,} rows"
+                        job.detail = f"{event.step:,}/{total:,} {unit}"
                         place.info, place.memory = engine.model(), engine.memory()
                 finally:
                     if engine.model() is held:

@@ -10,20 +10,20 @@ from typing import Any
 
 from engines import open_engine
 from gemma_tui.commands.figures import targets_of, tell
-from gemma_tui.commands.following import follow
+from gemma_tui.commands.following import counted, follow
 from gemma_tui.commands.plans import plan_from
 from gemma_tui.output import Output
 from gemma_tui.runs.store import RunStore
 from gemma_tui.studies.curve.measure import STUDY, record_curve, resume_curve
 from gemma_tui.studies.curve.plan import CurvePlan
 from gemma_tui.studies.curve.results import curve_figure, read_curve
-from gemma_tui.studies.events import PASSING, Control, Event, passing
+from gemma_tui.studies.events import PASSING, Control, Event
 from gemma_tui.studies.recording import Recorded
 
 
 def curve(args: argparse.Namespace, output: Output) -> int:
     """Decode rows in several ways, and tell what each costs and saves."""
-    plan = plan_from(CurvePlan, args, {"model": args.model}, "generate")
+    plan = plan_from(CurvePlan, args, {}, "generate")
     targets, control = targets_of(args), Control()
     with closing(RunStore()) as store:
         return _follow(record_curve(open_engine(args.engine), plan, control, store), control, output, store, targets)
@@ -38,9 +38,7 @@ def resume(run_name: str, output: Output) -> int:
 
 def _follow(recorded: Recorded, control: Control, output: Output, store: RunStore, targets: Sequence[Path] = ()) -> int:
     run = recorded.run
-
-    def place(event: Event) -> tuple[float, str]:
-        return event.step / max(1, run.steps), passing(event) or f"{event.step:,}/{run.steps:,} rows"
+    place = counted(run, "rows")
 
     def shown(stopped: bool) -> dict[str, Any]:
         if not stopped or any(event.kind == STUDY for event in store.events(run.run_id)):

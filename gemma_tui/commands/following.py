@@ -8,8 +8,14 @@ from typing import Any
 
 from gemma_tui.commands.train import INTERRUPTED, stop_on_signal
 from gemma_tui.output import Output
-from gemma_tui.studies.events import Control, Event
+from gemma_tui.runs.store import Run
+from gemma_tui.studies.events import Control, Event, passing
 from gemma_tui.studies.recording import Recorded
+
+
+def counted(run: Run, unit: str) -> Callable[[Event], tuple[float, str]]:
+    """The place in a run whose steps are of some ``unit``, for ``follow``."""
+    return lambda event: (event.step / max(1, run.steps), passing(event) or f"{event.step:,}/{run.steps:,} {unit}")
 
 
 def follow(

@@ -14,13 +14,13 @@ from typing import Any
 
 from engines import open_engine
 from gemma_tui.commands.figures import ROWS, WIDEST, targets_of, tell_rows, write
-from gemma_tui.commands.following import follow
+from gemma_tui.commands.following import counted, follow
 from gemma_tui.commands.plans import plan_from, refuse
 from gemma_tui.figure import Figure, Table
 from gemma_tui.figure_text import cell_text, figure_text, table_lines
 from gemma_tui.output import Output
 from gemma_tui.runs.store import RunStore
-from gemma_tui.studies.events import PASSING, Control, Event, passing
+from gemma_tui.studies.events import PASSING, Control, Event
 from gemma_tui.studies.memorization.inquiry import FURTHER
 from gemma_tui.studies.memorization.meter import STUDY, record_memorization, resume_memorization
 from gemma_tui.studies.memorization.plan import MemorizationPlan
@@ -59,9 +59,7 @@ def resume(run_name: str, output: Output) -> int:
 
 def _follow(recorded: Recorded, control: Control, output: Output, store: RunStore, targets: Sequence[Path] = ()) -> int:
     run = recorded.run
-
-    def place(event: Event) -> tuple[float, str]:
-        return event.step / max(1, run.steps), passing(event) or f"{event.step:,}/{run.steps:,} sequences"
+    place = counted(run, "sequences")
 
     def shown(stopped: bool) -> dict[str, Any]:
         if not stopped:

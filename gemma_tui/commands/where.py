@@ -7,12 +7,12 @@ from contextlib import closing
 from typing import Any
 
 from engines import open_engine
-from gemma_tui.commands.following import follow
+from gemma_tui.commands.following import counted, follow
 from gemma_tui.commands.memorization import show
 from gemma_tui.commands.plans import plan_from
 from gemma_tui.output import Output
 from gemma_tui.runs.store import RunStore
-from gemma_tui.studies.events import PASSING, Control, Event, passing
+from gemma_tui.studies.events import PASSING, Control, Event
 from gemma_tui.studies.memorization.held import where_figure
 from gemma_tui.studies.memorization.where import WherePlan, record_where, resume_where
 from gemma_tui.studies.recording import Recorded
@@ -35,9 +35,7 @@ def resume(run_name: str, output: Output) -> int:
 
 def _follow(recorded: Recorded, control: Control, output: Output, store: RunStore) -> int:
     run = recorded.run
-
-    def place(event: Event) -> tuple[float, str]:
-        return event.step / max(1, run.steps), passing(event) or f"{event.step:,}/{run.steps:,} parts"
+    place = counted(run, "parts")
 
     def shown(stopped: bool) -> dict[str, Any]:
         if not stopped:

@@ -3,25 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from contextlib import suppress
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from textual.binding import Binding
-from textual.events import Resize
-from textual.message import Message
 from textual.widget import Widget
-from textual.widgets import DataTable, Static
+from textual.widgets import Static
 
-from engines.errors import EngineError
-from gemma_tui.errors import GemmaTuiError, UsageError
-from gemma_tui.figure import Figure
-from gemma_tui.runs.store import Run, RunStore
-from gemma_tui.screens import steering
+from gemma_tui.errors import UsageError
 from gemma_tui.screens.capacity_plans import MEASURE, CapacityPlans
 from gemma_tui.screens.exporting import ask_and_export
-from gemma_tui.screens.followed_run import LISTED, MEASUREMENT, SWEEP, FollowedRun, check_idle, in_words
-from gemma_tui.screens.workbench import Workbench
+from gemma_tui.screens.followed_run import MEASUREMENT, SWEEP, check_idle, in_words
+from gemma_tui.screens.following import FollowingScreen
 from gemma_tui.studies.capacity.plan import CapacityPlan, cells_of
 from gemma_tui.studies.capacity.sweep import extended, sweep_plan
 from gemma_tui.studies.plan import Option
@@ -33,20 +25,18 @@ from gemma_tui.widgets.run_table import RunTable
 if TYPE_CHECKING:
     from gemma_tui.session import Job
 
-SECONDS = 1.0
-"""Between two looks at the store."""
-
-STUDIES, JOBS = (SWEEP, MEASUREMENT), ("sweep", "measure")
-"""Runs that are listed, and the kinds of the jobs that compute them."""
+JOBS = ("sweep", "measure")
+"""The kinds of the jobs that compute the runs."""
 
 SIZES = Option("sizes", str, "", "numbers of strings of the cells that are added, with commas")
 NOTHING = "no run yet: n plans a sweep, m measures what a model has memorised"
 
 
-class CapacityScreen(Workbench):
+class CapacityScreen(FollowingScreen):
     """The runs, the figure of one of them, and the plans of new ones as forms behind keys."""
 
     MODE = "capacity"
+    STUDIES = (SWEEP, MEASUREMENT)
     BINDINGS = [
         Binding("n", "plan('sweep')", "Sweep", id="capacity.sweep", tooltip="Plan a capacity sweep"),
         Binding("m", "plan('measure')", "Measure", id="capacity.measure",
@@ -63,22 +53,10 @@ class CapacityScreen(Workbench):
         Binding("o", "export", "Export", id="capacity.export", show=False, tooltip="Write the figure to a file"),
     ]  # fmt: skip
 
-    class Grown(Message):
-        """A run was read."""
-
-        def __init__(self, followed: FollowedRun, error: str) -> None:
-            super().__init__()
-            self.followed, self.error = followed, error
-
     def __init__(self) -> None:
         super().__init__()
-        self.run_shown: Run | None = None
-        self._followed: FollowedRun | None = None
         self._job: Job | None = None
         """What was followed last."""
-        self._awaited: Job | None = None
-        """The same until its run is shown, or another one."""
-        self._store: RunStore | None = None
 
     def body(self) -> Iterable[Widget]:
         """The runs, one line on the one that is shown, its figure, and the plans, which are hidden at first."""
@@ -88,15 +66,8 @@ class CapacityScreen(Workbench):
         yield CapacityPlans()
 
     def on_mount(self) -> None:
-        """Open the store, and look at it from now on."""
+        """The keys go to the list."""
         self.query_one(RunTable).focus()
-        try:
-            self._store = RunStore()
-        except GemmaTuiError as error:
-            self.bench.tell(str(error), "error")
-            return
-        self.set_interval(SECONDS, self._look)
-        self._look()
 
     def on_screen_resume(self) -> None:
         """Show at once what began elsewhere."""
@@ -104,14 +75,6 @@ class CapacityScreen(Workbench):
             if job.kind in JOBS and job is not self._job:
                 self._follow(job)
         self._look()
-
-    def job_ended(self) -> None:
-        """The last of a run is there."""
-        self._look()
-
-    def on_resize(self, event: Resize) -> None:
-        """Wide and narrow show different parts."""
-        self.call_after_refresh(self._figure.relayout)
 
     def command(self) -> str:
         """The command of the form that is open, or of the run that is shown."""
@@ -185,19 +148,6 @@ class CapacityScreen(Workbench):
 
         self._begin(go_on)
 
-    def action_pause(self) -> None:
-        """Pause the run that is shown, of whatever process, or let it go on."""
-        steering.pause(self.bench, self._job_shown(), self.run_shown, self._store)
-
-    def action_stop(self) -> None:
-        """End the run that is shown after its step; it saves."""
-        steering.stop(self.bench, self._job_shown(), self.run_shown, self._store)
-
-    def action_turn(self) -> None:
-        """Show the next part of the figure."""
-        self._figure.turn()
-        self._tell()
-
     def action_export(self) -> None:
         """Write the figure to a file."""
         figure = self._followed.figure if self._followed else None
@@ -205,24 +155,6 @@ class CapacityScreen(Workbench):
             self.bench.tell("nothing is shown yet", "warning")
         else:
             ask_and_export(self.bench, lambda: figure, f"{self.run_shown.run_id}.html")
-
-    def on_data_table_row_selected(self, event: DataTable.RowSelected) -> None:
-        """Open the run under the cursor."""
-        if event.data_table.id == "studies" and event.row_key.value is not None:
-            self._show(event.row_key.value)
-
-    def on_capacity_screen_grown(self, message: Grown) -> None:
-        """Draw what was read, if it is still what is shown."""
-        if message.error:
-            self.bench.tell(message.error, "warning")
-        if message.followed is self._followed:
-            # Under one title all along, so that the part that is seen stays.
-            self._figure.show(replace(message.followed.figure or Figure(""), title=message.followed.name))
-            self._tell()
-
-    @property
-    def _figure(self) -> FigureView:
-        return self.query_one(FigureView)
 
     @property
     def _plans(self) -> CapacityPlans:
@@ -236,17 +168,6 @@ class CapacityScreen(Workbench):
         self._job = self._awaited = job
         self._open("")
 
-    def _chosen(self) -> Run | None:
-        """The run under the cursor of the list, or else the one that is shown."""
-        name = self.query_one(RunTable).chosen
-        with suppress(EngineError):
-            return self._store.run(name) if name and self._store else self.run_shown
-        return self.run_shown
-
-    def _job_shown(self) -> Job | None:
-        """The job of the run that is shown, or what is starting."""
-        return self._awaited or (self.bench.session.job_of(self.run_shown.run_id) if self.run_shown else None)
-
     def _open(self, kind: str) -> None:
         """Show a form in place of the runs, or the runs."""
         for beside in (self._figure, self.query_one(RunTable)):
@@ -255,37 +176,6 @@ class CapacityScreen(Workbench):
         if not kind:
             self.query_one(RunTable).focus()
         self.refresh_bindings()
-        self._tell()
-
-    def _show(self, name: str) -> None:
-        """Show a run; one that is shown already goes on."""
-        self._awaited = None
-        if self._followed is None or self._followed.name != name:
-            self._followed, self.run_shown = FollowedRun(name), None
-            self._figure.show(Figure(name))
-        self._look()
-        self.query_one(RunTable).go_to(name)
-
-    def _look(self) -> None:
-        """Bring the list up to date, and let a thread read the run that is shown if it has grown."""
-        store = self._store
-        if store is None or not self.is_current:
-            return
-        if self._awaited is not None and self._awaited.run:
-            self._show(self._awaited.run)
-            return
-
-        def look() -> None:
-            runs, followed = store.runs(LISTED, STUDIES), self._followed
-            self.query_one(RunTable).show((), runs)
-            if followed is None:
-                return
-            self.run_shown = next((run for run in runs if run.run_id == followed.name), None)
-            if self.run_shown is not None:
-                followed.follow(self.run_shown, lambda error: self.post_message(self.Grown(followed, error)))
-
-        if not self.bench.attempt(look):
-            self._store = None
         self._tell()
 
     def _tell(self) -> None:

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from textual.binding import Binding
-from textual.events import Resize
-from textual.message import Message
 from textual.widget import Widget
-from textual.widgets import DataTable, Static
+from textual.widgets import Static
 
-from engines.errors import EngineError
-from gemma_tui.errors import GemmaTuiError, UsageError
+from gemma_tui.errors import UsageError
 from gemma_tui.figure import Figure
-from gemma_tui.runs.store import Run, RunStore
-from gemma_tui.screens import steering
+from gemma_tui.runs.store import RunStore
 from gemma_tui.screens.exporting import ask_and_export
-from gemma_tui.screens.followed_run import CURVE, LISTED, FollowedRun, check_idle, in_words
-from gemma_tui.screens.workbench import Workbench
-from gemma_tui.studies.curve.plan import CurvePlan, ways_of
+from gemma_tui.screens.followed_run import CURVE, check_idle, in_words
+from gemma_tui.screens.following import FollowingScreen
+from gemma_tui.studies.curve.plan import CurvePlan, command_of, ways_of
 from gemma_tui.studies.pass_times import PassTimes, RooflinePlan, roofline_figure
 from gemma_tui.studies.plan import command, honoured
 from gemma_tui.text import one_line
@@ -32,15 +27,12 @@ from gemma_tui.widgets.run_table import RunTable
 if TYPE_CHECKING:
     from gemma_tui.session import Job
 
-SECONDS = 1.0
-"""Between two looks at the store."""
-
 ROOFLINE = "roofline"
 FORMS: dict[str, type[Any]] = {CURVE: CurvePlan, ROOFLINE: RooflinePlan}
 NOTHING = "no curve yet: n plans one, r times the passes of the loaded model"
 
 
-class DecodingScreen(Workbench):
+class DecodingScreen(FollowingScreen):
     """The curves, the figure of one of them or the roofline, and the plans of both as forms behind keys.
 
     Args:
@@ -48,6 +40,7 @@ class DecodingScreen(Workbench):
     """
 
     MODE = "generation"
+    STUDIES = (CURVE,)
     BINDINGS = [
         Binding("n", "plan('curve')", "Curve", id="decoding.curve", tooltip="Plan a speed-quality curve"),
         Binding("r", "plan('roofline')", "Roofline", id="decoding.roofline",
@@ -55,7 +48,7 @@ class DecodingScreen(Workbench):
         Binding("s", "start", "Start", id="decoding.start", tooltip="Start what the form says"),
         Binding("space", "pause", "Pause", id="decoding.pause", show=False, key_display="␣",
                 tooltip="Pause, and go on"),
-        Binding("x", "stop", "Stop", id="decoding.stop", tooltip="End after the rows in hand, which are kept"),
+        Binding("x", "stop", "Stop", id="decoding.stop", tooltip="Stop; finished rows are kept"),
         Binding("u", "resume", "Resume", id="decoding.resume", show=False,
                 tooltip="Go on with the curve under the cursor"),
         Binding("v", "turn", "Part", id="decoding.part", tooltip="The next chart or table"),
@@ -63,24 +56,12 @@ class DecodingScreen(Workbench):
         Binding("escape", "back", "Back", id="decoding.back", tooltip="Leave the form, or go back to the texts"),
     ]  # fmt: skip
 
-    class Grown(Message):
-        """A curve was read."""
-
-        def __init__(self, followed: FollowedRun, error: str) -> None:
-            super().__init__()
-            self.followed, self.error = followed, error
-
     def __init__(self, opens: str = "") -> None:
         super().__init__()
         self.kind = opens
         """Of the form that is open, if one is."""
-        self.run_shown: Run | None = None
-        self._followed: FollowedRun | None = None
-        self._awaited: Job | None = None
-        """What was started, until its run is shown."""
         self._times: list[PassTimes] = []
         self._timing: Job | None = None
-        self._store: RunStore | None = None
 
     def body(self) -> Iterable[Widget]:
         """The curves, one line on what is shown, its figure, and the forms."""
@@ -92,31 +73,10 @@ class DecodingScreen(Workbench):
         yield Static("", id="explained", markup=False)
 
     def on_mount(self) -> None:
-        """Open the store, and look at it from now on; the newest curve is shown."""
+        """The form that was asked for is open, or else the newest curve is shown."""
         self._form(CURVE).values["model"] = self.bench.session.place.model or "nano"
         self._open(self.kind)
-        try:
-            self._store = RunStore()
-        except GemmaTuiError as error:
-            self.bench.tell(str(error), "error")
-            return
-        self.set_interval(SECONDS, self._look)
-        self._look()
-        if (newest := self.query_one(RunTable).chosen) and not self.kind:
-            self._show(newest)
-
-    def on_unmount(self) -> None:
-        """Close the store."""
-        if self._store is not None:
-            self._store.close()
-
-    def job_ended(self) -> None:
-        """The last of a curve is there."""
-        self._look()
-
-    def on_resize(self, event: Resize) -> None:
-        """Wide and narrow show different parts."""
-        self.call_after_refresh(self._figure.relayout)
+        self.call_after_refresh(self._show_newest)
 
     def command(self) -> str:
         """The command of the form that is open, or of what is shown."""
@@ -126,8 +86,7 @@ class DecodingScreen(Workbench):
             return command((ROOFLINE, session.place.model or "nano", "--engine", session.engine), plan)
         if self.run_shown is not None and not self.kind:
             return self.run_shown.command
-        curve = honoured(CurvePlan(**self._form(CURVE).values))
-        return command(("generate", curve.model, "--engine", session.engine), replace(curve, model=CurvePlan.model))
+        return command_of(honoured(CurvePlan(**self._form(CURVE).values)), session.engine)
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
         """Starting is for an open form, the rest for what is shown."""
@@ -163,19 +122,6 @@ class DecodingScreen(Workbench):
 
         self.bench.attempt(go_on)
 
-    def action_pause(self) -> None:
-        """Pause the curve that is shown, or let it go on."""
-        steering.pause(self.bench, self._job_shown(), self.run_shown, self._store)
-
-    def action_stop(self) -> None:
-        """End what is shown."""
-        steering.stop(self.bench, self._job_shown(), self.run_shown, self._store)
-
-    def action_turn(self) -> None:
-        """Show the next part of the figure."""
-        self._figure.turn()
-        self._tell()
-
     def action_export(self) -> None:
         """Write the figure to a file."""
         figure, name = self._figure.figure, self.run_shown.run_id if self.run_shown else ROOFLINE
@@ -184,25 +130,9 @@ class DecodingScreen(Workbench):
         else:
             ask_and_export(self.bench, lambda: figure, f"{name}.html")
 
-    def on_data_table_row_selected(self, event: DataTable.RowSelected) -> None:
-        """Show the curve under the cursor."""
-        if event.data_table.id == "studies" and event.row_key.value is not None:
-            self._show(event.row_key.value)
-
     def on_plan_form_explained(self, event: PlanForm.Explained) -> None:
         """What the option under the cursor does."""
         self.query_one("#explained", Static).update(event.text, layout=False)
-
-    def on_decoding_screen_grown(self, message: Grown) -> None:
-        """Draw what was read, if it is still what is shown."""
-        if message.error:
-            self.bench.tell(message.error, "warning")
-        if message.followed is self._followed:
-            self._draw(message.followed.figure or Figure(""), message.followed.name)
-
-    @property
-    def _figure(self) -> FigureView:
-        return self.query_one(FigureView)
 
     def _form(self, kind: str) -> PlanForm[Any]:
         return self.query_one(f"#{kind}-plan", PlanForm)
@@ -223,17 +153,13 @@ class DecodingScreen(Workbench):
         self._awaited = job
         self._open("")
 
-    def _chosen(self) -> Run | None:
-        """The curve under the cursor, or else the one that is shown."""
-        name = self.query_one(RunTable).chosen
-        with suppress(EngineError):
-            return self._store.run(name) if name and self._store else self.run_shown
-        return self.run_shown
-
     def _job_shown(self) -> Job | None:
-        if self.run_shown is not None:
-            return self.bench.session.job_of(self.run_shown.run_id)
-        return self._awaited or self._timing
+        timing = (job for job in self.bench.session.jobs if job.kind == ROOFLINE)
+        return super()._job_shown() or next(timing, None)
+
+    def _show_newest(self) -> None:
+        if (newest := self.query_one(RunTable).chosen) and not self.kind:
+            self._show(newest)
 
     def _open(self, kind: str) -> None:
         """Show a form in place of the curves, or the curves."""
@@ -249,46 +175,17 @@ class DecodingScreen(Workbench):
         self._tell()
 
     def _show(self, name: str) -> None:
-        """Show a curve; one that is shown already goes on."""
-        self._awaited, self._times = None, []
-        if self._followed is None or self._followed.name != name:
-            self._followed, self.run_shown = FollowedRun(name), None
-            self._draw(Figure(""), name)
-        self._look()
-        self.query_one(RunTable).go_to(name)
-
-    def _draw(self, figure: Figure, title: str) -> None:
-        """Under one title all along, so that the part that is seen stays."""
-        self._figure.show(replace(figure, title=title))
-        self._tell()
-
-    def _look(self) -> None:
-        """Bring the list up to date, and what is shown if it has grown."""
-        store = self._store
-        if store is None or not self.is_current:
-            return
-        if self._awaited is not None and self._awaited.run:
-            self._show(self._awaited.run)
-            return
-        if not self.bench.attempt(lambda: self._read(store)):
-            self._store = None
-        self._tell()
+        self._times = []
+        super()._show(name)
 
     def _read(self, store: RunStore) -> None:
-        runs, followed = store.runs(LISTED, (CURVE,)), self._followed
-        self.query_one(RunTable).show((), runs)
-        if self._times and 1 in self._times[0].fastest and self._timing is not None:
+        super()._read(store)
+        if self._timing is None:
+            return
+        if self._times and 1 in self._times[0].fastest:
             times = self._times[0]
             self._draw(roofline_figure(replace(times, fastest=dict(times.fastest))), ROOFLINE)
-            self._timing = None if self._timing.future.done() else self._timing
-        if followed is None:
-            return
-        self.run_shown = next((run for run in runs if run.run_id == followed.name), None)
-        if self.run_shown is not None:
-            followed.follow(self.run_shown, self._grown(followed))
-
-    def _grown(self, followed: FollowedRun) -> Callable[[str], object]:
-        return lambda error: self.post_message(self.Grown(followed, error))
+        self._timing = None if self._timing.future.done() else self._timing
 
     def _tell(self) -> None:
         """One line: what is shown and which part of it is seen, or what is planned."""

@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from gemma_tui.session import Job
 
 
+SAVING = ("train", "study", "sweep", "measure")
+"""Jobs that finish the step in hand and keep it; the others leave what they are at."""
+
+
 def pause(bench: GemmaTui, job: Job | None, run: Run | None, store: RunStore | None) -> None:
     """Pause a run, or let it go on.
 
@@ -34,7 +38,7 @@ def stop(bench: GemmaTui, job: Job | None, run: Run | None, store: RunStore | No
     """End a run after its step; it saves. The arguments are those of ``pause``."""
     if job is not None and not job.future.done():
         job.control.stop.set()
-        bench.tell(f"{job.label} ends after this step and saves")
+        bench.tell(f"{job.label} ends after this step and saves" if job.kind in SAVING else f"{job.label} ends")
     elif run is not None and run.active and store is not None:
         _ask(bench, store, run, "stop")
     else:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 
 from engines.base import Engine, Sampling
@@ -162,10 +163,26 @@ def check_room(config: Gemma3Config, prompt: int, max_tokens: int, blocks: Block
             f"max_tokens: {context - prompt:,} tokens of the context of {context:,} are left after the prompt, not "
             f"{max_tokens:,}: lower --max-tokens"
         )
-    if blocks.mask >= config.vocab_size:
-        raise UsageError(
-            f"mask_token: the model has no token {blocks.mask:,}: its ids end at {config.vocab_size - 1:,}"
-        )
+    check_mask_id(blocks.mask, config.vocab_size)
+
+
+def check_mask_id(mask: int, vocabulary: int) -> None:
+    """Refuse a mask token that the model has not.
+
+    Raises:
+        UsageError: it is so.
+    """
+    if mask >= vocabulary:
+        raise UsageError(f"mask_token: the model has no token {mask:,}: its ids end at {vocabulary - 1:,}")
+
+
+def warm(
+    engine: Engine, prompts: Sequence[Sequence[int]], sampling: Sampling, ways: Iterable[BlockDecoding | None]
+) -> None:
+    """Two passes in each way, as wide as they will be, so that none pays for what is done once."""
+    for blocks in ways:
+        for _ in islice(engine.decode(prompts, sampling, blocks), 2):
+            pass
 
 
 def encode_prompt(tokenizer: Tokenizer, text: str, chat: bool, folder: Path | None = None) -> list[int]:

@@ -35,7 +35,7 @@ FEWER = 4.0
 """Times fewer passes that speed-ups are told for, as in the paper's table 4."""
 
 PASSES = 12
-"""Tokens that are written at least, so that a width is seen several times."""
+"""Passes that are timed at most, and tokens that are written at least, so that a width is seen several times."""
 
 LONG_CACHE = 65_536
 ITEM_BYTES = {"float32": 4, "bfloat16": 2}
@@ -81,7 +81,7 @@ def time_passes(engine: Engine, plan: RooflinePlan, found: list[PassTimes]) -> I
     info = engine.model()
     if info is None:
         raise UnsupportedError("no model is loaded: load one first")
-    context, widest = info.config.max_position_embeddings, max(PASSES, WIDTHS[-1])
+    context, widest = info.config.max_position_embeddings, WIDTHS[-1]
     if plan.cached + widest > context:
         raise UsageError(
             f"cached: {plan.cached:,} tokens and a block of {widest} are more than the context of {context:,}: lower "

@@ -42,7 +42,8 @@ class Shape:
         matrices: of the MLP; the last one leads back to ``hidden``.
         windows: of each layer, None for a global one.
         vocabulary: rows of the head, 0 to leave it out.
-        item_bytes: of a weight, an activation, a key or a value.
+        weight_bytes: of a weight.
+        item_bytes: of an activation, a key or a value.
     """
 
     hidden: int
@@ -53,6 +54,7 @@ class Shape:
     matrices: int = 2
     windows: tuple[int | None, ...] = (None,)
     vocabulary: int = 0
+    weight_bytes: float = 1
     item_bytes: int = 1
 
 
@@ -65,7 +67,7 @@ def shape_of(config: Gemma3Config, item_bytes: int) -> Shape:
     return Shape(
         config.hidden_size, config.intermediate_size, config.num_attention_heads, config.head_dim,
         config.num_key_value_heads, 3, tuple(config.window(i) for i in range(config.num_hidden_layers)),
-        config.vocab_size, item_bytes,
+        config.vocab_size, config.weight_bytes(item_bytes) / config.parameter_count(), item_bytes,
     )  # fmt: skip
 
 
@@ -110,7 +112,7 @@ def gain(block: int, fewer: float, one: float, double: float, rest: float) -> fl
 
 
 def _product(machine: Machine, shape: Shape, rows: int, inner: int, columns: int) -> float:
-    moved = (rows * inner + inner * columns + rows * columns) * shape.item_bytes
+    moved = rows * (inner + columns) * shape.item_bytes + inner * columns * shape.weight_bytes
     return max(2 * rows * inner * columns / machine.flops, moved / machine.bandwidth)
 
 

@@ -11,9 +11,10 @@ from engines.base import IGNORED, Batch, Engine, Sampling
 from engines.blocks import BlockDecoding, Noise
 from gemma_tui.errors import UsageError
 from gemma_tui.studies.data import PADDING, Splits, evaluation_windows, make_batch
+from gemma_tui.studies.generation import STOP_IDS, check_mask_id
 from gemma_tui.studies.training_plan import BLOCKWISE, TrainingPlan
 from gemma_tui.studies.turns import Window
-from gemma_tui.tokenizer import END_OF_TURN, EOS, PAD
+from gemma_tui.tokenizer import PAD
 
 RATES = (0.25, 0.5, 1.0)
 """Masking rates that the masked loss is told at."""
@@ -88,7 +89,7 @@ def masked_batch(
 def _end(window: Window) -> int | None:
     """How many tokens there are up to and with the one that ends what is learnt; None where a window was cut."""
     last = int(np.flatnonzero(window.supervised)[-1])
-    return last + 1 if window.ids[last] in (EOS, END_OF_TURN) else None
+    return last + 1 if window.ids[last] in STOP_IDS else None
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,7 @@ class Watching:
 
 def tokens_per_pass(engine: Engine, prompts: Sequence[Sequence[int]], plan: TrainingPlan) -> float:
     """Tokens that greedy block decoding writes in a forward pass; a pass over several prompts is one of each."""
-    sampling = Sampling(WATCHED_TOKENS, stop_ids=(EOS, END_OF_TURN))
+    sampling = Sampling(WATCHED_TOKENS, stop_ids=STOP_IDS)
     blocks = BlockDecoding(plan.max_block, WATCHED_GAMMA, mask=plan.mask_token)
     passes, lengths, ends = 0, np.zeros(len(prompts), int), np.full(len(prompts), WATCHED_TOKENS)
     for said in engine.decode(prompts, sampling, blocks):
@@ -164,8 +165,7 @@ def check_mask(plan: TrainingPlan, splits: Splits, vocabulary: int) -> None:
     """
     if plan.method not in BLOCKWISE:
         return
-    if plan.mask_token >= vocabulary:
-        raise UsageError(f"mask_token: the model has no token {plan.mask_token:,}: its ids end at {vocabulary - 1:,}")
+    check_mask_id(plan.mask_token, vocabulary)
     if any((window.ids == plan.mask_token).any() for window in (*splits.train, *splits.valid)):
         raise UsageError(
             f"mask_token: the data hold token {plan.mask_token}, which could never be written then: leave "

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from engines.base import Engine
 from gemma_tui.hub.models import Model
-from gemma_tui.studies.generation import AR, Generation, GenerationPlan, settled, write
+from gemma_tui.studies.generation import AR, Generation, GenerationPlan, settled, warm, write
 from gemma_tui.studies.plan import honoured
 from gemma_tui.tokenizer import BOS
 
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from gemma_tui.tokenizer import Tokenizer
 
 WAITING, WRITING, DONE = "waiting", "writing", "done"
-WARM_TOKENS = 4
 
 
 @dataclass
@@ -71,7 +70,8 @@ def write_sides(engine: Engine, model: Model, texts: SideBySide) -> Iterator[tup
         plan, side.generation.warnings = settled(side.plan, model)
         plans.append(plan)
     if len(plans) > 1:
-        _warm(engine, plans)
+        for plan in plans:
+            warm(engine, [[BOS]], plan.sampling(), [plan.blocks()])
     for number, (plan, side) in enumerate(zip(plans, texts.sides, strict=True)):
         side.state = WRITING
         try:
@@ -80,11 +80,3 @@ def write_sides(engine: Engine, model: Model, texts: SideBySide) -> Iterator[tup
                 yield (number + done / plan.max_tokens) / len(texts.sides), f"{done:,} tokens"
         finally:
             side.state = DONE
-
-
-def _warm(engine: Engine, plans: Sequence[GenerationPlan]) -> None:
-    """Decode a little in each way, so that the first text does not pay for what is done once."""
-    for plan in plans:
-        few = replace(plan.sampling(), max_tokens=min(WARM_TOKENS, plan.max_tokens))
-        for _ in engine.decode([[BOS]], few, plan.blocks()):
-            pass

@@ -116,29 +116,3 @@ def agreement(one: Sequence[int], other: Sequence[int]) -> Agreement:
     same = [a == b for a, b in pairs]
     end = None if len(one) == len(other) else len(pairs)
     return Agreement(len(pairs), sum(same), same.index(False) if False in same else end)
-
-
-@dataclass(frozen=True)
-class Decision:
-    """How a token came to be.
-
-    Attributes:
-        step: the pass that decided it, from 1 on.
-        entropy: nats, of the model's own distribution at its place then.
-        probability: of the token under it.
-    """
-
-    token: int
-    step: int
-    entropy: float
-    probability: float
-
-
-def decisions(passes: Sequence[DecodingPass], row: int = 0) -> dict[int, Decision]:
-    """What each place of a prompt was decided with, also places after the end of the text."""
-    found = {}
-    for step, said in enumerate(passes, 1):
-        for i in ((said.rows == row) & said.decided).nonzero()[0]:
-            token, entropy = int(said.tokens[i]), float(said.entropies[i])
-            found[int(said.places[i])] = Decision(token, step, entropy, float(said.probabilities[i]))
-    return found

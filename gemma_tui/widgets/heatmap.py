@@ -12,7 +12,7 @@ from textual.geometry import Region, Size
 from textual.scroll_view import ScrollView
 from textual.strip import Strip
 
-from gemma_tui.heat import GAP, RAMP, VIRIDIS, Heat, Layout, column_names, layout, legend, row_label
+from gemma_tui.heat import GAP, RAMP, VIRIDIS, Heat, Layout, column_names, ink, layout, legend, row_label
 from gemma_tui.text import clean
 
 TOP, BOTTOM = 2, 2
@@ -173,6 +173,4 @@ def _style(tint: Tint | None, under: bool) -> Style:
     if tint is None:
         return Style(bold=under)
     red, green, blue = tint
-    bright = 0.299 * red + 0.587 * green + 0.114 * blue > 128
-    ink = "rgb(0,0,0)" if bright else "rgb(255,255,255)"
-    return Style(color=ink, bgcolor=f"rgb({red},{green},{blue})", bold=under)
+    return Style(color=ink(tint), bgcolor=f"rgb({red},{green},{blue})", bold=under)

@@ -38,7 +38,7 @@ class PassChart(Widget):
         if width < 12 or height < 1:
             return Text()
         if height >= LOWEST_CHART:
-            drawn = draw(self.series, width, height, self.title, colour=not self.app.no_color)
+            drawn = draw(self.series, width, height, self.title, x_label=self.x_label, colour=not self.app.no_color)
             return Text.from_ansi(drawn, no_wrap=True)
         highest = max((y for line in self.series for y in line.y if y is not None and math.isfinite(y)), default=0.0)
         rows = [f"{line.label:<10} {blocks(line, width - 11, highest)}" for line in self.series]

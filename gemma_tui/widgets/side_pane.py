@@ -52,12 +52,13 @@ class SidePane(Vertical):
         self.replay = Replay(side.generation.passes, block)
         self.strip.begin(self.replay, texts.label)
 
-    def read(self) -> int:
-        """Take in what was written; returns how many passes there are."""
-        if self.side is not None and self.side.state == DONE:
-            self.replay.read()
+    def read(self) -> None:
+        """Take in what was written."""
+        # Whether it is all is asked before, since it grows in another thread.
+        done = self.side is not None and self.side.state == DONE
+        self.replay.read()
+        if self.side is not None and done:
             self.replay.end = len(self.side.generation.tokens)
-        return self.replay.read()
 
     def tell(self, running: bool, other: SidePane | None) -> None:
         """Bring both lines up to date.

@@ -14,7 +14,7 @@ from textual.message import Message
 from textual.scroll_view import ScrollView
 from textual.strip import Strip
 
-from gemma_tui.heat import RAMP, VIRIDIS
+from gemma_tui.heat import RAMP, VIRIDIS, ink
 from gemma_tui.studies.replay import HIGHEST_ENTROPY, LOWEST_ENTROPY, Cell, Replay, entropy_level, turn_level
 from gemma_tui.widgets.token_flow import Box, TokenFlow
 
@@ -199,6 +199,4 @@ def _style(tint: tuple[int, int, int] | None, under: bool, new: bool) -> Style:
     if tint is None:
         return Style(bold=under or new, reverse=under, underline=new)
     red, green, blue = tint
-    bright = 0.299 * red + 0.587 * green + 0.114 * blue > 128
-    ink = "rgb(0,0,0)" if bright else "rgb(255,255,255)"
-    return Style(color=ink, bgcolor=f"rgb({red},{green},{blue})", bold=under or new, reverse=under, underline=new)
+    return Style(color=ink(tint), bgcolor=f"rgb({red},{green},{blue})", bold=under or new, reverse=under, underline=new)

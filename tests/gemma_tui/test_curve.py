@@ -162,9 +162,9 @@ def test_rows_ask_for_their_last_answer(tokenizer: Tokenizer) -> None:
     assert text.prompt == tuple(tokenizer.encode("The fox")[:2])
     assert [first.right("dogs\n"), first.right("dog"), text.right("The fox")] == [True, False, None]
     assert questions(rows[:1], tokenizer, "plain", 1)[0].prompt == (BOS, *tokenizer.encode("fox", bos=False))
-    assert [q.row for q in drawn([first, chat, longer, text], 2, 0)] == sorted(
-        q.row for q in drawn([first, chat, longer, text], 2, 0)
-    )
+    chosen = [[q.row for q in drawn([first, chat, longer, text], 2, seed)] for seed in range(8)]
+    assert all(len(rows) == 2 and rows == sorted(rows) for rows in chosen)
+    assert len({tuple(rows) for rows in chosen}) > 1
     assert len(drawn([first, chat, longer, text], 0, 0)) == 4
 
 

@@ -14,7 +14,7 @@ from gemma_tui.errors import GemmaTuiError, UsageError
 from gemma_tui.hub.models import Model
 from gemma_tui.studies.generation import Generation, GenerationPlan, encode_prompt, settled, write
 from gemma_tui.studies.plan import build, check_honoured
-from gemma_tui.studies.writing import decisions
+from gemma_tui.studies.replay import Replay
 from gemma_tui.tokenizer import BOS, END_OF_TURN, EOS, MASK, START_OF_TURN, Tokenizer
 
 LAST_BYTE = 362
@@ -169,8 +169,7 @@ def test_a_text_in_blocks_is_its_tokens_and_takes_fewer_passes(
         generation = Generation()
         pieces = list(write(engine, tokenizer, plan, generation))
         assert "".join(pieces) == generation.text == tokenizer.decode(generation.tokens)
-        decided = decisions(generation.passes)
-        assert [decided[place].token for place in range(12)] == generation.tokens
+        assert [cell.token for cell in Replay(generation.passes).decisions()] == generation.tokens
         assert generation.tokens_per_pass == 12 / len(generation.passes) > 1
         written.append(generation.tokens)
     assert written[0] == written[1]

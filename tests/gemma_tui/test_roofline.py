@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from engines.base import DeviceInfo, Engine, ModelInfo
-from engines.gemma3 import Gemma3Config
+from engines.gemma3 import Gemma3Config, Quantization
 from engines.peak import Peak
 from gemma_tui.errors import UsageError
 from gemma_tui.studies import pass_times
@@ -61,6 +62,14 @@ def test_both_forms_give_the_known_speed_ups(batch: int, cached: int, form: str,
 def test_with_the_true_shapes_a_long_cache_slows_long_blocks() -> None:
     assert slowdown(H100, PAPER, 64, 65536) == pytest.approx(1.406, abs=PLACES)
     assert slowdown(H100, PAPER, 64, 65536, form=PRINTED) == pytest.approx(1.016, abs=PLACES)
+
+
+def test_packed_weights_move_fewer_bytes(four_to_one: Gemma3Config) -> None:
+    """What 4 bits and a bias and a scale of 16 bits for 64 of them take."""
+    wide = replace(four_to_one, hidden_size=256, intermediate_size=512)
+    machine, plain = Machine(1e30, 1e30, 1.0), seconds(Machine(1e30, 1e30, 1.0), shape_of(wide, 2), 1, 1)
+    packed = seconds(machine, shape_of(replace(wide, quantization=Quantization(4)), 2), 1, 1)
+    assert packed / plain == pytest.approx((4 / 8 + 2 * 2 / 64) / 2, rel=0.05)
 
 
 def test_a_gemma_has_windows_three_matrices_and_a_head(four_to_one: Gemma3Config) -> None:

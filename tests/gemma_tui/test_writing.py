@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from engines.blocks import DecodingPass
-from gemma_tui.studies.writing import STOP_STRING, STOP_TOKEN, Agreement, Writing, agreement, decisions, parse_stops
+from gemma_tui.studies.writing import STOP_STRING, STOP_TOKEN, Agreement, Writing, agreement, parse_stops
 from gemma_tui.tokenizer import EOS, Tokenizer
 
 
@@ -115,11 +115,3 @@ def test_stop_strings_are_read_from_one_text(text: str, stops: tuple[str, ...]) 
 def test_agreement_is_place_by_place(one: list[int], other: list[int], expected: Agreement, share: float) -> None:
     assert agreement(one, other) == expected
     assert agreement(one, other).share == pytest.approx(share)
-
-
-def test_a_trace_tells_which_pass_decided_a_place_and_how_sure_it_was() -> None:
-    passes = [said((0, 7, False), (1, 8, True)), said((0, 9, True)), said((0, 5, True), row=1)]
-    found = decisions(passes)
-    assert {place: (d.token, d.step) for place, d in found.items()} == {1: (8, 1), 0: (9, 2)}
-    assert [found[1].entropy, found[1].probability] == pytest.approx([1.0, np.exp(-1)])
-    assert decisions(passes, 1)[0].step == 3

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -19,12 +19,12 @@ from gemma_tui.errors import GemmaTuiError, UsageError
 from gemma_tui.hub.models import Model, resolve
 from gemma_tui.rows import read_sources
 from gemma_tui.runs.store import Run, RunStore
-from gemma_tui.studies.curve.plan import CurvePlan, Way, ways_of
+from gemma_tui.studies.curve.plan import CurvePlan, Way, command_of, ways_of
 from gemma_tui.studies.curve.questions import Question, drawn, questions, rows_of
 from gemma_tui.studies.events import Control, Event, Pace, wait_while_paused
-from gemma_tui.studies.generation import AR, check_room, mask_of
+from gemma_tui.studies.generation import AR, check_room, mask_of, warm
 from gemma_tui.studies.loading import load
-from gemma_tui.studies.plan import build, check_honoured, command
+from gemma_tui.studies.plan import build, check_honoured
 from gemma_tui.studies.recording import Recorded, recorded
 from gemma_tui.studies.run_checkpoints import training_run
 from gemma_tui.studies.training_plan import plan_of as training_plan
@@ -33,7 +33,6 @@ from gemma_tui.text import one_line
 from gemma_tui.tokenizer import Tokenizer, read_tokenizer
 
 STUDY = "curve"
-WARM_TOKENS = 4
 SHOWN = 80
 
 
@@ -69,7 +68,7 @@ def record_curve(engine: Engine, plan: CurvePlan, control: Control, store: RunSt
         EngineError: the model or the data is not usable, or does not go with the plan; no run is made.
     """
     prepared = prepare(plan, store)
-    words = command(("generate", plan.model, "--engine", engine.name), replace(plan, model=CurvePlan.model))
+    words = command_of(plan, engine.name)
     run = store.create(plan.name or STUDY, STUDY, engine.name, asdict(plan), words, len(prepared.questions))
     return Recorded(run, recorded(store, run, lambda _: study_curve(engine, prepared, control), control))
 
@@ -145,7 +144,8 @@ def study_curve(engine: Engine, prepared: Prepared, control: Control, done: int 
     yield from (Event("warning", done, {"text": text}) for text in prepared.warnings)
     pace = Pace("decoding", done, len(batches) * len(prepared.ways), len(batches) * len(prepared.ways))
     yield pace.begin()
-    _warm(engine, prepared, batches[0])
+    widths = {way.block: way.blocks(plan.order, prepared.mask) for way in prepared.ways}
+    warm(engine, [question.prompt for question in batches[0]], plan.sampling(), widths.values())
     for batch in batches:
         found: dict[str, dict[str, Any]] = {}
         baseline: list[Writing] = []
@@ -214,15 +214,6 @@ def _log_likelihoods(engine: Engine, batch: Sequence[Question], written: Sequenc
     if not np.isfinite(scores).all():
         raise GemmaTuiError("the model gives probabilities that are no numbers: its weights are broken")
     return [float(scores[i, len(q.prompt) - 1 : len(whole[i]) - 1].sum()) for i, q in enumerate(batch)]
-
-
-def _warm(engine: Engine, prepared: Prepared, batch: Sequence[Question]) -> None:
-    """Decode a little, so that no way pays for what is done once."""
-    plan = prepared.plan
-    few = replace(plan.sampling(), max_tokens=min(WARM_TOKENS, plan.max_tokens))
-    for way in (prepared.ways[0], prepared.ways[-1]):
-        for _ in engine.decode([q.prompt for q in batch], few, way.blocks(plan.order, prepared.mask)):
-            pass
 
 
 def _facts(engine: Engine, prepared: Prepared) -> dict[str, Any]:

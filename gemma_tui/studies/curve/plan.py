@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from engines.base import Sampling
 from engines.blocks import ORDERS, BlockDecoding
 from gemma_tui.errors import UsageError
 from gemma_tui.studies.generation import AR, DECODERS, SBD, STOP_IDS, GenerationPlan
-from gemma_tui.studies.plan import option, options, parse
+from gemma_tui.studies.plan import command, option, options, parse
 from gemma_tui.studies.turns import PROMPT_FORMS
 
 SHARED = ("decoder", "block", "gamma", "order", "mask_token", "max_tokens", "stop", "seed")
@@ -26,7 +26,7 @@ class CurvePlan:
     data: str = option(
         "",
         "the speed-quality curve over rows: .jsonl or .txt, a folder (its test rows) or hf:REPO; --block and --gamma "
-        "take several values then, with commas",
+        "take several values then, with commas, and their defaults are sbd, 16 and 0,0.01,0.1,0.4",
         required=True,
     )
     decoder: str = option(SBD, "ar decodes token by token only", choices=DECODERS)
@@ -65,6 +65,11 @@ class CurvePlan:
     def sampling(self) -> Sampling:
         """Greedy, with Gemma's stop tokens."""
         return Sampling(self.max_tokens, stop_ids=STOP_IDS)
+
+
+def command_of(plan: CurvePlan, engine: str) -> str:
+    """What does the same on the command line."""
+    return command(("generate", plan.model, "--engine", engine), replace(plan, model=CurvePlan.model))
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,6 @@ class Point:
     """
 
     way: Way
-    rows: int
     exact: float | None
     lost: float | None
     half: float | None
@@ -107,7 +106,6 @@ class Curve:
         speed, slow = tokens / self.seconds[way.key], sum(base["tokens"]) / self.seconds[AR]
         return Point(
             way=way,
-            rows=len(self.rows),
             exact=exact,
             lost=lost,
             half=half,

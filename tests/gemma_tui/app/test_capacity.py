@@ -14,7 +14,7 @@ from textual.widgets import DataTable
 
 from gemma_tui.cli import _parser
 from gemma_tui.runs.store import RunStore
-from gemma_tui.screens import capacity
+from gemma_tui.screens import following
 from gemma_tui.screens.capacity import CapacityScreen
 from gemma_tui.studies.capacity import sweep as sweeps
 from gemma_tui.studies.capacity.plan import PRESETS, CapacityPlan
@@ -48,7 +48,7 @@ class Gate:
 
 @pytest.fixture(autouse=True)
 def often(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(capacity, "SECONDS", 0.05)
+    monkeypatch.setattr(following, "SECONDS", 0.05)
 
 
 @pytest.fixture

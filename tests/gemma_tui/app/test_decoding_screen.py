@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from samples import write_rows
 from textual.widgets import DataTable, Input
 
 from gemma_tui.cli import _parser
@@ -92,10 +93,12 @@ async def test_a_curve_is_started_by_keys_and_shown_as_it_is_kept(
 
 
 async def test_a_curve_is_stopped_and_gone_on_with(opened: Open, tiny: str, corpus: Path) -> None:
+    """Of so many rows that it is never at its end before it is stopped."""
+    rows = write_rows(corpus / "many.jsonl", ["the quick brown fox jumps over the lazy dog"] * 3000)
     async with opened(model=tiny) as it:
         await entered(it, tiny)
-        name = await started(it, corpus, limit=0, max_tokens=60, prefix=2)
-        await it.until(lambda: it.app.session.jobs and it.app.session.jobs[0].passing, "the first rows")
+        name = await started(it, corpus, data=str(rows), limit=0, max_tokens=60, prefix=2)
+        await it.until(lambda: screen(it).run_shown and screen(it).run_shown.step, "the first rows")
         await it.press("x")
         await it.until(lambda: f"{name} · stopped" in it.static("#looked"), "the stop")
         form = screen(it)._form(CURVE)
