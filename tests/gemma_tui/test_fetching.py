@@ -15,7 +15,7 @@ import pytest
 from stand_in_hub import COMMIT, NEXT_COMMIT, Repo, StandInHub, partial_files
 
 from engines.errors import EngineError
-from gemma_tui.hub import cache, fetching, metering
+from gemma_tui.hub import cache, convert, fetching, metering
 from gemma_tui.hub.fetching import Request, fetch
 from gemma_tui.hub.metering import CancelledError, Control
 from gemma_tui.hub.models import local_models, resolve
@@ -247,7 +247,7 @@ def test_a_body_without_an_end_is_stopped(hub: StandInHub) -> None:
 
 
 def test_a_disk_without_room_is_told_before_the_first_byte(hub: StandInHub, monkeypatch: pytest.MonkeyPatch) -> None:
-    free = fetching.RESERVE_BYTES + 1000
+    free = convert.RESERVE_BYTES + 1000
     monkeypatch.setattr(shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(10**12, 0, free))  # type: ignore[attr-defined]
     assert "has no room for" in refused()
     assert hub.count("GET", "/model.safetensors") == 0
