@@ -23,7 +23,7 @@ LAYER_NORM_EPSILON = 1e-5
 IN_FLIGHT_BYTES = 8 << 20
 """A batch is taken in parts of which the widest activation fits in this: it stays in a CPU's cache."""
 
-LOGITS_BYTES = 4 << 20
+LOGITS_BYTES = 8 << 20
 """Logits are made for as many positions at a time as fit in this, for the same reason."""
 
 
