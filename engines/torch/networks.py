@@ -14,13 +14,10 @@ from torch import Tensor
 
 from engines.checkpoints import read_arrays, write_arrays
 from engines.networks import LAYER_NORM_EPSILON, NetworkShape, NetworkTraining, check_state, first_weights
-from engines.torch.attention import CAUSAL, attention
 from engines.torch.model import rotate, rotations
+from engines.torch.short_attention import SAFE_LOGIT, short_attention
 
 LOG2E = 1 / math.log(2)
-SAFE_LOGIT = 60.0
-"""exp of it, and the sum of as many as a vocabulary has, are far from the ends of float32."""
-
 Parameters = Mapping[str, Tensor]
 
 
@@ -127,7 +124,7 @@ def gpt2(parameters: Parameters, tokens: Tensor, shape: NetworkShape) -> Tensor:
         block = f"h.{i}."
         y = _after_norm(parameters, x, block + "ln_1", block + "attn.c_attn")
         q, k, v = y.view(networks * batch, length, 3, shape.heads, -1).permute(2, 0, 3, 1, 4)
-        y = attention(q, k, v, q.shape[-1] ** -0.5, CAUSAL).transpose(1, 2).reshape(x.shape)
+        y = short_attention(q, k, v, q.shape[-1] ** -0.5).transpose(1, 2).reshape(x.shape)
         x = x + _linear(parameters, y, block + "attn.c_proj")
         y = F.gelu(_after_norm(parameters, x, block + "ln_2", block + "mlp.c_fc"), approximate="tanh")
         x = x + _linear(parameters, y, block + "mlp.c_proj")
@@ -161,7 +158,7 @@ def gemma3(parameters: Parameters, tokens: Tensor, shape: NetworkShape) -> Tenso
         q, k, v = (heads(linear(y, f"{block}self_attn.{name}_proj")) for name in "qkv")
         q = rotate(meeting(normed(q, block + "self_attn.q_norm")), rotation)
         k = rotate(meeting(normed(k, block + "self_attn.k_norm")), rotation)
-        y = attention(q, k, meeting(v), config.query_pre_attn_scalar**-0.5, CAUSAL)
+        y = short_attention(q, k, meeting(v), config.query_pre_attn_scalar**-0.5)
         y = linear(y.transpose(1, 2).reshape(x.shape), block + "self_attn.o_proj")
         x = x + normed(y, block + "post_attention_layernorm")
         y = normed(x, block + "pre_feedforward_layernorm")
