@@ -358,6 +358,13 @@ class Engine(Protocol):
     def memory(self) -> int:
         """Bytes in use now: by the device's allocator, on a CPU by the process."""
 
+    def peak_memory(self, reset: bool = False) -> int:
+        """The most bytes in use at once, counted as ``memory`` counts; of MPS what its allocator has taken.
+
+        Args:
+            reset: whether to count from now on afterwards. A CPU's process forgets its peak on Linux only.
+        """
+
     def model(self) -> ModelInfo | None:
         """The loaded model, if there is one."""
 

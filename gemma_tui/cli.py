@@ -121,6 +121,7 @@ def _parser(given: Sequence[str]) -> Parser:
     _runs(groups)
     _queue(groups)
     _sweep(groups)
+    _bench(groups, wanted="bench" in given)
     _command(groups, "doctor", "engines, devices, memory, versions, store health", "doctor:doctor")
     return parser
 
@@ -343,6 +344,18 @@ def _runs(groups: argparse._SubParsersAction) -> None:
     export.add_argument("run_name", metavar="R", help="the run's name, or enough of it")
     export.add_argument("--format", default="csv", choices=("csv", "json"), help="the format (default csv)")
     export.add_argument("--output", metavar="FILE", help="where to; the run's name in this folder if left out")
+
+
+def _bench(groups: argparse._SubParsersAction, wanted: bool) -> None:
+    command = _command(groups, "bench", "both engines side by side on this machine: speed and memory", "bench:bench")
+    command.add_argument("model", metavar="M", help="name, folder, run or hub id")
+    for name, what in EXPORTS:
+        command.add_argument(f"--{name}", metavar="FILE", help=f"write the result as {what}")
+    if wanted:
+        from gemma_tui.commands.plans import add_options
+        from gemma_tui.studies.bench.plan import BenchPlan
+
+        add_options(command, BenchPlan, ("model",))
 
 
 def _queue(groups: argparse._SubParsersAction) -> None:

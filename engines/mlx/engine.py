@@ -76,6 +76,12 @@ class MLXEngine:
     def memory(self) -> int:
         return device.used(self._device)
 
+    def peak_memory(self, reset: bool = False) -> int:
+        peak = device.peak(self._device)
+        if reset:
+            device.reset_peak(self._device)
+        return peak
+
     def model(self) -> ModelInfo | None:
         return self._info
 

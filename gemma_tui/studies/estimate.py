@@ -21,6 +21,10 @@ from engines.gemma3 import Gemma3Config
 from gemma_tui.hub.fit import FULL, TIGHT
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2}
+PREFILL, ROOM = 512, 256
+"""Tokens of a prompt that the engines read at a time, and by which a cache grows."""
+LOGITS_COPIES = 3
+"""Of the last position: the logits in the model's dtype and in float32, and their softmax."""
 LOGITS_BYTES = 8 << 20
 """The engines make logits for as much of the vocabulary at a time as fit in this."""
 EMBEDDING = "model.embed_tokens.weight"
@@ -135,6 +139,22 @@ def estimate(
         available=device.memory_total,
         ratio=ratio,
     )
+
+
+def inference_bytes(config: Gemma3Config, length: int, batch: int, dtype: str, device: DeviceInfo) -> int:
+    """What reading ``length`` tokens and decoding after them needs at its peak.
+
+    Keys and values by layer type, as far as a cache has room for them, the temporaries of the layer in hand for as many
+    tokens as are read at a time, and logits of the last position with their softmax.
+    """
+    item, rows = ITEM_BYTES[dtype], batch * min(length, PREFILL)
+    d, f, q = config.hidden_size, config.intermediate_size, config.num_attention_heads * config.head_dim
+    layer = item * max(3 * f + 2 * d, 4 * q + 2 * d) + 4 * 2 * max(d, q)
+    stored = config.num_attention_heads * min(length, 2 * PREFILL) * 2 * item if _stores_attention(device) else 0
+    return (
+        config.weight_bytes(item) + config.cache_bytes(length + ROOM, item, batch) + rows * (layer + stored)
+        + LOGITS_COPIES * 4 * batch * config.vocab_size
+    )  # fmt: skip
 
 
 def checkpoint_bytes(config: Gemma3Config, settings: TrainingSettings) -> int:
