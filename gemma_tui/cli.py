@@ -150,6 +150,10 @@ def _models(groups: argparse._SubParsersAction, wanted: bool) -> None:
         "file", metavar="FILE.gguf", help="a Gemma-3 text model; or gemma-3-270m for the packaged one"
     )
     imported.add_argument("--name", help="the model's name; the file's name without .gguf if left out")
+    fit = _command(group, "fit", "what a model needs here, from its config alone", "models:fit_model")
+    fit.add_argument(
+        "model", metavar="M", help="gemma-3-270m, -1b, -4b, -12b or -27b, a config.json, or a model's name"
+    )
     convert = _command(group, "convert", "quantise a model for MLX, or change its dtype", "models:convert_model")
     convert.add_argument("model", metavar="M", help="name, folder, run or hub id")
     _engine_option(convert)
