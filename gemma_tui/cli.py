@@ -154,6 +154,21 @@ def _models(groups: argparse._SubParsersAction, wanted: bool) -> None:
     fit.add_argument(
         "model", metavar="M", help="gemma-3-270m, -1b, -4b, -12b or -27b, a config.json, or a model's name"
     )
+    tree = _command(group, "tree", "the architecture: shapes, parameters, what LoRA would add", "inspect:tree")
+    tree.add_argument("model", metavar="M", help="name, folder, run, hub id or an official size")
+    tree.add_argument("--rank", type=int, default=8, metavar="R", help="of the LoRA that is counted (default 8)")
+    weights = _command(
+        group, "weights", "each matrix in numbers, or how it differs from another model's", "inspect:weights"
+    )
+    weights.add_argument("model", metavar="M", help="name, folder, run or hub id")
+    weights.add_argument(
+        "--against", default="", metavar="N", help="a model of the same shape, as the one it was tuned from"
+    )
+    weights.add_argument(
+        "--spectrum", default="", metavar="NAME", help="singular values of one matrix, as 3.self_attn.q_proj"
+    )
+    for name, what in EXPORTS:
+        weights.add_argument(f"--{name}", metavar="FILE", help=f"write them as {what}")
     convert = _command(group, "convert", "quantise a model for MLX, or change its dtype", "models:convert_model")
     convert.add_argument("model", metavar="M", help="name, folder, run or hub id")
     _engine_option(convert)
