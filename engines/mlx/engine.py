@@ -274,6 +274,8 @@ class MLXEngine:
             done += math.prod(shapes[name])
             if progress is not None:
                 progress(done / total, name)
+        # What was read is cached in blocks of the files' sizes, which nothing asks for again.
+        device.release()
         model.freeze()
         self._model = model.eval()
         self._info = ModelInfo(folder, config, chosen, total)

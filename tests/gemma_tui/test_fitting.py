@@ -63,8 +63,8 @@ def test_longer_texts_and_larger_methods_need_more() -> None:
     assert told["full", 512].nbytes > told["rank1", 512].nbytes
     assert told["full", 512].verdict == "too large"
     assert told["inference", 512].verdict == "fits"
-    # 5 global layers keep all: 2 x 4 x 256 floats a token.
-    assert at[4] - at[3] == (131_072 - 32_768) * 5 * 2 * 4 * 256 * 4
+    # 5 global layers keep all: 2 x 4 x 256 floats a token. 512 tokens read at a time have a mask, as bytes and floats.
+    assert at[4] - at[3] == (131_072 - 32_768) * (5 * 2 * 4 * 256 * 4 + 512 * 5)
 
 
 def test_packed_weights_take_less_and_learn_only_adapters() -> None:
