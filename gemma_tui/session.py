@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from gemma_tui.studies.attention.looking import Board, Desk
     from gemma_tui.studies.attention.plan import AttentionPlan
     from gemma_tui.studies.attention.survey import HeadStudyPlan
+    from gemma_tui.studies.bench.plan import BenchPlan
     from gemma_tui.studies.capacity.plan import CapacityPlan
     from gemma_tui.studies.generation import Generation, GenerationPlan
     from gemma_tui.studies.memorization.plan import MemorizationPlan
@@ -42,7 +43,7 @@ class Job:
     """Something an engine is doing.
 
     Attributes:
-        kind: ``load``, ``train``, ``generate``, ``look``, ``study``, ``sweep`` or ``measure``.
+        kind: ``load``, ``train``, ``generate``, ``look``, ``study``, ``sweep``, ``measure`` or ``bench``.
         label: a few words for the status line.
         share: how much of it is done, 0 to 1.
         detail: what is being done now.
@@ -435,6 +436,26 @@ class Session:
                         place.settle(engine, name, anew=True)
 
         return self._start(Job("measure", "memorization", self.engine), work)
+
+    def measure_speed(self, plan: BenchPlan) -> Job:
+        """Measure how fast a model is on both engines, as a run; the loaded model is left alone.
+
+        Raises:
+            UnsupportedError: the engine is busy.
+        """
+
+        def begin(engine: Engine, control: Control, store: RunStore) -> Recorded:
+            from gemma_tui.studies.bench.measuring import record_bench
+
+            return record_bench(plan, control, store)
+
+        def work(engine: Engine, job: Job) -> None:
+            with _registered(engine, job, begin) as recorded:
+                total = recorded.run.steps
+                for event in recorded.events:
+                    job.share, job.detail = event.step / total, f"{event.step}/{total} cells"
+
+        return self._start(Job("bench", "bench", self.engine), work)
 
     def stop(self) -> None:
         """Ask everything that runs to end; training saves first."""

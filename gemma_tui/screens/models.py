@@ -28,7 +28,12 @@ COLUMNS = ("model", "params", "dtype", "size", "state", "where")
 class ModelTable(DataTable[Text]):
     """The models; enter loads one."""
 
-    BINDINGS = [Binding("enter", "select_cursor", "Load", id="models.load")]
+    BINDINGS = [
+        Binding("enter", "select_cursor", "Load", id="models.load"),
+        Binding("t", "screen.tree", "Tree", id="models.tree", tooltip="The architecture of a model"),
+        Binding("w", "screen.weights", "Weights", id="models.weights", tooltip="Each matrix of a model in numbers"),
+        Binding("b", "screen.bench", "Bench", id="models.bench", tooltip="How fast a model is on this machine"),
+    ]
 
 
 class ModelsScreen(Workbench):
@@ -71,6 +76,27 @@ class ModelsScreen(Workbench):
     def action_look(self) -> None:
         """Look again."""
         self._look()
+
+    def action_tree(self) -> None:
+        """The architecture of the model under the cursor."""
+        from gemma_tui.screens.model_figures import tree_screen
+
+        if name := self._chosen():
+            self.app.push_screen(tree_screen(name))
+
+    def action_weights(self) -> None:
+        """The matrices of the model under the cursor."""
+        from gemma_tui.screens.model_figures import weights_screen
+
+        if name := self._chosen():
+            self.app.push_screen(weights_screen(name))
+
+    def action_bench(self) -> None:
+        """How fast the model under the cursor is here."""
+        from gemma_tui.screens.model_figures import BenchScreen
+
+        if name := self._chosen():
+            self.app.push_screen(BenchScreen(name))
 
     def on_data_table_row_selected(self, event: DataTable.RowSelected) -> None:
         """Load the model under the cursor."""

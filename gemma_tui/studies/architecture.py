@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from engines.base import LINEARS
 from engines.gemma3 import Gemma3Config
 from gemma_tui.errors import UsageError
+from gemma_tui.figure import Figure, Table
 
 MOST_RANK = 4096
 
@@ -67,6 +68,17 @@ def architecture(config: Gemma3Config, rank: int) -> Iterator[Node]:
                 yield node(block, f"model.layers.{i}.{block}", 2)
             yield node(leaf, f"model.layers.{i}.{path}", 3 if block else 2)
     yield node("norm", "model.norm", 1)
+
+
+def tree_figure(name: str, config: Gemma3Config, rank: int = 8) -> Figure:
+    """The tree as a table; of layers alike only the first has its parts."""
+    rows = [
+        ("· " * n.depth + n.name, " x ".join(map(str, n.shape)), n.parameters, n.share, n.lora, n.note)
+        for n in told(architecture(config, rank))
+    ]
+    columns = ("part", "shape", "parameters", "share", f"LoRA r{rank}", "kind")
+    notes = [f"{config.parameter_count():,} parameters; LoRA of rank {rank} adds {config.lora_count(rank, LINEARS):,}"]
+    return Figure(f"tree of {name}", notes, tables=[Table("part", columns, rows)])
 
 
 def told(nodes: Iterable[Node]) -> list[Node]:
