@@ -4,6 +4,8 @@ Parameters, gradients and the optimizer are counted one by one. Activations foll
 ``engines/torch/model.py`` keep for the way back, and the workspace is a bound. On a CPU, the program itself (some
 hundred MB) comes on top.
 
+What the allocator of a CPU's process keeps of freed blocks is measured, not derived.
+
 Gradients grow while activations go; both are counted in full, as they are there together once several micro-batches
 make a step. So one micro-batch of full training needs up to a quarter less.
 """
@@ -21,7 +23,8 @@ from engines.gemma3 import Gemma3Config
 from gemma_tui.hub.fit import FULL, TIGHT
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2}
-DISTANCE_BYTES = 8
+DISTANCE_BYTES = {"torch": 8, "mlx": 4}
+"""Of the distance of a query and a key, from which a mask is made."""
 PREFILL, ROOM = 512, 256
 """Tokens of a prompt that the engines read at a time, and by which a cache grows."""
 ALLOCATOR = {"torch": (0.35, 8_000_000), "mlx": (0.40, 2_000_000)}
@@ -166,14 +169,14 @@ def inference_bytes(config: Gemma3Config, length: int, batch: int, dtype: str, d
     stored = config.num_attention_heads * length * SCORES_COPIES * item if _stores_attention(device) else 0
     return (
         config.weight_bytes(item) + config.cache_bytes(length + ROOM, item, batch) + rows * (layer + stored)
-        + LOGITS_COPIES * 4 * batch * config.vocab_size + _mask_bytes(config, length, item) + _kept(device)
+        + LOGITS_COPIES * 4 * batch * config.vocab_size + _mask_bytes(config, length, item, device) + _kept(device)
     )  # fmt: skip
 
 
-def _mask_bytes(config: Gemma3Config, length: int, item: int) -> int:
+def _mask_bytes(config: Gemma3Config, length: int, item: int, device: DeviceInfo) -> int:
     """Masks of the tokens that are read at a time: distances, two booleans, and what attention makes of them."""
     rows, near = min(length, PREFILL), min(length, PREFILL + config.sliding_window)
-    local = rows * near * (DISTANCE_BYTES + 2 + item) if length > config.sliding_window else 0
+    local = rows * near * (DISTANCE_BYTES[device.engine] + 2 + item) if length > config.sliding_window else 0
     return local + (rows * length * (1 + item) if length > PREFILL else 0)
 
 
