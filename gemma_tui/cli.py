@@ -33,7 +33,7 @@ EXPORTS = (
 )
 COMMANDS = (
     "models list, generate, data, train, attention, capacity sweep, memorization, canaries, adapters list, runs list, "
-    "doctor"
+    "bench, doctor"
 )
 
 
