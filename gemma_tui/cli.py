@@ -109,7 +109,7 @@ def _parser(given: Sequence[str]) -> Parser:
     parser.add_argument("--version", action="version", version=f"gemma-tui {VERSION}")
     parser.set_defaults(run=None, json=False, debug=False)
     groups = parser.add_subparsers(metavar="COMMAND", parser_class=Parser)
-    _models(groups, wanted="models" in given)
+    _models(groups, wanted="convert" in given)
     _generate(groups, wanted="generate" in given)
     _data(groups, wanted="data" in given)
     _train(groups, wanted="train" in given)
