@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from gemma_tui.studies.attention.looking import Board, Desk
     from gemma_tui.studies.attention.plan import AttentionPlan
     from gemma_tui.studies.attention.survey import HeadStudyPlan
+    from gemma_tui.studies.bench.plan import BenchPlan
     from gemma_tui.studies.capacity.plan import CapacityPlan
     from gemma_tui.studies.curve.plan import CurvePlan
     from gemma_tui.studies.memorization.plan import MemorizationPlan
@@ -44,7 +45,8 @@ class Job:
     """Something an engine is doing.
 
     Attributes:
-        kind: ``load``, ``train``, ``generate``, ``look``, ``study``, ``sweep``, ``measure``, ``curve`` or ``roofline``.
+        kind: ``load``, ``train``, ``generate``, ``look``, ``study``, ``sweep``, ``measure``, ``curve``, ``roofline`` or
+            ``bench``.
         label: a few words for the status line.
         share: how much of it is done, 0 to 1.
         detail: what is being done now.
@@ -490,6 +492,20 @@ class Session:
                         place.settle(engine, name, anew=True)
 
         return self._start(Job(kind, label, self.engine), work)
+
+    def measure_speed(self, plan: BenchPlan) -> Job:
+        """Measure how fast a model is on both engines, as a run; the loaded model is left alone.
+
+        Raises:
+            UnsupportedError: the engine is busy.
+        """
+
+        def begin(engine: Engine, control: Control, store: RunStore) -> Recorded:
+            from gemma_tui.studies.bench.measuring import record_bench
+
+            return record_bench(plan, control, store)
+
+        return self._measure(begin, "bench", "benchmark", "cells")
 
     def stop(self) -> None:
         """Ask everything that runs to end; training saves first."""

@@ -16,6 +16,7 @@ from gemma_tui.hub.models import REAL, Model, Summary, is_only_remote, local_mod
 from gemma_tui.output import Output, bytes_text, count_text
 from gemma_tui.rows import data_path
 from gemma_tui.studies.conversion import ConversionPlan, convert
+from gemma_tui.studies.fitting import config_named, devices, needs
 
 
 def list_models(args: argparse.Namespace, output: Output) -> int:
@@ -81,6 +82,26 @@ def import_model(args: argparse.Namespace, output: Output) -> int:
             folder = import_gguf(source, args.name or source.stem, progress)
     output.say(f"{folder.name} is ready: `gemma-tui generate {folder.name} --prompt ...`")
     output.row("end", status="done", model=folder.name, folder=str(folder))
+    return 0
+
+
+def fit_model(args: argparse.Namespace, output: Output) -> int:
+    """What a model needs on this machine, from its config alone."""
+    config = config_named(args.model)
+    bare = config.parameter_count(embeddings=False)
+    count, stored = config.parameter_count(), config.weight_bytes(2)
+    output.row("model", name=args.model, parameters=count, embeddings=count - bare, bytes=stored,
+               bits=config.quantization.bits if config.quantization else 16, config=config.to_dict())  # fmt: skip
+    found = list(needs(config, devices()))
+    for need in found:
+        output.row("need", **asdict(need))
+    kind = "bfloat16" if config.quantization is None else f"{config.quantization.bits} bits"
+    output.say(f"{args.model}: {count:,} parameters, {count - bare:,} are embeddings; {bytes_text(stored)} in {kind}")
+    output.table(("engine", "dtype", "use", "batch x tokens", "memory", "here"), [
+        (n.engine, n.dtype, n.use, f"{n.batch} x {n.length:,}", bytes_text(n.nbytes) if n.nbytes else "", n.verdict)
+        for n in found
+    ])  # fmt: skip
+    output.row("end", status="done", parameters=count)
     return 0
 
 

@@ -40,6 +40,9 @@ class ModelTable(DataTable[Text]):
         Binding("i", "screen.about", "About", id="models.about", tooltip="Origin, chat template and card of a model"),
         Binding("v", "screen.verify", "Verify", id="models.verify", tooltip="Hold a model against its checksums"),
         Binding("delete,backspace", "screen.remove", "Remove", id="models.remove", tooltip="Delete, after a look"),
+        Binding("t", "screen.tree", "Tree", id="models.tree", tooltip="The architecture of a model"),
+        Binding("w", "screen.weights", "Weights", id="models.weights", tooltip="Each matrix of a model in numbers"),
+        Binding("b", "screen.bench", "Bench", id="models.bench", tooltip="How fast a model is on this machine"),
     ]
 
 
@@ -116,6 +119,27 @@ class ModelsScreen(Workbench):
     def action_clean(self) -> None:
         """Show what broken downloads have left, and ask."""
         self._preview("")
+
+    def action_tree(self) -> None:
+        """The architecture of the model under the cursor."""
+        from gemma_tui.screens.model_figures import tree_screen
+
+        if name := self._chosen():
+            self.app.push_screen(tree_screen(name))
+
+    def action_weights(self) -> None:
+        """The matrices of the model under the cursor."""
+        from gemma_tui.screens.model_figures import weights_screen
+
+        if name := self._chosen():
+            self.app.push_screen(weights_screen(name))
+
+    def action_bench(self) -> None:
+        """How fast the model under the cursor is here."""
+        from gemma_tui.screens.model_figures import BenchScreen
+
+        if name := self._chosen():
+            self.app.push_screen(BenchScreen(name))
 
     def on_data_table_row_selected(self, event: DataTable.RowSelected) -> None:
         """Load the model under the cursor."""
