@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from gemma_tui.studies.capacity.plan import CapacityPlan
     from gemma_tui.studies.curve.plan import CurvePlan
     from gemma_tui.studies.memorization.plan import MemorizationPlan
+    from gemma_tui.studies.memorization.where import WherePlan
     from gemma_tui.studies.pass_times import PassTimes, RooflinePlan
     from gemma_tui.studies.recording import Recorded
     from gemma_tui.studies.side_by_side import SideBySide
@@ -44,7 +45,8 @@ class Job:
     """Something an engine is doing.
 
     Attributes:
-        kind: ``load``, ``train``, ``generate``, ``look``, ``study``, ``sweep``, ``measure``, ``curve`` or ``roofline``.
+        kind: ``load``, ``train``, ``generate``, ``look``, ``study``, ``sweep``, ``measure``, ``where``, ``curve`` or
+            ``roofline``.
         label: a few words for the status line.
         share: how much of it is done, 0 to 1.
         detail: what is being done now.
@@ -417,6 +419,34 @@ class Session:
             return resume_memorization(engine, store.run(run), control, store)
 
         return self._measure(begin, "measure", "memorization", "sequences")
+
+    def where(self, plan: WherePlan) -> Job:
+        """Take parts of a measured model away in turn, as a run; the model that is loaded is so afterwards, too.
+
+        Raises:
+            UnsupportedError: the engine is busy.
+        """
+
+        def begin(engine: Engine, control: Control, store: RunStore) -> Recorded:
+            from gemma_tui.studies.memorization.where import record_where
+
+            return record_where(engine, plan, control, store)
+
+        return self._measure(begin, "where", "memorization", "parts")
+
+    def resume_where(self, run: str) -> Job:
+        """Go on with a study of parts on the chosen engine.
+
+        Raises:
+            UnsupportedError: the engine is busy.
+        """
+
+        def begin(engine: Engine, control: Control, store: RunStore) -> Recorded:
+            from gemma_tui.studies.memorization.where import resume_where
+
+            return resume_where(engine, store.run(run), control, store)
+
+        return self._measure(begin, "where", "memorization", "parts")
 
     def curve(self, plan: CurvePlan) -> Job:
         """Decode rows in several ways, as a run; the model that is loaded is so afterwards, too.

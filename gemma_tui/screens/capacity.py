@@ -1,4 +1,4 @@
-"""Capacity: sweeps over small networks, and measurements of what models have memorised."""
+"""Capacity: sweeps over small networks, what models have memorised, and which of their parts hold it."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from textual.widgets import Static
 from gemma_tui.errors import UsageError
 from gemma_tui.screens.capacity_plans import MEASURE, CapacityPlans
 from gemma_tui.screens.exporting import ask_and_export
-from gemma_tui.screens.followed_run import MEASUREMENT, SWEEP, check_idle, in_words
+from gemma_tui.screens.followed_run import MEASUREMENT, SWEEP, WHERE, check_idle, in_words
 from gemma_tui.screens.following import FollowingScreen
 from gemma_tui.studies.capacity.plan import CapacityPlan, cells_of
 from gemma_tui.studies.capacity.sweep import extended, sweep_plan
+from gemma_tui.studies.memorization.plan import MemorizationPlan
+from gemma_tui.studies.memorization.where import WherePlan
 from gemma_tui.studies.plan import Option
 from gemma_tui.text import one_line
 from gemma_tui.widgets.figure_view import FigureView
@@ -25,7 +27,7 @@ from gemma_tui.widgets.run_table import RunTable
 if TYPE_CHECKING:
     from gemma_tui.session import Job
 
-JOBS = ("sweep", "measure")
+JOBS = ("sweep", "measure", "where")
 """The kinds of the jobs that compute the runs."""
 
 SIZES = Option("sizes", str, "", "numbers of strings of the cells that are added, with commas")
@@ -36,11 +38,13 @@ class CapacityScreen(FollowingScreen):
     """The runs, the figure of one of them, and the plans of new ones as forms behind keys."""
 
     MODE = "capacity"
-    STUDIES = (SWEEP, MEASUREMENT)
+    STUDIES = (SWEEP, MEASUREMENT, WHERE)
     BINDINGS = [
         Binding("n", "plan('sweep')", "Sweep", id="capacity.sweep", tooltip="Plan a capacity sweep"),
         Binding("m", "plan('measure')", "Measure", id="capacity.measure",
                 tooltip="Plan a measurement of what a model has memorised"),
+        Binding("w", "plan('where')", "Where", id="capacity.where",
+                tooltip="Plan which parts of a measured model hold what it has memorised"),
         Binding("s", "start", "Start", id="capacity.start", tooltip="Start what the form says"),
         Binding("p", "preset", "Preset", id="capacity.preset", tooltip="Fill the form with the next preset"),
         Binding("escape", "close", "Back", id="capacity.back", show=False, tooltip="Leave the form"),
@@ -95,6 +99,8 @@ class CapacityScreen(FollowingScreen):
         """Open a form, or close it."""
         if kind == MEASURE and self._store is not None:
             self._plans.measure_of(self.bench.session.place.model, self._store)
+        elif kind == WHERE:
+            self._plans.parts_of(self._chosen())
         self._open("" if kind == self._plans.kind else kind)
 
     def action_close(self) -> None:
@@ -111,7 +117,13 @@ class CapacityScreen(FollowingScreen):
 
         def begin() -> Job:
             plan, session = self._plans.plan(), self.bench.session
-            return session.sweep(plan) if isinstance(plan, CapacityPlan) else session.measure(plan)
+            match plan:
+                case CapacityPlan():
+                    return session.sweep(plan)
+                case MemorizationPlan():
+                    return session.measure(plan)
+                case WherePlan():
+                    return session.where(plan)
 
         self._begin(begin)
 
@@ -144,7 +156,8 @@ class CapacityScreen(FollowingScreen):
             if run.state == "done":
                 more = ": a adds cells to it" if run.study == SWEEP else ""
                 raise UsageError(f"{run.run_id} is done{more}")
-            return session.resume_sweep(run.run_id) if run.study == SWEEP else session.resume_measure(run.run_id)
+            resume = {SWEEP: session.resume_sweep, MEASUREMENT: session.resume_measure, WHERE: session.resume_where}
+            return resume[run.study](run.run_id)
 
         self._begin(go_on)
 

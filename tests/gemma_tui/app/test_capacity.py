@@ -20,6 +20,8 @@ from gemma_tui.studies.capacity import sweep as sweeps
 from gemma_tui.studies.capacity.plan import PRESETS, CapacityPlan
 from gemma_tui.studies.capacity.results import read_sweep, sweep_figure
 from gemma_tui.studies.memorization import desk
+from gemma_tui.studies.memorization import where as parts
+from gemma_tui.studies.memorization.held import where_figure
 from gemma_tui.studies.memorization.results import memorization_figure, read_measured
 from gemma_tui.widgets.figure_view import FigureView
 from gemma_tui.widgets.plan_form import Field, PlanForm
@@ -247,6 +249,11 @@ async def test_the_forms_presets_and_their_command(opened: Open, store: RunStore
         await it.until(lambda: form(it, "measure").is_on_screen, "the other form")
         assert not form(it, "sweep").is_on_screen
         assert screen(it).command().startswith("gemma-tui memorization nano")
+        await it.press("w")
+        await it.until(lambda: form(it, "where").is_on_screen, "the third form")
+        assert not form(it, "measure").is_on_screen
+        assert not _layout_faults(it)
+        await it.press("m")
         assert not _layout_faults(it)
         await it.press("escape")
         assert not form(it, "measure").is_on_screen
@@ -372,6 +379,96 @@ async def test_a_measurement_that_was_stopped_goes_on(
         await it.press("u")
         await ended(it, "memorization-1")
         await it.until(lambda: view(it).count > 0, "the figure")
+
+
+async def measured(it: Opened, model: str, data: Path) -> None:
+    """Measure a model, which is then in the list as ``memorization-1``."""
+    await it.mode("3", "capacity")
+    await it.press("m")
+    for name, value in (("model", model), ("data", str(data)), ("rows", 3), ("max_tokens", 8)):
+        form(it, "measure").set(name, value)
+    await it.press("s")
+    await it.until(lambda: "memorization-1" in listed(it), f"the run: {it.told()}")
+    await ended(it, "memorization-1")
+
+
+async def test_parts_that_hold_it_are_sought_and_the_model_comes_back(
+    opened: Open, tiny: str, corpus: Path, store: RunStore, tmp_path: Path, size_and_engine: tuple[Size, str]
+) -> None:
+    size, engine = size_and_engine
+    async with opened(size, model=tiny, engine=engine) as it:
+        await it.loaded(tiny)
+        before = it.app.session.place.info
+        await it.mode("3", "capacity")
+        await it.press("w", "s")
+        await told(it, "--model is needed: measurement")
+        await it.press("escape")
+        await measured(it, tiny, corpus)
+        await it.press("w")
+        filled = form(it, "where").values
+        assert (filled["model"], filled["where"]) == ("memorization-1", "layers"), "the measurement that is shown"
+        assert it.static("#looked") == "which parts hold it: s starts it"
+        assert not _layout_faults(it)
+        await it.until(lambda: not _footer_faults(it), "a whole footer")
+        form(it, "where").set("most", 2)
+        words = screen(it).command().split()[1:]
+        args = _parser(words).parse_args(words)
+        assert (args.model, args.where, args.most, args.engine) == ("memorization-1", "layers", "2", engine)
+        await it.press("s")
+        await it.until(lambda: "where-1" in listed(it), f"the run: {it.told()}")
+        await ended(it, "where-1")
+        await it.until(lambda: view(it).count > 0, "the figure")
+        assert it.static("#looked") == "where-1 · done · 5/5 parts · map 1/2"
+        expected = where_figure(store, store.run("where-1"))
+        assert view(it).figure.tables[0].rows == expected.tables[0].rows
+        assert len(expected.tables[0].rows) == 4
+        await it.until(lambda: it.sees("bits that are lost without a layer's attention or MLP"), "the map")
+        assert not _layout_faults(it)
+        await it.press("v")
+        await it.until(lambda: it.sees("signed_change"), "the table")
+        assert not _layout_faults(it)
+        after = it.app.session.place
+        assert (after.model, after.info) == (tiny, before), "it is loaded again"
+        assert screen(it).command() == store.run("where-1").command
+        await typed(it, "o", str(tmp_path / "parts.csv"))
+        await it.until(lambda: "parts.csv" in it.told(), "the file")
+        assert "L1 mlp" in (tmp_path / "parts.csv").read_text()
+        form(it, "where").set("where", "tails")
+        await it.press("w", "s")
+        await told(it, "where: 'tails' is not there: choose of layers, heads, adapters")
+
+
+async def test_a_study_of_parts_grows_is_stopped_and_goes_on(
+    opened: Open, tiny: str, corpus: Path, store: RunStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    score, gate = parts.score, Gate()
+
+    def slow(*arguments: Any) -> Any:
+        assert gate.open.acquire(timeout=30)
+        return score(*arguments)
+
+    monkeypatch.setattr(parts, "score", slow)
+    async with opened() as it:
+        await measured(it, tiny, corpus)
+        await it.press("w", "s")
+        gate.let(3)
+        await it.until(lambda: "where-1 · running · 3/5 parts" in it.static("#looked"), "three parts")
+        await it.until(lambda: view(it).count and len(view(it).figure.tables[0].rows) == 2, "two of them in the table")
+        assert [(job.kind, job.detail) for job in it.app.session.jobs] == [("where", "3/5 parts")]
+        await it.press("q")
+        await it.until(lambda: it.sees("where-1 is running."), "the question")
+        await it.press("escape", "x")
+        gate.let(1)
+        await ended(it, "where-1", "stopped")
+        await told(it, "u on the capacity screen, or `gemma-tui runs resume where-1`, goes on")
+        gate.let(1000)
+        await it.press("u")
+        await ended(it, "where-1")
+        await it.until(lambda: len(view(it).figure.tables[0].rows) == 4, "all parts")
+        found = [row.values["part"] for row in store.events("where-1") if row.kind == parts.PART]
+        assert len(found) == len(set(found)) == 5, "no part is scored twice"
+        await it.press("u")
+        await told(it, "where-1 is done")
 
 
 async def test_foreign_names_are_cleaned(opened: Open, store: RunStore) -> None:
