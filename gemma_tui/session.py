@@ -6,7 +6,7 @@ Nothing here waits and nothing calls the screen: a screen reads these plain valu
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from gemma_tui.studies.attention.looking import Board, Desk
     from gemma_tui.studies.attention.plan import AttentionPlan
     from gemma_tui.studies.attention.survey import HeadStudyPlan
-    from gemma_tui.studies.capacity.plan import CapacityPlan
+    from gemma_tui.studies.capacity.plan import CapacityPlan, MoreCells
     from gemma_tui.studies.curve.plan import CurvePlan
     from gemma_tui.studies.memorization.plan import MemorizationPlan
     from gemma_tui.studies.memorization.where import WherePlan
@@ -358,11 +358,11 @@ class Session:
 
         return self._sweep(begin)
 
-    def resume_sweep(self, run: str, more: Mapping[str, Any] | None = None) -> Job:
+    def resume_sweep(self, run: str, more: MoreCells | None = None) -> Job:
         """Go on with a sweep on the chosen engine.
 
         Args:
-            more: ``sizes`` and ``seeds`` that are added to it.
+            more: what is added to it.
 
         Raises:
             UnsupportedError: the engine is busy.

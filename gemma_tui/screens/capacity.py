@@ -10,18 +10,16 @@ from textual.widget import Widget
 from textual.widgets import Static
 
 from gemma_tui.errors import UsageError
-from gemma_tui.screens.capacity_plans import MEASURE, CapacityPlans
+from gemma_tui.screens.capacity_plans import MEASURE, MORE, CapacityPlans
 from gemma_tui.screens.exporting import ask_and_export
 from gemma_tui.screens.followed_run import MEASUREMENT, SWEEP, WHERE, check_idle, in_words
 from gemma_tui.screens.following import FollowingScreen
-from gemma_tui.studies.capacity.plan import CapacityPlan, cells_of
+from gemma_tui.studies.capacity.plan import CapacityPlan, MoreCells, cells_of
 from gemma_tui.studies.capacity.sweep import extended, sweep_plan
 from gemma_tui.studies.memorization.plan import MemorizationPlan
 from gemma_tui.studies.memorization.where import WherePlan
-from gemma_tui.studies.plan import Option
 from gemma_tui.text import one_line
 from gemma_tui.widgets.figure_view import FigureView
-from gemma_tui.widgets.plan_form import Field
 from gemma_tui.widgets.run_table import RunTable
 
 if TYPE_CHECKING:
@@ -30,7 +28,6 @@ if TYPE_CHECKING:
 JOBS = ("sweep", "measure", "where")
 """The kinds of the jobs that compute the runs."""
 
-SIZES = Option("sizes", str, "", "numbers of strings of the cells that are added, with commas")
 NOTHING = "no run yet: n plans a sweep, m measures what a model has memorised"
 
 
@@ -48,7 +45,8 @@ class CapacityScreen(FollowingScreen):
         Binding("s", "start", "Start", id="capacity.start", tooltip="Start what the form says"),
         Binding("p", "preset", "Preset", id="capacity.preset", tooltip="Fill the form with the next preset"),
         Binding("escape", "close", "Back", id="capacity.back", show=False, tooltip="Leave the form"),
-        Binding("a", "add", "Add", id="capacity.add", show=False, tooltip="Add cells to the sweep that is shown"),
+        Binding("a", "add", "Add", id="capacity.add", show=False,
+                tooltip="Plan more sizes or seeds of the sweep that is shown"),
         Binding("space", "pause", "Pause", id="capacity.pause", key_display="␣", tooltip="Pause, and go on"),
         Binding("x", "stop", "Stop", id="capacity.stop", tooltip="End after the step in hand, and save"),
         Binding("u", "resume", "Resume", id="capacity.resume", show=False,
@@ -124,26 +122,19 @@ class CapacityScreen(FollowingScreen):
                     return session.measure(plan)
                 case WherePlan():
                     return session.where(plan)
+                case MoreCells():
+                    return self._add(plan)
 
         self._begin(begin)
 
     def action_add(self) -> None:
-        """Type sizes, and add cells of them to the sweep."""
+        """Plan more sizes or seeds of the sweep under the cursor, or the one that is shown."""
         run = self._chosen()
         if run is None or run.study != SWEEP:
             self.bench.tell("choose a sweep to add cells to", "warning")
             return
-
-        def typed(text: str | None) -> None:
-            if text and text.strip():
-                self._begin(lambda: add({"sizes": text.strip()}))
-
-        def add(more: dict[str, str]) -> Job:
-            check_idle(run, self.bench.session.engine)
-            cells_of(extended(sweep_plan(run), more))
-            return self.bench.session.resume_sweep(run.run_id, more)
-
-        self.app.push_screen(Field(SIZES, ""), typed)
+        self._plans.more_of(run)
+        self._open(MORE)
 
     def action_resume(self) -> None:
         """Go on with a run that has ended before its time."""
@@ -168,6 +159,19 @@ class CapacityScreen(FollowingScreen):
             self.bench.tell("nothing is shown yet", "warning")
         else:
             ask_and_export(self.bench, lambda: figure, f"{self.run_shown.run_id}.html")
+
+    def _add(self, more: MoreCells) -> Job:
+        """Go on with a sweep that has more cells now.
+
+        Raises:
+            EngineError: it goes on already, is another engine's, or these are no cells.
+        """
+        session = self.bench.session
+        assert self._store is not None
+        run = self._store.run(more.add)
+        check_idle(run, session.engine)
+        cells_of(extended(sweep_plan(run), more))
+        return session.resume_sweep(run.run_id, more)
 
     @property
     def _plans(self) -> CapacityPlans:

@@ -11,7 +11,7 @@ from textual.widgets import Static
 
 from engines.errors import EngineError
 from gemma_tui.runs.store import Run, RunStore
-from gemma_tui.studies.capacity.plan import PRESETS, CapacityPlan, cells_of, with_preset
+from gemma_tui.studies.capacity.plan import PRESETS, CapacityPlan, MoreCells, cells_of, with_preset
 from gemma_tui.studies.capacity.sweep import words_of
 from gemma_tui.studies.memorization.meter import STUDY as MEASUREMENT
 from gemma_tui.studies.memorization.meter import words_of as memorization_words
@@ -19,14 +19,16 @@ from gemma_tui.studies.memorization.plan import MemorizationPlan
 from gemma_tui.studies.memorization.where import STUDY as WHERE
 from gemma_tui.studies.memorization.where import WherePlan
 from gemma_tui.studies.memorization.where import words_of as where_words
-from gemma_tui.studies.plan import honoured
+from gemma_tui.studies.plan import command, honoured
 from gemma_tui.widgets.plan_form import PlanForm
 
-SWEEP, MEASURE = "sweep", "measure"
-FORMS: dict[str, type[Any]] = {SWEEP: CapacityPlan, MEASURE: MemorizationPlan, WHERE: WherePlan}
-TITLES = {SWEEP: "new sweep", MEASURE: "new measurement", WHERE: "which parts hold it"}
+SWEEP, MEASURE, MORE = "sweep", "measure", "more"
+FORMS: dict[str, type[Any]] = {SWEEP: CapacityPlan, MEASURE: MemorizationPlan, WHERE: WherePlan, MORE: MoreCells}
+TITLES = {
+    SWEEP: "new sweep", MEASURE: "new measurement", WHERE: "which parts hold it", MORE: "more cells of a sweep",
+}  # fmt: skip
 
-Plan = CapacityPlan | MemorizationPlan | WherePlan
+Plan = CapacityPlan | MemorizationPlan | WherePlan | MoreCells
 
 
 class CapacityPlans(Vertical):
@@ -78,6 +80,12 @@ class CapacityPlans(Vertical):
         if run is not None and run.study == MEASUREMENT:
             self.form(WHERE).set("model", run.run_id)
 
+    def more_of(self, run: Run) -> None:
+        """Fill in a sweep that gets more cells, and how many seeds it has."""
+        form = self.form(MORE)
+        for name, value in (("add", run.run_id), ("sizes", ""), ("seeds", run.plan.get("seeds"))):
+            form.set(name, value)
+
     def turn_preset(self) -> None:
         """Fill the sweep's form with the next preset, or with its defaults."""
         names, form = ["", *PRESETS], self.form(SWEEP)
@@ -108,6 +116,8 @@ class CapacityPlans(Vertical):
                 return memorization_words(engine, plan)
             case WherePlan():
                 return where_words(engine, plan)
+            case MoreCells():
+                return command(("capacity", "sweep"), plan)
 
     @property
     def line(self) -> str:

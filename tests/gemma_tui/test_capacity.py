@@ -19,7 +19,7 @@ from gemma_tui.errors import UsageError
 from gemma_tui.runs.store import RunStore
 from gemma_tui.studies.capacity import sweep as sweeping
 from gemma_tui.studies.capacity.measures import expected_bits, memorised_bits, plateau, summary
-from gemma_tui.studies.capacity.plan import CapacityPlan, cells_of, with_preset
+from gemma_tui.studies.capacity.plan import CapacityPlan, MoreCells, cells_of, with_preset
 from gemma_tui.studies.capacity.results import Sweep, read_sweep, sweep_figure
 from gemma_tui.studies.capacity.sweep import (
     FLAT,
@@ -246,7 +246,8 @@ def test_cells_are_added_to_a_sweep(torch_engine: Engine, store: RunStore) -> No
     recorded = record_capacity(torch_engine, TINY, Control(), store)
     done(recorded)
     before = cells(read_sweep(store, recorded.run))
-    more = resume_capacity(torch_engine, store.run(recorded.run.run_id), Control(), store, {"sizes": "5", "seeds": 2})
+    name = recorded.run.run_id
+    more = resume_capacity(torch_engine, store.run(name), Control(), store, MoreCells(name, "5", 2))
     assert sum(event.kind == "cell" for event in done(more)) == 5
     run = store.run(recorded.run.run_id)
     assert (run.step, run.steps, run.plan["seeds"]) == (8, 8, 2)
@@ -256,7 +257,11 @@ def test_cells_are_added_to_a_sweep(torch_engine: Engine, store: RunStore) -> No
     with pytest.raises(UsageError, match="all of its 8 cells"):
         resume_capacity(torch_engine, run, Control(), store)
     with pytest.raises(UsageError, match="has 2 already"):
-        resume_capacity(torch_engine, run, Control(), store, {"seeds": 1})
+        resume_capacity(torch_engine, run, Control(), store, MoreCells(name, seeds=1))
+    with pytest.raises(UsageError, match="adds nothing: give --sizes"):
+        resume_capacity(torch_engine, run, Control(), store, MoreCells(name))
+    with pytest.raises(UsageError, match="all of its 8 cells"):
+        resume_capacity(torch_engine, run, Control(), store, MoreCells(name, "4,30", 2))
 
 
 def test_a_sweep_stays_on_its_engine(both_engines: tuple[Engine, Engine], store: RunStore) -> None:
@@ -303,6 +308,9 @@ def test_the_command_tells_and_writes_it(command: Commands, tmp_path: Path) -> N
     code, rows, _ = command("capacity", "sweep", "--add", "capacity-1", "--sizes", "6", "--json")
     assert code == 0
     assert [row["name"] for row in rows if row["kind"] == "cell" and "name" in row] == ["1x8 N=6 seed 0"]
+    code, _, error = command("capacity", "sweep", "--add", "capacity-1", "--json")
+    assert (code, error.count("\n")) == (2, 1)
+    assert "adds nothing: give --sizes" in error
 
 
 @pytest.mark.parametrize(
@@ -316,7 +324,6 @@ def test_the_command_tells_and_writes_it(command: Commands, tmp_path: Path) -> N
         (("--preset", "huge"), "quick | smallest"),
         (("--sizes", "4", "--seeds", "1000", "--width", "8,16,24,32,40,48,56,64,72,80,88"), "11,000 cells"),
         (("--sizes", "9000000", "--length", "4096", "--width", "16384", "--vocab", "65536"), "GB of memory"),
-        (("--add", "capacity-1"), "--sizes or --seeds"),
         (("--add", "capacity-1", "--sizes", "4"), "capacity-1"),
         (("--add", "capacity-1", "--steps", "4"), "--sizes and --seeds alone"),
     ],

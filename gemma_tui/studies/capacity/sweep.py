@@ -9,7 +9,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from gemma_tui import paths
 from gemma_tui.errors import GemmaTuiError, UsageError
 from gemma_tui.runs.store import Run, RunStore
 from gemma_tui.studies.capacity.measures import data_bits, memorised_bits
-from gemma_tui.studies.capacity.plan import CapacityPlan, Cell, cells_of, plan_of, training_of
+from gemma_tui.studies.capacity.plan import CapacityPlan, Cell, MoreCells, cells_of, plan_of, training_of
 from gemma_tui.studies.events import Control, Event, wait_while_paused
 from gemma_tui.studies.plan import command
 from gemma_tui.studies.recording import Recorded, recorded
@@ -70,18 +70,20 @@ def record_capacity(engine: Engine, plan: CapacityPlan, control: Control, store:
 
 
 def resume_capacity(
-    engine: Engine, run: Run, control: Control, store: RunStore, more: Mapping[str, Any] | None = None
+    engine: Engine, run: Run, control: Control, store: RunStore, more: MoreCells | None = None
 ) -> Recorded:
     """Go on with a sweep; finished cells stay as they are.
 
     Args:
-        more: ``sizes`` and ``seeds`` that are added to those of the sweep.
+        more: what is added to it.
 
     Raises:
-        UsageError: the run is another study or another engine's, or nothing is left to do.
+        UsageError: the run is another study or another engine's, nothing is added, or nothing is left to do.
         EngineError: another process computes it, or it does not fit.
     """
-    plan, done = extended(sweep_plan(run), more or {}), finished(store, run)
+    plan, done = sweep_plan(run), finished(store, run)
+    if more is not None:
+        plan = extended(plan, more)
     if run.engine != engine.name:
         raise UsageError(f"{run.run_id} was computed with {run.engine}: resume it with --engine {run.engine}")
     cells = cells_of(plan)
@@ -112,12 +114,18 @@ def sweep_plan(run: Run) -> CapacityPlan:
     return plan_of(run.plan, run.run_id)
 
 
-def extended(plan: CapacityPlan, more: Mapping[str, Any]) -> CapacityPlan:
-    """A sweep with more data-set sizes or seeds; the cells it has stay among the others."""
-    sizes, seeds = more.get("sizes", ""), int(more.get("seeds", plan.seeds))
+def extended(plan: CapacityPlan, more: MoreCells) -> CapacityPlan:
+    """A sweep with more data-set sizes or seeds; the cells it has stay among the others.
+
+    Raises:
+        UsageError: nothing is added, or fewer seeds are wanted than there are.
+    """
+    seeds = plan.seeds if more.seeds is None else more.seeds
     if seeds < plan.seeds:
         raise UsageError(f"seeds: the sweep has {plan.seeds} already: give more")
-    return replace(plan, sizes=f"{plan.sizes},{sizes}" if sizes else plan.sizes, seeds=seeds)
+    if not more.sizes and seeds == plan.seeds:
+        raise UsageError(f"add: that adds nothing: give --sizes that it has not, or more than {plan.seeds} --seeds")
+    return replace(plan, sizes=f"{plan.sizes},{more.sizes}" if more.sizes else plan.sizes, seeds=seeds)
 
 
 def finished(store: RunStore, run: Run) -> set[str]:

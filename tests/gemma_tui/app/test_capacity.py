@@ -24,7 +24,7 @@ from gemma_tui.studies.memorization import where as parts
 from gemma_tui.studies.memorization.held import where_figure
 from gemma_tui.studies.memorization.results import memorization_figure, read_measured
 from gemma_tui.widgets.figure_view import FigureView
-from gemma_tui.widgets.plan_form import Field, PlanForm
+from gemma_tui.widgets.plan_form import PlanForm
 
 from .conftest import Open, Opened, Size, needs_both
 from .inside_views import told, typed
@@ -165,9 +165,13 @@ async def test_x_stops_u_goes_on_and_a_adds_cells(
         gate.let(1)
         await it.until(lambda: "training" in cells(it).values(), "the first bits")
         await it.press("a")
-        await it.until(lambda: isinstance(it.app.screen, Field), "the field")
-        await it.press(*"12", "enter")
+        await it.until(lambda: form(it, "more").is_on_screen, "the form")
+        await typed(it, "enter", run)
+        await it.press("down")
+        await typed(it, "enter", "12")
+        await it.press("s")
         await told(it, f"{run} is running: x stops it")
+        await it.press("escape")
         await it.press("space")
         gate.let(1)
         await it.until(lambda: listed(it)[run] == "paused", "the pause")
@@ -190,18 +194,28 @@ async def test_x_stops_u_goes_on_and_a_adds_cells(
         await it.until(lambda: set(cells(it).values()) == {"done"}, "both cells")
         steps = [row.values["at"] for row in store.events(run)[before:] if row.kind == sweeps.TRACE]
         assert min(steps) > 5, "it went on where it was"
-        await typed(it, "a", "x")
-        await told(it, "sizes: 'x' is no whole number")
-        await it.press("v", "v")
-        await typed(it, "a", "6")
-        await it.until(lambda: len(cells(it)) == 3, "the cell that was added")
+        await it.press("v", "v", "a")
+        assert form(it, "more").values == {"add": run, "sizes": "", "seeds": 1}
+        assert not _layout_faults(it)
+        for values, words in (({}, "adds nothing: give --sizes"), ({"sizes": "x"}, "'x' is no whole number")):
+            for name, value in values.items():
+                form(it, "more").set(name, value)
+            await it.press("s")
+            await told(it, words)
+        form(it, "more").set("sizes", "6")
+        form(it, "more").set("seeds", 2)
+        words = screen(it).command().split()[1:]
+        args = _parser(words).parse_args(words)
+        assert (args.add, args.sizes, args.seeds) == (run, "6", "2")
+        await it.press("s")
+        await it.until(lambda: len(cells(it)) == 6, "the cells that were added")
         assert view(it).place.startswith("chart 3/"), "the part that is seen stays"
         await ended(it, run)
         await it.until(lambda: set(cells(it).values()) == {"done"}, "all cells")
-        assert "3/3 cells" in it.static("#looked")
-        assert store.run(run).plan["sizes"] == "4,8,6"
+        assert "6/6 cells" in it.static("#looked")
+        assert (store.run(run).plan["sizes"], store.run(run).plan["seeds"]) == ("4,8,6", 2)
         done = [row.values["name"] for row in store.events(run) if row.kind == "cell"]
-        assert len(done) == len(set(done)) == 3, "no cell is trained twice"
+        assert len(done) == len(set(done)) == 6, "no cell is trained twice"
 
 
 async def test_quitting_asks_saves_and_the_sweep_goes_on(opened: Open, store: RunStore, gate: Gate) -> None:
