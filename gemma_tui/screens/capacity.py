@@ -52,6 +52,7 @@ class CapacityScreen(FollowingScreen):
         Binding("u", "resume", "Resume", id="capacity.resume", show=False,
                 tooltip="Go on with the run under the cursor, or the one that is shown"),
         Binding("v", "turn", "Part", id="capacity.part", tooltip="The next chart or table"),
+        Binding("y", "log_axis", "Log", id="capacity.log", show=False, tooltip="Logarithmic or linear x axis"),
         Binding("o", "export", "Export", id="capacity.export", show=False, tooltip="Write the figure to a file"),
     ]  # fmt: skip
 
@@ -91,7 +92,7 @@ class CapacityScreen(FollowingScreen):
             return kind == "sweep"
         if action in ("start", "close"):
             return bool(kind)
-        return not (kind and action in ("pause", "stop", "turn", "add", "resume", "export"))
+        return not (kind and action in ("pause", "stop", "turn", "add", "resume", "log_axis", "export"))
 
     def action_plan(self, kind: str) -> None:
         """Open a form, or close it."""
@@ -151,6 +152,10 @@ class CapacityScreen(FollowingScreen):
             return resume[run.study](run.run_id)
 
         self._begin(go_on)
+
+    def action_log_axis(self) -> None:
+        """Draw charts against a logarithmic x axis, or a linear one."""
+        self._figure.switch_axis()
 
     def action_export(self) -> None:
         """Write the figure to a file."""

@@ -110,8 +110,8 @@ class FollowedRun:
     def _read_sweep(self, _: RunStore, run: Run, rows: Sequence[Row]) -> None:
         plan = sweep_plan(run)
         sweep = self._sweep = self._sweep or Sweep(plan)
-        if rows or sweep.plan != plan or self.figure is None:
-            sweep.plan = plan  # cells may have been added
+        if rows or self.figure is None or (sweep.plan, sweep.active) != (plan, run.active):
+            sweep.plan, sweep.active = plan, run.active  # cells may have been added
             sweep.add(rows)
             self.figure = sweep_figure(sweep)
 

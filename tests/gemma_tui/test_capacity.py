@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -184,6 +185,10 @@ def test_a_sweep_tells_what_every_cell_holds(engine: Engine, store: RunStore) ->
     model, every = figure.tables
     assert model.rows[0][2] == 30 or model.rows[0][2] == 8
     assert [row[1] for row in every.rows] == ["done"] * 6
+    held = figure.charts[0].series
+    assert [line.label for line in held][:4] == ["1x8", "1x8 plateau", "1x8 - 95 %", "1x8 + 95 %"]
+    assert (list(held[1].x), list(held[1].y)) == ([4 * 16, 30 * 16], [max(held[0].y)] * 2), "of its smallest to largest"
+    assert not any(chart.log_x for chart in figure.charts), "4 to 30 strings, 6 to 24 steps"
     descent = next(chart for chart in figure.charts if chart.title.startswith("held-out"))
     assert list(descent.series[0].x) == sorted({c["data_bits"] / (3.6 * c["parameters"]) for c in found.cells.values()})
     of_four = [c["held_out_loss"] for c in found.cells.values() if c["sequences"] == 4]
@@ -199,6 +204,35 @@ def test_a_cell_that_knows_its_data_is_done_early(torch_engine: Engine, store: R
     assert cell["why"] == LEARNED
     assert cell["steps"] < 2000
     assert cell["bits"] >= 0.9995 * 2 * 3 * 4
+
+
+def test_axes_that_span_a_decade_are_logarithmic() -> None:
+    wide, long = replace(TINY, sizes="4,40"), replace(TINY, steps=60)
+    assert [chart.log_x for chart in sweep_figure(Sweep(wide)).charts] == [True, False, False, True]
+    assert [chart.log_x for chart in sweep_figure(Sweep(long)).charts] == [False, True, True, False]
+    expected = sweep_figure(Sweep(wide)).charts[0].series[-1]
+    assert (min(expected.x), max(expected.x)) == (4 * 16, 40 * 16)
+
+
+def test_a_cell_tells_how_long_it_still_takes(
+    torch_engine: Engine, store: RunStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, evaluated, control = [0.0], sweeping.evaluate, Control()
+
+    def slow(*arguments: Any) -> Any:
+        clock[0] += 12  # an evaluation after six steps
+        return evaluated(*arguments)
+
+    monkeypatch.setattr(sweeping, "evaluate", slow)
+    monkeypatch.setattr(sweeping, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    recorded = record_capacity(torch_engine, replace(TINY, sizes="8,30"), control, store)
+    for event in recorded.events:
+        if event.kind == sweeping.TRACE:
+            states = [row[:3] for row in sweep_figure(read_sweep(store, recorded.run)).tables[1].rows]
+            assert states == [("1x8 N=8 seed 0", "training", 36.0), ("1x8 N=30 seed 0", "training", 36.0)]
+            control.stop.set()
+    states = [row[:3] for row in sweep_figure(read_sweep(store, recorded.run)).tables[1].rows]
+    assert states == [("1x8 N=8 seed 0", "stopped", None), ("1x8 N=30 seed 0", "stopped", None)]
 
 
 def stopped_and_resumed(engine: Engine, plan: CapacityPlan, store: RunStore, after: int) -> Sweep:

@@ -210,9 +210,13 @@ class Course:
         left = 0.0 if step >= end else 1.0 if step < top else (end - step) / (end - top)
         return plan.learning_rate * rise * left
 
+    def left(self, step: int, plan: CapacityPlan) -> int:
+        """Steps until the rate is zero."""
+        return max(0, self.end(plan) - step)
+
     def ended(self, step: int, plan: CapacityPlan) -> bool:
         """Whether the rate has come to zero, or nothing is left to learn."""
-        return self.why == LEARNED or step >= self.end(plan)
+        return self.why == LEARNED or not self.left(step, plan)
 
     def observe(self, step: int, bits: float, plan: CapacityPlan) -> None:
         """Take in an evaluation: a cell that has learned all is done, and where bits grow no more the rate falls."""
@@ -261,6 +265,7 @@ def _train(
         step = _restore(folder, networks, courses)
     fresh = strings_of(shape.vocabulary, shape.length, HELD_OUT, HELD_OUT_SEED + plan.seed)
     seconds = saved_at = told_at = time.monotonic()
+    begun = step
     while courses:
         yield from wait_while_paused(control, counted)
         if control.stop.is_set():
@@ -279,7 +284,8 @@ def _train(
             ending = [i for i, course in enumerate(courses) if course.ended(step, plan)]
             if ending:
                 held_out = evaluate(networks, [fresh] * len(courses))
-            yield Event(TRACE, counted, _trace(courses, step, batch, plan, counted, total))
+            pace = (time.monotonic() - seconds) / (step - begun)
+            yield Event(TRACE, counted, _trace(courses, step, batch, plan, counted, total, pace))
             for i in ending:
                 counted += 1
                 passed = time.monotonic() - seconds
@@ -315,10 +321,14 @@ def strings_of(vocabulary: int, length: int, count: int, seed: int) -> np.ndarra
 
 
 def _trace(
-    courses: Sequence[Course], step: int, batch: int, plan: CapacityPlan, counted: int, total: int
+    courses: Sequence[Course], step: int, batch: int, plan: CapacityPlan, counted: int, total: int, pace: float
 ) -> dict[str, Any]:
-    """Where every cell of a stack is."""
-    cells = {c.cell.name: [c.bits[-1], c.loss, c.rate(step, plan)] for c in courses}
+    """Where every cell of a stack is: bits, loss, learning rate, and the seconds it still takes at most.
+
+    Args:
+        pace: seconds that a step takes.
+    """
+    cells = {c.cell.name: [c.bits[-1], c.loss, c.rate(step, plan), pace * c.left(step, plan)] for c in courses}
     return {"at": step, "strings": step * batch, "cells": cells, "share": _share(courses, step, plan, counted, total)}
 
 

@@ -23,6 +23,7 @@ from gemma_tui.studies.memorization import desk
 from gemma_tui.studies.memorization import where as parts
 from gemma_tui.studies.memorization.held import where_figure
 from gemma_tui.studies.memorization.results import memorization_figure, read_measured
+from gemma_tui.widgets.chart import Chart
 from gemma_tui.widgets.figure_view import FigureView
 from gemma_tui.widgets.plan_form import PlanForm
 
@@ -135,6 +136,12 @@ async def test_a_sweep_grows_on_the_screen_and_leaves_the_model_alone(
         await it.until(lambda: it.sees(run, "0/2 cells"), "the status")
         assert screen(it).query_one("#rows").display is (size[0] == 120), "the table beside the chart"
         assert not _layout_faults(it)
+        chart = view(it).query_one(Chart)
+        assert not chart.log_x, "4 to 8 strings"
+        await it.press("y")
+        assert chart.log_x
+        await it.press("y")
+        assert not chart.log_x
         await it.press("v")
         part = view(it).place
         assert part.startswith("chart 2/")
@@ -188,7 +195,7 @@ async def test_x_stops_u_goes_on_and_a_adds_cells(
         await it.until(lambda: run in listed(it), "the list")
         assert it.sees("n plans a sweep")
         await it.press("enter")
-        await it.until(lambda: "training" in cells(it).values(), "what was found before")
+        await it.until(lambda: list(cells(it).values()) == ["stopped", "not begun"], "what was found before")
         await it.press("u")
         await ended(it, run)
         await it.until(lambda: set(cells(it).values()) == {"done"}, "both cells")
