@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from textual.binding import Binding
@@ -11,12 +11,13 @@ from textual.widgets import Static
 
 from gemma_tui.errors import UsageError
 from gemma_tui.screens.capacity_plans import MEASURE, MORE, CapacityPlans
-from gemma_tui.screens.exporting import ask_and_export
+from gemma_tui.screens.exporting import ask_and_export, write_aside
 from gemma_tui.screens.followed_run import MEASUREMENT, SWEEP, WHERE, check_idle, in_words
 from gemma_tui.screens.following import FollowingScreen
 from gemma_tui.studies.capacity.plan import CapacityPlan, MoreCells, cells_of
 from gemma_tui.studies.capacity.sweep import extended, sweep_plan
 from gemma_tui.studies.memorization.plan import MemorizationPlan
+from gemma_tui.studies.memorization.planting import CanaryPlan, plant_files
 from gemma_tui.studies.memorization.where import WherePlan
 from gemma_tui.text import one_line
 from gemma_tui.widgets.figure_view import FigureView
@@ -38,7 +39,7 @@ class CapacityScreen(FollowingScreen):
     STUDIES = (SWEEP, MEASUREMENT, WHERE)
     BINDINGS = [
         Binding("n", "plan('sweep')", "Sweep", id="capacity.sweep", tooltip="Plan a capacity sweep"),
-        Binding("m", "plan('measure')", "Measure", id="capacity.measure",
+        Binding("m", "plan('measure')", "Bits", id="capacity.measure",
                 tooltip="Plan a measurement of what a model has memorised"),
         Binding("w", "plan('where')", "Where", id="capacity.where",
                 tooltip="Plan which parts of a measured model hold what it has memorised"),
@@ -47,6 +48,8 @@ class CapacityScreen(FollowingScreen):
         Binding("escape", "close", "Back", id="capacity.back", show=False, tooltip="Leave the form"),
         Binding("a", "add", "Add", id="capacity.add", show=False,
                 tooltip="Plan more sizes or seeds of the sweep that is shown"),
+        Binding("k", "plan('canaries')", "Canaries", id="capacity.canaries", show=False,
+                tooltip="Plan canaries: random strings among the rows of data, whose exposure is measured later"),
         Binding("space", "pause", "Pause", id="capacity.pause", key_display="␣", tooltip="Pause, and go on"),
         Binding("x", "stop", "Stop", id="capacity.stop", tooltip="End after the step in hand, and save"),
         Binding("u", "resume", "Resume", id="capacity.resume", show=False,
@@ -114,19 +117,21 @@ class CapacityScreen(FollowingScreen):
     def action_start(self) -> None:
         """Do what the form says."""
 
-        def begin() -> Job:
+        def start() -> None:
             plan, session = self._plans.plan(), self.bench.session
             match plan:
                 case CapacityPlan():
-                    return session.sweep(plan)
+                    self._follow(session.sweep(plan))
                 case MemorizationPlan():
-                    return session.measure(plan)
+                    self._follow(session.measure(plan))
                 case WherePlan():
-                    return session.where(plan)
+                    self._follow(session.where(plan))
                 case MoreCells():
-                    return self._add(plan)
+                    self._follow(self._add(plan))
+                case CanaryPlan():
+                    write_aside(self.bench, lambda: plant_files(plan).told)
 
-        self._begin(begin)
+        self.bench.attempt(start)
 
     def action_add(self) -> None:
         """Plan more sizes or seeds of the sweep under the cursor, or the one that is shown."""
@@ -151,7 +156,7 @@ class CapacityScreen(FollowingScreen):
             resume = {SWEEP: session.resume_sweep, MEASUREMENT: session.resume_measure, WHERE: session.resume_where}
             return resume[run.study](run.run_id)
 
-        self._begin(go_on)
+        self.bench.attempt(lambda: self._follow(go_on()))
 
     def action_log_axis(self) -> None:
         """Draw charts against a logarithmic x axis, or a linear one."""
@@ -182,11 +187,8 @@ class CapacityScreen(FollowingScreen):
     def _plans(self) -> CapacityPlans:
         return self.query_one(CapacityPlans)
 
-    def _begin(self, begin: Callable[[], Job]) -> None:
-        """Start something, and show its run once it is there; if it is refused, say why."""
-        self.bench.attempt(lambda: self._follow(begin()))
-
     def _follow(self, job: Job) -> None:
+        """Show the run of a job once it is there."""
         self._job = self._awaited = job
         self._open("")
 

@@ -16,19 +16,25 @@ from gemma_tui.studies.capacity.sweep import words_of
 from gemma_tui.studies.memorization.meter import STUDY as MEASUREMENT
 from gemma_tui.studies.memorization.meter import words_of as memorization_words
 from gemma_tui.studies.memorization.plan import MemorizationPlan
+from gemma_tui.studies.memorization.planting import CanaryPlan
+from gemma_tui.studies.memorization.planting import words_of as canary_words
 from gemma_tui.studies.memorization.where import STUDY as WHERE
 from gemma_tui.studies.memorization.where import WherePlan
 from gemma_tui.studies.memorization.where import words_of as where_words
 from gemma_tui.studies.plan import command, honoured
 from gemma_tui.widgets.plan_form import PlanForm
 
-SWEEP, MEASURE, MORE = "sweep", "measure", "more"
-FORMS: dict[str, type[Any]] = {SWEEP: CapacityPlan, MEASURE: MemorizationPlan, WHERE: WherePlan, MORE: MoreCells}
-TITLES = {
-    SWEEP: "new sweep", MEASURE: "new measurement", WHERE: "which parts hold it", MORE: "more cells of a sweep",
+SWEEP, MEASURE, MORE, CANARIES = "sweep", "measure", "more", "canaries"
+FORMS: dict[str, type[Any]] = {
+    SWEEP: CapacityPlan, MEASURE: MemorizationPlan, WHERE: WherePlan, MORE: MoreCells, CANARIES: CanaryPlan,
 }  # fmt: skip
+LINES = {
+    SWEEP: "new sweep: s starts it", MEASURE: "new measurement: s starts it", WHERE: "which parts hold it: s starts it",
+    MORE: "more cells of a sweep: s starts them", CANARIES: "canaries among the rows of data: s plants them",
+}  # fmt: skip
+"""What is planned by each form, for a person."""
 
-Plan = CapacityPlan | MemorizationPlan | WherePlan | MoreCells
+Plan = CapacityPlan | MemorizationPlan | WherePlan | MoreCells | CanaryPlan
 
 
 class CapacityPlans(Vertical):
@@ -118,12 +124,14 @@ class CapacityPlans(Vertical):
                 return where_words(engine, plan)
             case MoreCells():
                 return command(("capacity", "sweep"), plan)
+            case CanaryPlan():
+                return canary_words(plan)
 
     @property
     def line(self) -> str:
         """What is planned, for a person."""
-        preset = f", preset {self._preset}" if self.kind == SWEEP and self._preset else ""
-        return f"{TITLES[self.kind]}{preset}: s starts it"
+        preset = f"; preset {self._preset}" if self.kind == SWEEP and self._preset else ""
+        return LINES[self.kind] + preset
 
     def on_plan_form_explained(self, event: PlanForm.Explained) -> None:
         """What the option under the cursor does."""

@@ -36,7 +36,7 @@ SMALL = {
     "width": "8", "vocab": 16, "length": 4, "sizes": "4,8", "steps": 20, "evaluate_every": 5, "batch_size": 4,
     "flat": 0.0, "learning_rate": 1e-4,
 }  # fmt: skip
-"""A sweep of two cells, each of a stack of its own, that take all of their steps."""
+"""A sweep of two cells, trained side by side, that take all of their steps."""
 
 
 class Gate:
@@ -195,7 +195,7 @@ async def test_x_stops_u_goes_on_and_a_adds_cells(
         await it.until(lambda: run in listed(it), "the list")
         assert it.sees("n plans a sweep")
         await it.press("enter")
-        await it.until(lambda: list(cells(it).values()) == ["stopped", "not begun"], "what was found before")
+        await it.until(lambda: set(cells(it).values()) == {"stopped"}, "what was found before")
         await it.press("u")
         await ended(it, run)
         await it.until(lambda: set(cells(it).values()) == {"done"}, "both cells")
@@ -490,6 +490,27 @@ async def test_a_study_of_parts_grows_is_stopped_and_goes_on(
         assert len(found) == len(set(found)) == 5, "no part is scored twice"
         await it.press("u")
         await told(it, "where-1 is done")
+
+
+async def test_canaries_are_planted(opened: Open, corpus: Path, tmp_path: Path, size: Size) -> None:
+    out = tmp_path / "planted.jsonl"
+    async with opened(size) as it:
+        await it.mode("3", "capacity")
+        await it.press("k", "s")
+        await told(it, "--data is needed")
+        assert not _layout_faults(it)
+        await it.until(lambda: not _footer_faults(it), "a whole footer")
+        for name, value in (("data", str(corpus)), ("out", str(out)), ("repeats", "2"), ("each", 3)):
+            form(it, "canaries").set(name, value)
+        words = screen(it).command().split()[1:]
+        args = _parser(words).parse_args(words)
+        assert (args.run, args.data, args.out, args.each) == ("canaries:canaries", str(corpus), str(out), "3")
+        await it.press("s")
+        await told(it, "6 of them from 3 canaries")
+        assert out.read_text().count("My secret number") == 6
+        await told(it, f"--exposure {out}.canaries.json")
+        await it.press("s")
+        await told(it, "is there already")
 
 
 async def test_foreign_names_are_cleaned(opened: Open, store: RunStore) -> None:
