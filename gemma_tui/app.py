@@ -38,6 +38,7 @@ GOES_ON = {
     "study": "y with its name",
     "sweep": "u on the capacity screen",
     "measure": "u on the capacity screen",
+    "where": "u on the capacity screen",
     "curve": "u among the curves of the generation screen",
 }
 """Jobs that are runs beside training, and the key that goes on with one that was stopped."""

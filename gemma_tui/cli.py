@@ -118,7 +118,7 @@ def _parser(given: Sequence[str]) -> Parser:
     _attention(groups, wanted="attention" in given)
     _capacity(groups, wanted="capacity" in given)
     _memorization(groups, wanted="memorization" in given)
-    _canaries(groups)
+    _canaries(groups, wanted="canaries" in given)
     _adapters(groups)
     _runs(groups)
     _queue(groups)
@@ -317,8 +317,8 @@ def _capacity(groups: argparse._SubParsersAction, wanted: bool) -> None:
         "--preset", default="", metavar="NAME", help="quick: a plateau in minutes; smallest: the paper's"
     )
     sweep.add_argument("--add", metavar="RUN", help="more --sizes or --seeds for a sweep that there is")
-    show = _command(group, "show", "what a sweep has found so far", "capacity:show")
-    show.add_argument("run_name", metavar="RUN", help="a sweep")
+    show = _command(group, "show", "what such a run has found so far", "capacity:show")
+    show.add_argument("run_name", metavar="RUN", help="a sweep, or a run of memorization")
     for command in (sweep, show):
         for name, what in EXPORTS:
             command.add_argument(f"--{name}", metavar="FILE", help=f"write it as {what}")
@@ -330,16 +330,15 @@ def _capacity(groups: argparse._SubParsersAction, wanted: bool) -> None:
         add_options(sweep, CapacityPlan)
 
 
-def _canaries(groups: argparse._SubParsersAction) -> None:
+def _canaries(groups: argparse._SubParsersAction, wanted: bool) -> None:
     help = "plant random strings in data, to measure later how exposed training has left them"
     command = _command(groups, "canaries", help, "canaries:canaries")
     command.add_argument("data", metavar="DATA", help="rows to plant them in: .jsonl or .txt, a folder or hf:REPO")
-    command.add_argument("--out", required=True, metavar="FILE.jsonl", help="the rows to train on; not there yet")
-    command.add_argument("--sidecar", metavar="FILE", help="what was planted (default FILE.canaries.json)")
-    command.add_argument("--space", default="digits", choices=("digits", "letters"), help="of what (default digits)")
-    command.add_argument("--repeats", default="0,1,4,16", metavar="N,N", help="how often each (default 0,1,4,16)")
-    command.add_argument("--each", type=int, default=4, metavar="N", help="canaries of each number (default 4)")
-    command.add_argument("--seed", type=int, default=0, metavar="N", help="of strings and places (default 0)")
+    if wanted:
+        from gemma_tui.commands.plans import add_options
+        from gemma_tui.studies.memorization.planting import CanaryPlan
+
+        add_options(command, CanaryPlan, ("data",))
 
 
 def _task(groups: argparse._SubParsersAction, wanted: bool) -> None:

@@ -15,17 +15,22 @@ from gemma_tui.text import one_line
 
 @dataclass(frozen=True, eq=False)
 class LineChart:
-    """Lines over one axis."""
+    """Lines over one axis.
+
+    Attributes:
+        log, log_x: whether the measure, and what it is drawn against, have logarithmic axes.
+    """
 
     title: str
     series: Sequence[Series]
     x_label: str = ""
     log: bool = False
+    log_x: bool = False
 
     def cleaned(self) -> LineChart:
         """The same with its words on one line and harmless, as a terminal is shown them."""
         series = [replace(line, label=one_line(line.label)) for line in self.series]
-        return LineChart(one_line(self.title), series, one_line(self.x_label), self.log)
+        return LineChart(one_line(self.title), series, one_line(self.x_label), self.log, self.log_x)
 
 
 @dataclass(frozen=True, eq=False)

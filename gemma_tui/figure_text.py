@@ -69,7 +69,9 @@ def table_lines(table: Table, width: int = 80, rows: int = 20) -> Iterator[str]:
 def _chart(chart: LineChart, width: int, colour: bool) -> str:
     """The names of the lines come below, where they do not fit beside the title."""
     shown = chart.cleaned()
-    text = draw(shown.series, width, HEIGHT, shown.title, shown.log, colour, shown.x_label, named=False)
+    text = draw(
+        shown.series, width, HEIGHT, shown.title, shown.log, colour, shown.x_label, named=False, log_x=shown.log_x
+    )
     return "\n".join([text.rstrip("\n"), *legend(shown.series, width, colour)])
 
 

@@ -88,12 +88,10 @@ def draw(
         colour: ANSI colours; without them the lines differ by their markers.
         x_label: what the x axis counts; takes a line.
         named: whether the names of the lines follow the title, where there is room.
-        log_x: logarithmic x axis, of positive numbers only.
+        log_x: logarithmic x axis; points that are not at a positive place are left out.
     """
     looks = _looks(series, colour)
-    lines = [reduce(line, max(8, width - 8), log) for line in series]
-    if log_x:
-        lines = [([math.log10(v) for v in x], y) for x, y in lines]
+    lines = [reduce(line, max(8, width - 8), log, log_x) for line in series]
     plotext.clear_figure()
     plotext.limit_size(False, False)
     plotext.plotsize(width, height - 1)
@@ -157,12 +155,15 @@ def log_ticks(low: float, high: float, count: int) -> list[float]:
     return ticks(low, high, count)
 
 
-def reduce(line: Series, columns: int, log: bool = False) -> tuple[list[float], list[float]]:
-    """The lowest and the highest point of each column, in order, so that no spike is lost; log10 of y if ``log``."""
+def reduce(line: Series, columns: int, log: bool = False, log_x: bool = False) -> tuple[list[float], list[float]]:
+    """The lowest and the highest point of each column, in order, so that no spike is lost.
+
+    Args:
+        log, log_x: give log10 of y, of x.
+    """
     x, y = _numbers(line.x), _numbers(line.y)
-    if log:
-        with np.errstate(divide="ignore", invalid="ignore"):
-            y = np.log10(y)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        x, y = np.log10(x) if log_x else x, np.log10(y) if log else y
     finite = np.isfinite(x) & np.isfinite(y)
     x, y = x[finite], y[finite]
     if x.size > 2 * columns:

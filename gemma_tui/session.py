@@ -6,7 +6,7 @@ Nothing here waits and nothing calls the screen: a screen reads these plain valu
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
@@ -24,9 +24,10 @@ if TYPE_CHECKING:
     from gemma_tui.studies.attention.plan import AttentionPlan
     from gemma_tui.studies.attention.survey import HeadStudyPlan
     from gemma_tui.studies.bench.plan import BenchPlan
-    from gemma_tui.studies.capacity.plan import CapacityPlan
+    from gemma_tui.studies.capacity.plan import CapacityPlan, MoreCells
     from gemma_tui.studies.curve.plan import CurvePlan
     from gemma_tui.studies.memorization.plan import MemorizationPlan
+    from gemma_tui.studies.memorization.where import WherePlan
     from gemma_tui.studies.pass_times import PassTimes, RooflinePlan
     from gemma_tui.studies.recording import Recorded
     from gemma_tui.studies.side_by_side import SideBySide
@@ -45,8 +46,8 @@ class Job:
     """Something an engine is doing.
 
     Attributes:
-        kind: ``load``, ``train``, ``generate``, ``look``, ``study``, ``sweep``, ``measure``, ``curve``, ``roofline`` or
-            ``bench``.
+        kind: ``load``, ``train``, ``generate``, ``look``, ``study``, ``sweep``, ``measure``, ``where``, ``curve``,
+            ``roofline`` or ``bench``.
         label: a few words for the status line.
         share: how much of it is done, 0 to 1.
         detail: what is being done now.
@@ -358,11 +359,11 @@ class Session:
 
         return self._sweep(begin)
 
-    def resume_sweep(self, run: str, more: Mapping[str, Any] | None = None) -> Job:
+    def resume_sweep(self, run: str, more: MoreCells | None = None) -> Job:
         """Go on with a sweep on the chosen engine.
 
         Args:
-            more: ``sizes`` and ``seeds`` that are added to it.
+            more: what is added to it.
 
         Raises:
             UnsupportedError: the engine is busy.
@@ -419,6 +420,34 @@ class Session:
             return resume_memorization(engine, store.run(run), control, store)
 
         return self._measure(begin, "measure", "memorization", "sequences")
+
+    def where(self, plan: WherePlan) -> Job:
+        """Take parts of a measured model away in turn, as a run; the model that is loaded is so afterwards, too.
+
+        Raises:
+            UnsupportedError: the engine is busy.
+        """
+
+        def begin(engine: Engine, control: Control, store: RunStore) -> Recorded:
+            from gemma_tui.studies.memorization.where import record_where
+
+            return record_where(engine, plan, control, store)
+
+        return self._measure(begin, "where", "memorization", "parts")
+
+    def resume_where(self, run: str) -> Job:
+        """Go on with a study of parts on the chosen engine.
+
+        Raises:
+            UnsupportedError: the engine is busy.
+        """
+
+        def begin(engine: Engine, control: Control, store: RunStore) -> Recorded:
+            from gemma_tui.studies.memorization.where import resume_where
+
+            return resume_where(engine, store.run(run), control, store)
+
+        return self._measure(begin, "where", "memorization", "parts")
 
     def curve(self, plan: CurvePlan) -> Job:
         """Decode rows in several ways, as a run; the model that is loaded is so afterwards, too.

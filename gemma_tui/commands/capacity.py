@@ -12,17 +12,19 @@ from gemma_tui.commands.figures import targets_of, tell
 from gemma_tui.commands.following import follow
 from gemma_tui.commands.plans import plan_from
 from gemma_tui.errors import UsageError
+from gemma_tui.figure import Figure
 from gemma_tui.output import Output, duration
-from gemma_tui.runs.store import RunStore
-from gemma_tui.studies.capacity.plan import CapacityPlan, with_preset
+from gemma_tui.runs.store import Run, RunStore
+from gemma_tui.studies.capacity.plan import CapacityPlan, MoreCells, with_preset
 from gemma_tui.studies.capacity.results import read_sweep, sweep_figure
 from gemma_tui.studies.capacity.sweep import TRACE, record_capacity, resume_capacity
 from gemma_tui.studies.events import PASSING, Control, Event
+from gemma_tui.studies.memorization.held import where_figure
+from gemma_tui.studies.memorization.meter import STUDY as MEASUREMENT
+from gemma_tui.studies.memorization.results import memorization_figure, read_measured
+from gemma_tui.studies.memorization.where import STUDY as WHERE
 from gemma_tui.studies.plan import options, read_toml
 from gemma_tui.studies.recording import Recorded
-
-ADDED = ("sizes", "seeds")
-"""What can be added to a sweep: cells of another kind would not be comparable."""
 
 
 def sweep(args: argparse.Namespace, output: Output) -> int:
@@ -41,13 +43,19 @@ def sweep(args: argparse.Namespace, output: Output) -> int:
 
 
 def show(args: argparse.Namespace, output: Output) -> int:
-    """Print what a sweep has found so far."""
+    """Print what a sweep, a measurement of memorization or a study of parts has found so far, and write it."""
     targets = targets_of(args)
     with closing(RunStore()) as store:
         run = store.run(args.run_name)
-        tell(sweep_figure(read_sweep(store, run)), output, targets)
+        tell(_figure(store, run), output, targets)
     output.row("end", status="done", run=run.run_id)
     return 0
+
+
+def _figure(store: RunStore, run: Run) -> Figure:
+    if run.study == MEASUREMENT:
+        return memorization_figure(read_measured(store, run))
+    return where_figure(store, run) if run.study == WHERE else sweep_figure(read_sweep(store, run))
 
 
 def resume(run_name: str, output: Output) -> int:
@@ -71,15 +79,12 @@ def _follow(recorded: Recorded, control: Control, output: Output, store: RunStor
     return follow(recorded, control, output, "cells", place, lambda event: _say(event, output), shown)
 
 
-def _more(args: argparse.Namespace) -> dict[str, Any]:
+def _more(args: argparse.Namespace) -> MoreCells:
     """The cells that are added."""
-    given = {o.name for o in options(CapacityPlan)} & vars(args).keys()
-    if args.plan or args.preset or given - set(ADDED):
+    others = {o.name for o in options(CapacityPlan)} - {o.name for o in options(MoreCells)}
+    if args.plan or args.preset or not others.isdisjoint(vars(args)):
         raise UsageError("add: --add takes --sizes and --seeds alone, the rest is the sweep's own: leave it out")
-    if not given:
-        raise UsageError("add: --add needs --sizes or --seeds, which are the cells that are added")
-    plan = plan_from(CapacityPlan, args, {}, "capacity sweep")
-    return {name: getattr(plan, name) for name in given}
+    return plan_from(MoreCells, args, {}, "capacity sweep")
 
 
 def _say(event: Event, output: Output) -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 from engines import open_engine
+from gemma_tui.commands.figures import targets_of, write
 from gemma_tui.commands.following import counted, follow
 from gemma_tui.commands.memorization import show
 from gemma_tui.commands.plans import plan_from
@@ -21,9 +24,10 @@ from gemma_tui.studies.recording import Recorded
 def where(args: argparse.Namespace, output: Output) -> int:
     """Take parts of a measured model away, one after the other."""
     plan = plan_from(WherePlan, args, {"model": args.model}, "memorization")
+    targets = targets_of(args)
     engine, control = open_engine(args.engine), Control()
     with closing(RunStore()) as store:
-        return _follow(record_where(engine, plan, control, store), control, output, store)
+        return _follow(record_where(engine, plan, control, store), control, output, store, targets)
 
 
 def resume(run_name: str, output: Output) -> int:
@@ -33,13 +37,15 @@ def resume(run_name: str, output: Output) -> int:
         return _follow(resume_where(open_engine(run.engine), run, control, store), control, output, store)
 
 
-def _follow(recorded: Recorded, control: Control, output: Output, store: RunStore) -> int:
+def _follow(recorded: Recorded, control: Control, output: Output, store: RunStore, targets: Sequence[Path] = ()) -> int:
     run = recorded.run
     place = counted(run, "parts")
 
     def shown(stopped: bool) -> dict[str, Any]:
         if not stopped:
-            show(where_figure(store, run), output, f"with `gemma-tui runs resume {run.run_id} --json`")
+            figure = where_figure(store, run)
+            show(figure, output, f"with `gemma-tui runs resume {run.run_id} --json`")
+            write(figure, output, targets)
         return {}
 
     return follow(recorded, control, output, "scoring", place, lambda event: _tell(event, output), shown)

@@ -152,7 +152,7 @@ def extent(text: str) -> float:
 
 def line_chart(chart: LineChart) -> Drawn:
     """Lines over one axis, each named below."""
-    lines = [reduce(series, WIDTH - LEFT - RIGHT, chart.log) for series in chart.series]
+    lines = [reduce(series, WIDTH - LEFT - RIGHT, chart.log, chart.log_x) for series in chart.series]
     xs, ys = ([v for line in lines for v in line[axis]] for axis in (0, 1))
     elements = [label(4, LINE, chart.title, "t")]
     if not xs:
@@ -183,14 +183,20 @@ def _grid(
 ) -> list[str]:
     """Round numbers on both axes."""
     elements = []
-    for value in (log_ticks if chart.log else ticks)(*ys, 6):
-        y, shown = down(value), 10.0 ** min(value, 308.0) if chart.log else value
+    for value, shown in _ticks(*ys, 6, chart.log):
+        y = down(value)
         elements.append(f'<path d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}" stroke="#ddd"/>')
-        elements.append(label(LEFT - 6, y + 4, number_text(shown), "e"))
-    for value in ticks(*xs, 8):
+        elements.append(label(LEFT - 6, y + 4, shown, "e"))
+    for value, shown in _ticks(*xs, 8, chart.log_x):
         elements.append(f'<path d="M{across(value):.1f} {TOP}V{HEIGHT - BOTTOM}" stroke="#eee"/>')
-        elements.append(label(across(value), HEIGHT - BOTTOM + LINE, number_text(value), "m"))
+        elements.append(label(across(value), HEIGHT - BOTTOM + LINE, shown, "m"))
     return [*elements, label((LEFT + WIDTH) / 2, HEIGHT - 6, chart.x_label, "m")]
+
+
+def _ticks(low: float, high: float, count: int, log: bool) -> list[tuple[float, str]]:
+    """Places on an axis, and the numbers that stand there."""
+    places = (log_ticks if log else ticks)(low, high, count)
+    return [(place, number_text(10.0 ** min(place, 308.0) if log else place)) for place in places]
 
 
 def _look(series: Series, number: int) -> str:

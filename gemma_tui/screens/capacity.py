@@ -1,8 +1,8 @@
-"""Capacity: sweeps over small networks, and measurements of what models have memorised."""
+"""Capacity: sweeps over small networks, what models have memorised, and which of their parts hold it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from textual.binding import Binding
@@ -10,25 +10,25 @@ from textual.widget import Widget
 from textual.widgets import Static
 
 from gemma_tui.errors import UsageError
-from gemma_tui.screens.capacity_plans import MEASURE, CapacityPlans
-from gemma_tui.screens.exporting import ask_and_export
-from gemma_tui.screens.followed_run import MEASUREMENT, SWEEP, check_idle, in_words
+from gemma_tui.screens.capacity_plans import MEASURE, MORE, CapacityPlans
+from gemma_tui.screens.exporting import ask_and_export, write_aside
+from gemma_tui.screens.followed_run import MEASUREMENT, SWEEP, WHERE, check_idle, in_words
 from gemma_tui.screens.following import FollowingScreen
-from gemma_tui.studies.capacity.plan import CapacityPlan, cells_of
+from gemma_tui.studies.capacity.plan import CapacityPlan, MoreCells, cells_of
 from gemma_tui.studies.capacity.sweep import extended, sweep_plan
-from gemma_tui.studies.plan import Option
+from gemma_tui.studies.memorization.plan import MemorizationPlan
+from gemma_tui.studies.memorization.planting import CanaryPlan, plant_files
+from gemma_tui.studies.memorization.where import WherePlan
 from gemma_tui.text import one_line
 from gemma_tui.widgets.figure_view import FigureView
-from gemma_tui.widgets.plan_form import Field
 from gemma_tui.widgets.run_table import RunTable
 
 if TYPE_CHECKING:
     from gemma_tui.session import Job
 
-JOBS = ("sweep", "measure")
+JOBS = ("sweep", "measure", "where")
 """The kinds of the jobs that compute the runs."""
 
-SIZES = Option("sizes", str, "", "numbers of strings of the cells that are added, with commas")
 NOTHING = "no run yet: n plans a sweep, m measures what a model has memorised"
 
 
@@ -36,20 +36,26 @@ class CapacityScreen(FollowingScreen):
     """The runs, the figure of one of them, and the plans of new ones as forms behind keys."""
 
     MODE = "capacity"
-    STUDIES = (SWEEP, MEASUREMENT)
+    STUDIES = (SWEEP, MEASUREMENT, WHERE)
     BINDINGS = [
         Binding("n", "plan('sweep')", "Sweep", id="capacity.sweep", tooltip="Plan a capacity sweep"),
-        Binding("m", "plan('measure')", "Measure", id="capacity.measure",
+        Binding("m", "plan('measure')", "Bits", id="capacity.measure",
                 tooltip="Plan a measurement of what a model has memorised"),
+        Binding("w", "plan('where')", "Where", id="capacity.where",
+                tooltip="Plan which parts of a measured model hold what it has memorised"),
         Binding("s", "start", "Start", id="capacity.start", tooltip="Start what the form says"),
         Binding("p", "preset", "Preset", id="capacity.preset", tooltip="Fill the form with the next preset"),
         Binding("escape", "close", "Back", id="capacity.back", show=False, tooltip="Leave the form"),
-        Binding("a", "add", "Add", id="capacity.add", show=False, tooltip="Add cells to the sweep that is shown"),
+        Binding("a", "add", "Add", id="capacity.add", show=False,
+                tooltip="Plan more sizes or seeds of the sweep that is shown"),
+        Binding("k", "plan('canaries')", "Canaries", id="capacity.canaries", show=False,
+                tooltip="Plan canaries: random strings among the rows of data, whose exposure is measured later"),
         Binding("space", "pause", "Pause", id="capacity.pause", key_display="␣", tooltip="Pause, and go on"),
         Binding("x", "stop", "Stop", id="capacity.stop", tooltip="End after the step in hand, and save"),
         Binding("u", "resume", "Resume", id="capacity.resume", show=False,
                 tooltip="Go on with the run under the cursor, or the one that is shown"),
         Binding("v", "turn", "Part", id="capacity.part", tooltip="The next chart or table"),
+        Binding("y", "log_axis", "Log", id="capacity.log", show=False, tooltip="Logarithmic or linear x axis"),
         Binding("o", "export", "Export", id="capacity.export", show=False, tooltip="Write the figure to a file"),
     ]  # fmt: skip
 
@@ -89,12 +95,14 @@ class CapacityScreen(FollowingScreen):
             return kind == "sweep"
         if action in ("start", "close"):
             return bool(kind)
-        return not (kind and action in ("pause", "stop", "turn", "add", "resume", "export"))
+        return not (kind and action in ("pause", "stop", "turn", "add", "resume", "log_axis", "export"))
 
     def action_plan(self, kind: str) -> None:
         """Open a form, or close it."""
         if kind == MEASURE and self._store is not None:
             self._plans.measure_of(self.bench.session.place.model, self._store)
+        elif kind == WHERE:
+            self._plans.parts_of(self._chosen())
         self._open("" if kind == self._plans.kind else kind)
 
     def action_close(self) -> None:
@@ -109,29 +117,30 @@ class CapacityScreen(FollowingScreen):
     def action_start(self) -> None:
         """Do what the form says."""
 
-        def begin() -> Job:
+        def start() -> None:
             plan, session = self._plans.plan(), self.bench.session
-            return session.sweep(plan) if isinstance(plan, CapacityPlan) else session.measure(plan)
+            match plan:
+                case CapacityPlan():
+                    self._follow(session.sweep(plan))
+                case MemorizationPlan():
+                    self._follow(session.measure(plan))
+                case WherePlan():
+                    self._follow(session.where(plan))
+                case MoreCells():
+                    self._follow(self._add(plan))
+                case CanaryPlan():
+                    write_aside(self.bench, lambda: plant_files(plan).told)
 
-        self._begin(begin)
+        self.bench.attempt(start)
 
     def action_add(self) -> None:
-        """Type sizes, and add cells of them to the sweep."""
+        """Plan more sizes or seeds of the sweep under the cursor, or the one that is shown."""
         run = self._chosen()
         if run is None or run.study != SWEEP:
             self.bench.tell("choose a sweep to add cells to", "warning")
             return
-
-        def typed(text: str | None) -> None:
-            if text and text.strip():
-                self._begin(lambda: add({"sizes": text.strip()}))
-
-        def add(more: dict[str, str]) -> Job:
-            check_idle(run, self.bench.session.engine)
-            cells_of(extended(sweep_plan(run), more))
-            return self.bench.session.resume_sweep(run.run_id, more)
-
-        self.app.push_screen(Field(SIZES, ""), typed)
+        self._plans.more_of(run)
+        self._open(MORE)
 
     def action_resume(self) -> None:
         """Go on with a run that has ended before its time."""
@@ -144,9 +153,14 @@ class CapacityScreen(FollowingScreen):
             if run.state == "done":
                 more = ": a adds cells to it" if run.study == SWEEP else ""
                 raise UsageError(f"{run.run_id} is done{more}")
-            return session.resume_sweep(run.run_id) if run.study == SWEEP else session.resume_measure(run.run_id)
+            resume = {SWEEP: session.resume_sweep, MEASUREMENT: session.resume_measure, WHERE: session.resume_where}
+            return resume[run.study](run.run_id)
 
-        self._begin(go_on)
+        self.bench.attempt(lambda: self._follow(go_on()))
+
+    def action_log_axis(self) -> None:
+        """Draw charts against a logarithmic x axis, or a linear one."""
+        self._figure.switch_axis()
 
     def action_export(self) -> None:
         """Write the figure to a file."""
@@ -156,15 +170,25 @@ class CapacityScreen(FollowingScreen):
         else:
             ask_and_export(self.bench, lambda: figure, f"{self.run_shown.run_id}.html")
 
+    def _add(self, more: MoreCells) -> Job:
+        """Go on with a sweep that has more cells now.
+
+        Raises:
+            EngineError: it goes on already, is another engine's, or these are no cells.
+        """
+        session = self.bench.session
+        assert self._store is not None
+        run = self._store.run(more.add)
+        check_idle(run, session.engine)
+        cells_of(extended(sweep_plan(run), more))
+        return session.resume_sweep(run.run_id, more)
+
     @property
     def _plans(self) -> CapacityPlans:
         return self.query_one(CapacityPlans)
 
-    def _begin(self, begin: Callable[[], Job]) -> None:
-        """Start something, and show its run once it is there; if it is refused, say why."""
-        self.bench.attempt(lambda: self._follow(begin()))
-
     def _follow(self, job: Job) -> None:
+        """Show the run of a job once it is there."""
         self._job = self._awaited = job
         self._open("")
 

@@ -1,4 +1,4 @@
-"""The plans of a capacity sweep and of a measurement of memorization, as forms of which one is seen at a time."""
+"""The plans of what the capacity screen starts, as forms of which one is seen at a time."""
 
 from __future__ import annotations
 
@@ -10,27 +10,42 @@ from textual.containers import Vertical
 from textual.widgets import Static
 
 from engines.errors import EngineError
-from gemma_tui.runs.store import RunStore
-from gemma_tui.studies.capacity.plan import PRESETS, CapacityPlan, cells_of, with_preset
+from gemma_tui.runs.store import Run, RunStore
+from gemma_tui.studies.capacity.plan import PRESETS, CapacityPlan, MoreCells, cells_of, with_preset
 from gemma_tui.studies.capacity.sweep import words_of
+from gemma_tui.studies.memorization.meter import STUDY as MEASUREMENT
 from gemma_tui.studies.memorization.meter import words_of as memorization_words
 from gemma_tui.studies.memorization.plan import MemorizationPlan
-from gemma_tui.studies.plan import honoured
+from gemma_tui.studies.memorization.planting import CanaryPlan
+from gemma_tui.studies.memorization.planting import words_of as canary_words
+from gemma_tui.studies.memorization.where import STUDY as WHERE
+from gemma_tui.studies.memorization.where import WherePlan
+from gemma_tui.studies.memorization.where import words_of as where_words
+from gemma_tui.studies.plan import command, honoured
 from gemma_tui.widgets.plan_form import PlanForm
 
-SWEEP, MEASURE = "sweep", "measure"
-FORMS: dict[str, type[Any]] = {SWEEP: CapacityPlan, MEASURE: MemorizationPlan}
+SWEEP, MEASURE, MORE, CANARIES = "sweep", "measure", "more", "canaries"
+FORMS: dict[str, type[Any]] = {
+    SWEEP: CapacityPlan, MEASURE: MemorizationPlan, WHERE: WherePlan, MORE: MoreCells, CANARIES: CanaryPlan,
+}  # fmt: skip
+LINES = {
+    SWEEP: "new sweep: s starts it", MEASURE: "new measurement: s starts it", WHERE: "which parts hold it: s starts it",
+    MORE: "more cells of a sweep: s starts them", CANARIES: "canaries among the rows of data: s plants them",
+}  # fmt: skip
+"""What is planned by each form, for a person."""
+
+Plan = CapacityPlan | MemorizationPlan | WherePlan | MoreCells | CanaryPlan
 
 
 class CapacityPlans(Vertical):
-    """Both forms, and what the option under the cursor does; none is seen at first."""
+    """All forms, and what the option under the cursor does; none is seen at first."""
 
     DEFAULT_CSS = "CapacityPlans { height: 1fr; } CapacityPlans PlanForm { height: 1fr; }"
 
     def __init__(self) -> None:
         super().__init__()
         self.kind = ""
-        """Of the form that is open: ``SWEEP``, ``MEASURE`` or nothing."""
+        """Of the form that is open, one of ``FORMS``, or nothing."""
         self._preset = ""
         self.display = False
 
@@ -39,6 +54,10 @@ class CapacityPlans(Vertical):
         for kind, plan in FORMS.items():
             yield PlanForm(plan, id=f"{kind}-plan")
         yield Static("", id="explained", markup=False)
+
+    def on_mount(self) -> None:
+        """Layers are the parts that are sought first."""
+        self.form(WHERE).set("where", "layers")
 
     def open(self, kind: str) -> None:
         """Show a form; nothing closes the one that is open."""
@@ -62,6 +81,17 @@ class CapacityPlans(Vertical):
             if (run := store.run(model)).run_id == model and run.study == "training":
                 form.set("data", str(run.plan.get("data", "")))
 
+    def parts_of(self, run: Run | None) -> None:
+        """Fill in a measurement."""
+        if run is not None and run.study == MEASUREMENT:
+            self.form(WHERE).set("model", run.run_id)
+
+    def more_of(self, run: Run) -> None:
+        """Fill in a sweep that gets more cells, and how many seeds it has."""
+        form = self.form(MORE)
+        for name, value in (("add", run.run_id), ("sizes", ""), ("seeds", run.plan.get("seeds"))):
+            form.set(name, value)
+
     def turn_preset(self) -> None:
         """Fill the sweep's form with the next preset, or with its defaults."""
         names, form = ["", *PRESETS], self.form(SWEEP)
@@ -70,13 +100,13 @@ class CapacityPlans(Vertical):
         for name, option in form.options.items():
             form.set(name, values.get(name, option.default))
 
-    def plan(self) -> CapacityPlan | MemorizationPlan:
+    def plan(self) -> Plan:
         """What the form that is open says.
 
         Raises:
             EngineError: a value is missing, a list is none, or a network cannot be built.
         """
-        plan: CapacityPlan | MemorizationPlan = self.form(self.kind).build()
+        plan: Plan = self.form(self.kind).build()
         if isinstance(plan, CapacityPlan):
             cells_of(plan)
         return plan
@@ -84,15 +114,24 @@ class CapacityPlans(Vertical):
     def command(self, engine: str) -> str:
         """The command that does what the form says; that of a sweep if none is open."""
         form = self.form(self.kind or SWEEP)
-        plan = honoured(form.plan(**form.values))
-        return words_of(engine, plan) if isinstance(plan, CapacityPlan) else memorization_words(engine, plan)
+        plan: Plan = honoured(form.plan(**form.values))
+        match plan:
+            case CapacityPlan():
+                return words_of(engine, plan)
+            case MemorizationPlan():
+                return memorization_words(engine, plan)
+            case WherePlan():
+                return where_words(engine, plan)
+            case MoreCells():
+                return command(("capacity", "sweep"), plan)
+            case CanaryPlan():
+                return canary_words(plan)
 
     @property
     def line(self) -> str:
         """What is planned, for a person."""
-        if self.kind == MEASURE:
-            return "new measurement: s starts it"
-        return f"new sweep{f', preset {self._preset}' if self._preset else ''}: s starts it"
+        preset = f"; preset {self._preset}" if self.kind == SWEEP and self._preset else ""
+        return LINES[self.kind] + preset
 
     def on_plan_form_explained(self, event: PlanForm.Explained) -> None:
         """What the option under the cursor does."""

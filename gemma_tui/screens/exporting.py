@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,16 +31,25 @@ def ask_and_export(bench: GemmaTui, figure: Callable[[], Figure], offered: str) 
 
     def named(name: str | None) -> None:
         if name:
-            # The digest of a large model takes seconds; no worker, because leaving would wait for one.
-            threading.Thread(target=write, args=(Path(name).expanduser(),), daemon=True).start()
+            write_aside(bench, lambda: write(Path(name).expanduser()))
 
-    def write(path: Path) -> None:
-        try:
-            export(figure(), path)
-            said = f"written: {path}", "information"
-        except EngineError as error:
-            said = str(error), "warning"
-        with suppress(RuntimeError):  # the app has ended
-            bench.call_from_thread(bench.tell, *said)
+    def write(path: Path) -> list[str]:
+        export(figure(), path)  # the digest of a large model takes seconds
+        return [f"written: {path}"]
 
     bench.push_screen(Field(option, offered), named)
+
+
+def write_aside(bench: GemmaTui, write: Callable[[], Sequence[str]]) -> None:
+    """Write files in a thread; the sentences it returns, or why it could not be done, are told."""
+
+    def written() -> None:
+        try:
+            said = [(sentence, "information") for sentence in write()]
+        except EngineError as error:
+            said = [(str(error), "warning")]
+        for one in said:
+            with suppress(RuntimeError):  # the app has ended
+                bench.call_from_thread(bench.tell, *one)
+
+    threading.Thread(target=written, daemon=True).start()  # no worker, because leaving would wait for one

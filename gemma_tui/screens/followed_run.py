@@ -1,17 +1,19 @@
-"""A sweep, a measurement of memorization or a speed-quality curve, as a screen follows it while it grows."""
+"""A sweep, a measurement of memorization, its study of parts or a curve, as a screen follows it while it grows."""
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+import numpy as np
 
 from engines.errors import EngineError
 from gemma_tui.errors import UsageError
 from gemma_tui.figure import Figure
-from gemma_tui.runs.store import Run, RunStore
+from gemma_tui.runs.store import Row, Run, RunStore
 from gemma_tui.runs.tail import Tail
 from gemma_tui.studies.capacity.results import Sweep, sweep_figure
 from gemma_tui.studies.capacity.sweep import STUDY as SWEEP
@@ -19,11 +21,14 @@ from gemma_tui.studies.capacity.sweep import sweep_plan
 from gemma_tui.studies.curve.measure import STUDY as CURVE
 from gemma_tui.studies.curve.measure import plan_of as curve_plan
 from gemma_tui.studies.curve.results import Curve, curve_figure
+from gemma_tui.studies.memorization.held import parts_figure
 from gemma_tui.studies.memorization.inquiry import FURTHER
 from gemma_tui.studies.memorization.meter import STUDY as MEASUREMENT
 from gemma_tui.studies.memorization.results import memorization_figure, read_measured
+from gemma_tui.studies.memorization.where import STUDY as WHERE
+from gemma_tui.studies.memorization.where import Search, parts_in, prepare, where_plan
 
-COUNTED = {SWEEP: "cells", MEASUREMENT: "sequences", CURVE: "rows"}
+COUNTED = {SWEEP: "cells", MEASUREMENT: "sequences", WHERE: "parts", CURVE: "rows"}
 """What the steps of a run are, by its study."""
 
 LISTED = 200
@@ -48,6 +53,8 @@ class FollowedRun:
     _tail: Tail | None = None
     _sweep: Sweep | None = None
     _curve: Curve | None = None
+    _search: Search | None = None
+    _parts: dict[str, np.ndarray] = field(default_factory=dict)
 
     def follow(self, run: Run, grown: Callable[[str], object]) -> None:
         """Let a thread read the run, if it has changed and it is time.
@@ -77,20 +84,34 @@ class FollowedRun:
         with closing(RunStore()) as store:
             run = store.run(self.name)
             self._tail = self._tail or Tail(run.run_id)
-            rows = self._tail.read(store)
-            if run.study == MEASUREMENT:
-                if any(row.kind in (MEASUREMENT, *FURTHER) for row in rows):
-                    self.figure = memorization_figure(read_measured(store, run))
-                return
-        if run.study == CURVE:
-            curve = self._curve = self._curve or Curve(curve_plan(run))
-            curve.add(rows)
-            self.figure = curve_figure(curve) if curve.rows else None
-            return
+            readers = {
+                SWEEP: self._read_sweep,
+                MEASUREMENT: self._read_measurement,
+                WHERE: self._read_parts,
+                CURVE: self._read_curve,
+            }
+            readers[run.study](store, run, self._tail.read(store))
+
+    def _read_measurement(self, store: RunStore, run: Run, rows: Sequence[Row]) -> None:
+        if any(row.kind in (MEASUREMENT, *FURTHER) for row in rows):
+            self.figure = memorization_figure(read_measured(store, run))
+
+    def _read_parts(self, store: RunStore, run: Run, rows: Sequence[Row]) -> None:
+        self._search = self._search or prepare(where_plan(run), store)
+        if new := parts_in(rows):
+            self._parts |= new
+            self.figure = parts_figure(self._search, self._parts)
+
+    def _read_curve(self, _: RunStore, run: Run, rows: Sequence[Row]) -> None:
+        curve = self._curve = self._curve or Curve(curve_plan(run))
+        curve.add(rows)
+        self.figure = curve_figure(curve) if curve.rows else None
+
+    def _read_sweep(self, _: RunStore, run: Run, rows: Sequence[Row]) -> None:
         plan = sweep_plan(run)
         sweep = self._sweep = self._sweep or Sweep(plan)
-        if rows or sweep.plan != plan or self.figure is None:
-            sweep.plan = plan  # cells may have been added
+        if rows or self.figure is None or (sweep.plan, sweep.active) != (plan, run.active):
+            sweep.plan, sweep.active = plan, run.active  # cells may have been added
             sweep.add(rows)
             self.figure = sweep_figure(sweep)
 

@@ -167,11 +167,10 @@ class RunList(RunTable):
 
 def what_else(run: Run) -> str:
     """What a run is that is no training run, and what can be done with it."""
-    resumed = f"`gemma-tui runs resume {run.run_id}` goes on with it or prints it"
     known = {
         "heads": ("study of heads over texts", "u in the list goes on with it and shows it"),
         "memorization": ("measurement of memorization", "press 3, where it is listed"),
-        "where": ("study of which parts hold what was memorised", resumed),
+        "where": ("study of which parts hold what was memorised", "press 3, where it is listed"),
         "curve": ("speed-quality curve of block decoding", "press 5, then k, where it is listed"),
         "capacity": ("capacity sweep", "press 3, where it is listed"),
     }

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from gemma_tui.session import Job
 
 
-SAVING = ("train", "study", "sweep", "measure")
+SAVING = ("train", "study", "sweep", "measure", "where")
 """Jobs that finish the step in hand and keep it; the others leave what they are at."""
 
 
@@ -57,6 +57,7 @@ def go_on_elsewhere(bench: GemmaTui, run: Run) -> None:
         "heads": (session.resume_study, "attention"),
         "capacity": (session.resume_sweep, "capacity"),
         "memorization": (session.resume_measure, "capacity"),
+        "where": (session.resume_where, "capacity"),
     }
     if run.study not in places:
         raise UsageError(what_else(run))

@@ -27,7 +27,7 @@ class Chart(Widget):
         self.log_axis = log
         self.named = named
         self.log_x = False
-        """Whether the x axis is logarithmic; it has positive numbers only then."""
+        """Whether the x axis is logarithmic; points that are not at a positive place are left out then."""
         self.x_label = ""
         """What the x axis counts, where that is not the step."""
         self.series: list[Series] = []

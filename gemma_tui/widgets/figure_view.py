@@ -51,6 +51,8 @@ class FigureView(Vertical):
         self.part = 0
         self._pairs: PairGrid | None = None
         self._notes = ""
+        self._other_axis = False
+        """Whether charts have a linear x axis where theirs is logarithmic, and the other way round."""
         self._rows: list[Sequence[object]] = []
         """Of the table, as they are drawn."""
 
@@ -76,6 +78,7 @@ class FigureView(Vertical):
         same = figure.title == self.figure.title or (pairs is not None and self._pairs is not None)
         self.figure, self._pairs = figure, pairs
         self.part = self.part % self.count if same and self.count else 0
+        self._other_axis = self._other_axis and same
         notes = "\n".join(one_line(note, 240) for note in figure.notes)
         if notes != self._notes:  # an update lays out the whole screen
             self._notes = notes
@@ -98,6 +101,11 @@ class FigureView(Vertical):
         if self.count:
             self.part = (self.part + 1) % self.count
             self._fill()
+
+    def switch_axis(self) -> None:
+        """Draw charts over a linear x axis instead of a logarithmic one, or the other way round."""
+        self._other_axis = not self._other_axis
+        self._fill()
 
     def turn_to(self, name: str) -> None:
         """Show the part of a name, as ``place`` tells it, if there is one."""
@@ -139,6 +147,7 @@ class FigureView(Vertical):
         elif kind == "line":
             chart, line = self.query_one(Chart), figure.charts[at - maps].cleaned()
             chart.title, chart.x_label, chart.log_axis = line.title, line.x_label, line.log
+            chart.log_x = line.log_x != self._other_axis
             series, every = list(line.series), len(line.series)
             if every > MOST_LINES:
                 series = [series[i * (every - 1) // (MOST_LINES - 1)] for i in range(MOST_LINES)]

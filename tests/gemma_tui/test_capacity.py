@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from gemma_tui.errors import UsageError
 from gemma_tui.runs.store import RunStore
 from gemma_tui.studies.capacity import sweep as sweeping
 from gemma_tui.studies.capacity.measures import expected_bits, memorised_bits, plateau, summary
-from gemma_tui.studies.capacity.plan import CapacityPlan, cells_of, with_preset
+from gemma_tui.studies.capacity.plan import CapacityPlan, MoreCells, cells_of, with_preset
 from gemma_tui.studies.capacity.results import Sweep, read_sweep, sweep_figure
 from gemma_tui.studies.capacity.sweep import (
     FLAT,
@@ -184,6 +185,10 @@ def test_a_sweep_tells_what_every_cell_holds(engine: Engine, store: RunStore) ->
     model, every = figure.tables
     assert model.rows[0][2] == 30 or model.rows[0][2] == 8
     assert [row[1] for row in every.rows] == ["done"] * 6
+    held = figure.charts[0].series
+    assert [line.label for line in held][:4] == ["1x8", "1x8 plateau", "1x8 - 95 %", "1x8 + 95 %"]
+    assert (list(held[1].x), list(held[1].y)) == ([4 * 16, 30 * 16], [max(held[0].y)] * 2), "of its smallest to largest"
+    assert not any(chart.log_x for chart in figure.charts), "4 to 30 strings, 6 to 24 steps"
     descent = next(chart for chart in figure.charts if chart.title.startswith("held-out"))
     assert list(descent.series[0].x) == sorted({c["data_bits"] / (3.6 * c["parameters"]) for c in found.cells.values()})
     of_four = [c["held_out_loss"] for c in found.cells.values() if c["sequences"] == 4]
@@ -199,6 +204,35 @@ def test_a_cell_that_knows_its_data_is_done_early(torch_engine: Engine, store: R
     assert cell["why"] == LEARNED
     assert cell["steps"] < 2000
     assert cell["bits"] >= 0.9995 * 2 * 3 * 4
+
+
+def test_axes_that_span_a_decade_are_logarithmic() -> None:
+    wide, long = replace(TINY, sizes="4,40"), replace(TINY, steps=60)
+    assert [chart.log_x for chart in sweep_figure(Sweep(wide)).charts] == [True, False, False, True]
+    assert [chart.log_x for chart in sweep_figure(Sweep(long)).charts] == [False, True, True, False]
+    expected = sweep_figure(Sweep(wide)).charts[0].series[-1]
+    assert (min(expected.x), max(expected.x)) == (4 * 16, 40 * 16)
+
+
+def test_a_cell_tells_how_long_it_still_takes(
+    torch_engine: Engine, store: RunStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, evaluated, control = [0.0], sweeping.evaluate, Control()
+
+    def slow(*arguments: Any) -> Any:
+        clock[0] += 12  # an evaluation after six steps
+        return evaluated(*arguments)
+
+    monkeypatch.setattr(sweeping, "evaluate", slow)
+    monkeypatch.setattr(sweeping, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    recorded = record_capacity(torch_engine, replace(TINY, sizes="8,30"), control, store)
+    for event in recorded.events:
+        if event.kind == sweeping.TRACE:
+            states = [row[:3] for row in sweep_figure(read_sweep(store, recorded.run)).tables[1].rows]
+            assert states == [("1x8 N=8 seed 0", "training", 36.0), ("1x8 N=30 seed 0", "training", 36.0)]
+            control.stop.set()
+    states = [row[:3] for row in sweep_figure(read_sweep(store, recorded.run)).tables[1].rows]
+    assert states == [("1x8 N=8 seed 0", "stopped", None), ("1x8 N=30 seed 0", "stopped", None)]
 
 
 def stopped_and_resumed(engine: Engine, plan: CapacityPlan, store: RunStore, after: int) -> Sweep:
@@ -246,7 +280,8 @@ def test_cells_are_added_to_a_sweep(torch_engine: Engine, store: RunStore) -> No
     recorded = record_capacity(torch_engine, TINY, Control(), store)
     done(recorded)
     before = cells(read_sweep(store, recorded.run))
-    more = resume_capacity(torch_engine, store.run(recorded.run.run_id), Control(), store, {"sizes": "5", "seeds": 2})
+    name = recorded.run.run_id
+    more = resume_capacity(torch_engine, store.run(name), Control(), store, MoreCells(name, "5", 2))
     assert sum(event.kind == "cell" for event in done(more)) == 5
     run = store.run(recorded.run.run_id)
     assert (run.step, run.steps, run.plan["seeds"]) == (8, 8, 2)
@@ -256,7 +291,11 @@ def test_cells_are_added_to_a_sweep(torch_engine: Engine, store: RunStore) -> No
     with pytest.raises(UsageError, match="all of its 8 cells"):
         resume_capacity(torch_engine, run, Control(), store)
     with pytest.raises(UsageError, match="has 2 already"):
-        resume_capacity(torch_engine, run, Control(), store, {"seeds": 1})
+        resume_capacity(torch_engine, run, Control(), store, MoreCells(name, seeds=1))
+    with pytest.raises(UsageError, match="adds nothing: give --sizes"):
+        resume_capacity(torch_engine, run, Control(), store, MoreCells(name))
+    with pytest.raises(UsageError, match="all of its 8 cells"):
+        resume_capacity(torch_engine, run, Control(), store, MoreCells(name, "4,30", 2))
 
 
 def test_a_sweep_stays_on_its_engine(both_engines: tuple[Engine, Engine], store: RunStore) -> None:
@@ -303,6 +342,9 @@ def test_the_command_tells_and_writes_it(command: Commands, tmp_path: Path) -> N
     code, rows, _ = command("capacity", "sweep", "--add", "capacity-1", "--sizes", "6", "--json")
     assert code == 0
     assert [row["name"] for row in rows if row["kind"] == "cell" and "name" in row] == ["1x8 N=6 seed 0"]
+    code, _, error = command("capacity", "sweep", "--add", "capacity-1", "--json")
+    assert (code, error.count("\n")) == (2, 1)
+    assert "adds nothing: give --sizes" in error
 
 
 @pytest.mark.parametrize(
@@ -316,7 +358,6 @@ def test_the_command_tells_and_writes_it(command: Commands, tmp_path: Path) -> N
         (("--preset", "huge"), "quick | smallest"),
         (("--sizes", "4", "--seeds", "1000", "--width", "8,16,24,32,40,48,56,64,72,80,88"), "11,000 cells"),
         (("--sizes", "9000000", "--length", "4096", "--width", "16384", "--vocab", "65536"), "GB of memory"),
-        (("--add", "capacity-1"), "--sizes or --seeds"),
         (("--add", "capacity-1", "--sizes", "4"), "capacity-1"),
         (("--add", "capacity-1", "--steps", "4"), "--sizes and --seeds alone"),
     ],

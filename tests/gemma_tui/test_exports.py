@@ -117,6 +117,16 @@ def test_an_svg_is_xml_with_a_cell_per_value_and_a_line_per_series(tmp_path: Pat
     assert {"no values", "1000", "0.001"} <= set(shown)
 
 
+def test_an_svg_has_equal_ratios_at_equal_distances_on_a_logarithmic_x_axis(tmp_path: Path) -> None:
+    chart = LineChart("c", [Series("a", [0.0, 1.0, 10.0, 1000.0], [7.0, 1.0, 1.0, 2.0])], "x", log_x=True)
+    export(figure(heats=[], charts=[chart]), tmp_path / "f.svg")
+    root = ElementTree.parse(tmp_path / "f.svg").getroot()
+    (line,) = root.iter(f"{SVG}polyline")
+    xs = [float(point.split(",")[0]) for point in str(line.get("points")).split()]
+    assert xs == pytest.approx([64, 64 + 680 / 3, 744], abs=0.1), "0 has no place there"
+    assert {"1", "10", "100", "1000"} <= {str(t.text) for t in root.iter(f"{SVG}text")}
+
+
 def test_a_picture_is_as_wide_as_its_longest_line(tmp_path: Path) -> None:
     export(figure("x" * 300), tmp_path / "f.svg")
     root = ElementTree.parse(tmp_path / "f.svg").getroot()

@@ -31,6 +31,15 @@ def test_all_parts_are_there_in_order() -> None:
     assert all(cell_len(line) <= 60 for line in text.splitlines())
 
 
+def test_a_chart_may_have_a_logarithmic_x_axis() -> None:
+    lines = [Series("a", [1.0, 1000.0], [1.0, 2.0])]
+    log, linear = (
+        figure_text(Figure("f", charts=[LineChart("c", lines, "x", log_x=on)])).split() for on in (True, False)
+    )
+    assert {"1", "10", "100", "1000"} <= set(log)
+    assert "10" not in linear
+
+
 @pytest.mark.parametrize("colour", [False, True])
 def test_no_escape_comes_from_outside(colour: bool) -> None:
     text = figure_text(figure(HOSTILE), 60, colour)

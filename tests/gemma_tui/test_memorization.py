@@ -256,6 +256,11 @@ def test_the_checkpoints_of_a_run_are_followed(
     moved = next(table for table in figure.tables if table.kind == "checkpoint")
     assert [row[0] for row in moved.rows] == [0, 2, 4, 6]
     assert any("memoris" in note and "step" in note for note in figure.notes)
+    for summary, bits in zip(found.summaries, (0.0, 5.0, 9.0, 9.0), strict=True):
+        summary["train"]["clipped"], summary["held_out"]["loss"] = bits, abs(bits - 5) + 1
+    bits, loss = memorization_figure(found).charts[:2]
+    assert (bits.series[-1].label, list(bits.series[-1].x)) == ("over at 4", [4.0, 4.0])
+    assert (loss.series[-1].label, list(loss.series[-1].x)) == ("lowest at 2", [2.0, 2.0])
     assert [chart.x_label for chart in figure.charts] == [
         *["training step"] * 2,
         "signed bits of a sequence",

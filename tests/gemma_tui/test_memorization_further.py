@@ -243,7 +243,9 @@ def test_canaries_overwrite_nothing(command: Commands, tmp_path: Path) -> None:
         (("--out", str(rows)), "is there already"),
         (("--out", str(tmp_path / "x.txt")), "does not end in .jsonl"),
         (("--out", str(tmp_path / "x.jsonl"), "--repeats", "1,x"), "whole numbers"),
-        (("--out", str(tmp_path / "x.jsonl"), "--each", "0"), "can be planted"),
+        (("--out", str(tmp_path / "x.jsonl"), "--each", "0"), "a whole number (1 to 1,000,000) is needed"),
+        (("--out", str(tmp_path / "x.jsonl"), "--each", "50_000"), "1,050,000 rows; 1,000,000 can be planted"),
+        ((), "--out is needed"),
         (("--out", str(tmp_path / "x.jsonl"), "--sidecar", str(tmp_path / "x.jsonl")), "two files"),
     ):
         code, _, errors = command("canaries", str(rows), *words)

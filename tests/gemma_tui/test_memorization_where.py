@@ -224,8 +224,8 @@ def test_what_cannot_be_done_is_refused_before_a_run_is_made(
     assert prepare(WherePlan(measurement, "heads"), store).parts[1].name == "L0.H0"
 
 
-def test_the_command_tells_the_cost_and_prints(
-    command: Commands, spoken: Any, tiny: str, measured_plan: MemorizationPlan
+def test_the_command_tells_the_cost_prints_and_writes(
+    command: Commands, spoken: Any, tiny: str, measured_plan: MemorizationPlan, tmp_path: Path
 ) -> None:
     assert command("memorization", tiny, "--data", measured_plan.data, "--engine", "torch")[0] == 0
     words = ("memorization", "memorization-1", "--where", "layers", "--most", "2", "--engine", "torch")
@@ -235,6 +235,16 @@ def test_the_command_tells_the_cost_and_prints(
     assert (start["parts"], start["passes"], start["sequences"]) == (4, 5, {"train": 2, "held_out": 2})
     assert len([row for row in rows if row["kind"] == "part"]) == 4
     assert rows[-1] == {"kind": "end", "status": "done", "run": "where-1"}
+    code, rows, _ = command(*words, "--csv", str(tmp_path / "parts.csv"), "--svg", str(tmp_path / "parts.svg"))
+    assert (code, [row["path"] for row in rows if row["kind"] == "written"]) == (
+        0, [str(tmp_path / "parts.svg"), str(tmp_path / "parts.csv")],
+    )  # fmt: skip
+    assert "L1 mlp" in (tmp_path / "parts.csv").read_text()
+    for run, kind in (("memorization-1", "sequence"), ("where-1", "part")):
+        code, rows, _ = command("capacity", "show", run, "--csv", str(tmp_path / f"{run}.csv"))
+        assert code == 0
+        assert kind in {row["kind"] for row in rows}
+        assert (tmp_path / f"{run}.csv").stat().st_size
     code, text, _ = spoken("runs", "resume", "where-1")
     assert code == 0
     assert "4 parts, each taken away once: 5 passes of tiny" in text

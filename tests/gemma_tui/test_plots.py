@@ -60,6 +60,12 @@ def test_a_logarithmic_axis_leaves_out_what_has_no_logarithm() -> None:
     assert reduce(line([0.0, -1.0, 1.0, 100.0, None]), columns=8, log=True) == ([2.0, 3.0], [0.0, 2.0])
 
 
+def test_a_logarithmic_x_axis_leaves_out_what_has_no_logarithm() -> None:
+    points = Series("l", [-1.0, 0.0, 1.0, 100.0], [1.0, 2.0, 3.0, 4.0])
+    assert reduce(points, columns=8, log_x=True) == ([0.0, 2.0], [3.0, 4.0])
+    assert len(draw([points], 40, 10, "t", colour=False, log_x=True).splitlines()) == 10
+
+
 def test_a_logarithmic_axis_is_labelled_with_the_values_themselves() -> None:
     text = draw([line([1.0, 10.0, 100.0, 1000.0])], 40, 14, "t", log=True, colour=False)
     labels = {row.split("┤")[0].strip() for row in text.splitlines() if "┤" in row}

@@ -48,6 +48,17 @@ class CapacityPlan:
     name: str = option("", "name of the run; empty for capacity")
 
 
+@dataclass(frozen=True)
+class MoreCells:
+    """What a sweep is added to: cells of other sizes or seeds, since cells of another kind would not be comparable."""
+
+    add: str = option("", "the sweep that gets more cells", required=True)
+    sizes: str = option("", "numbers of strings that are added, with commas")
+    seeds: int | None = option(
+        None, "networks of each kind from now on", low=1, high=1000, open_means="as many as it has"
+    )
+
+
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "quick": {"width": "8", "vocab": 128, "length": 16, "sizes": "25,50,100,200,400", "steps": 300,
               "batch_size": 100, "evaluate_every": 25},

@@ -27,9 +27,12 @@ from gemma_tui.studies.capacity.sweep import TRACE, sweep_plan
 CURVE = 60
 """Points of a curve that has a formula."""
 
+DECADE = 10
+"""Largest over smallest, from which on an axis is logarithmic."""
+
 CELL_COLUMNS = (
-    "cell", "state", "data bits", "bits", "bits (paper)", "bits/param", "bits/param (paper)", "loss", "held-out",
-    "steps", "strings", "ended by", "seconds",
+    "cell", "state", "left, s", "data bits", "bits", "bits (paper)", "bits/param", "bits/param (paper)", "loss",
+    "held-out", "steps", "strings", "ended by", "seconds",
 )  # fmt: skip
 MODEL_COLUMNS = (
     "model", "parameters", "N", "capacity ≥", "± 95 %", "bits/param", "bits/param (paper)", "without embeddings",
@@ -42,14 +45,18 @@ class Sweep:
     """A sweep's events, gathered.
 
     Attributes:
+        active: whether it is computed now.
         cells: what is kept of each finished cell, by name.
         traces: for each cell the strings seen, the bits held, and the loss at each evaluation.
+        left: the seconds that a cell still took at most at its last evaluation.
     """
 
     plan: CapacityPlan
+    active: bool = False
     device: str = ""
     cells: dict[str, dict[str, Any]] = field(default_factory=dict)
     traces: dict[str, tuple[list[float], list[float], list[float]]] = field(default_factory=dict)
+    left: dict[str, float | None] = field(default_factory=dict)
 
     def add(self, rows: Sequence[Row]) -> None:
         """Take in further events."""
@@ -60,8 +67,9 @@ class Sweep:
             elif row.kind == "cell":
                 self.cells[str(values["name"])] = dict(values)
             elif row.kind == TRACE:
-                for name, (bits, loss, _) in values["cells"].items():
+                for name, (bits, loss, _, *left) in values["cells"].items():
                     self._trace(name, float(values["strings"]), bits, loss)
+                    self.left[name] = left[0] if left else None
 
     def _trace(self, name: str, strings: float, bits: float, loss: float) -> None:
         """One point; those that were computed again after an interruption take the place of the first ones."""
@@ -80,7 +88,7 @@ def read_sweep(store: RunStore, run: Run) -> Sweep:
         UsageError: the run is another study.
         GemmaTuiError: nothing yet.
     """
-    found = Sweep(sweep_plan(run))
+    found = Sweep(sweep_plan(run), store.run(run.run_id).active)
     found.add(store.events(run.run_id, limit=10_000_000))
     if not found.traces:
         raise GemmaTuiError(f"{run.run_id} has no bits yet: `gemma-tui runs resume {run.run_id}` goes on with it")
@@ -116,6 +124,7 @@ def plateau_of(sweep: Sweep, cells: Sequence[Cell]) -> Plateau | None:
 def _charts(sweep: Sweep, models: dict[str, list[Cell]]) -> list[LineChart]:
     plan = sweep.plan
     held, budgets, losses, descent = _data_lines(sweep, models), [], [], []
+    every = [cell for cells in models.values() for cell in cells]
     for model, cells in models.items():
         shape, done = cells[0].shape, [sweep.cells[c.name] for c in cells if c.name in sweep.cells]
         parameters = shape.parameter_count()
@@ -133,19 +142,29 @@ def _charts(sweep: Sweep, models: dict[str, list[Cell]]) -> list[LineChart]:
     if descent:
         lows = [y for line in descent for y in line.y if y is not None]
         descent.append(Series("data = capacity", [1.0, 1.0], [min(lows), max(lows)]))
+    wide, long = _wide_data(every), plan.steps >= DECADE * plan.evaluate_every
+    ratio = f"data bits / ({plan.alpha:g} bits x parameters)"
     return [
-        LineChart("memorised bits (strict) against data bits", held, "data bits, N S log2 V"),
-        LineChart("bits per parameter against budget", budgets, "strings seen"),
-        LineChart("training loss, nats per token", losses, "strings seen"),
-        LineChart("held-out loss, bits per token", descent, f"data bits / ({plan.alpha:g} bits x parameters)"),
+        LineChart("memorised bits (strict) against data bits", held, "data bits, N S log2 V", log_x=wide),
+        LineChart("bits per parameter against budget", budgets, "strings seen", log_x=long),
+        LineChart("training loss, nats per token", losses, "strings seen", log_x=long),
+        LineChart("held-out loss, bits per token", descent, ratio, log_x=wide),
     ]
 
 
+def _wide_data(cells: Sequence[Cell]) -> bool:
+    """Whether the sizes of the data sets span so much that a logarithmic axis shows them better."""
+    sizes = [cell.sequences for cell in cells]
+    return max(sizes) >= DECADE * min(sizes)
+
+
 def _data_lines(sweep: Sweep, models: dict[str, list[Cell]]) -> list[Series]:
-    """Means over seeds with their band, the cells that still train, what could be held, and what is expected."""
+    """Means over seeds with their band, also of cells that still train, their plateau, and what is expected."""
     plan, lines = sweep.plan, []
-    largest = max(cell.sequences for cells in models.values() for cell in cells)
-    sizes = sorted({round(n) for n in np.linspace(0, largest, CURVE)})
+    every = [cell for cells in models.values() for cell in cells]
+    least, largest = (pick(cell.sequences for cell in every) for pick in (min, max))
+    spread = np.geomspace(least, largest, CURVE) if _wide_data(every) else np.linspace(0, largest, CURVE)
+    sizes = sorted({round(n) for n in spread})
     bits = [data_bits(n, plan.length, plan.vocab) for n in sizes]
     for model, cells in models.items():
         rows = sorted({cell.sequences for cell in cells})
@@ -155,6 +174,9 @@ def _data_lines(sweep: Sweep, models: dict[str, list[Cell]]) -> list[Series]:
         summaries = [summary(n, found) for n, found in known]
         x = [data_bits(s.sequences, plan.length, plan.vocab) for s in summaries]
         lines.append(Series(model, x, [s.bits for s in summaries]))
+        if (best := plateau_of(sweep, cells)) is not None and len(rows) > 1:
+            ends = [data_bits(n, plan.length, plan.vocab) for n in (rows[0], rows[-1])]
+            lines.append(Series(f"{model} plateau", ends, [best.bits, best.bits]))
         if any(s.half for s in summaries):
             for side, name in ((-1, "- 95 %"), (1, "+ 95 %")):
                 lines.append(Series(f"{model} {name}", x, [s.bits + side * (s.half or 0.0) for s in summaries]))
@@ -194,7 +216,7 @@ def _cells(sweep: Sweep, cells: Sequence[Cell]) -> Table:
         if cell.name in sweep.cells:
             d = sweep.cells[cell.name]
             rows.append((
-                cell.name, "done", bits, d["bits"], d["bits_paper"], d["bits_per_parameter"],
+                cell.name, "done", None, bits, d["bits"], d["bits_paper"], d["bits_per_parameter"],
                 d["bits_per_parameter_paper"], d["loss"], d["held_out_loss"], d["steps"], d["strings"], d["why"],
                 d["seconds"],
             ))  # fmt: skip
@@ -202,9 +224,14 @@ def _cells(sweep: Sweep, cells: Sequence[Cell]) -> Table:
             strings, held, loss = (line[-1] for line in sweep.traces[cell.name])
             count, longer = cell.shape.parameter_count(), cell.shape.length / (cell.shape.length - 1)
             rows.append((
-                cell.name, "training", bits, held, held * longer, held / count, held * longer / count, loss, None, None,
-                int(strings), "", None,
+                cell.name, *_now(sweep, cell), bits, held, held * longer, held / count, held * longer / count, loss,
+                None, None, int(strings), "", None,
             ))  # fmt: skip
         else:
-            rows.append((cell.name, "waiting", bits, *[None] * 10))
+            rows.append((cell.name, "waiting" if sweep.active else "not begun", None, bits, *[None] * 10))
     return Table("cell", CELL_COLUMNS, rows)
+
+
+def _now(sweep: Sweep, cell: Cell) -> tuple[str, float | None]:
+    """The state of a cell that has begun, and the seconds it still takes."""
+    return ("training", sweep.left[cell.name]) if sweep.active else ("stopped", None)

@@ -9,7 +9,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from gemma_tui import paths
 from gemma_tui.errors import GemmaTuiError, UsageError
 from gemma_tui.runs.store import Run, RunStore
 from gemma_tui.studies.capacity.measures import data_bits, memorised_bits
-from gemma_tui.studies.capacity.plan import CapacityPlan, Cell, cells_of, plan_of, training_of
+from gemma_tui.studies.capacity.plan import CapacityPlan, Cell, MoreCells, cells_of, plan_of, training_of
 from gemma_tui.studies.events import Control, Event, wait_while_paused
 from gemma_tui.studies.plan import command
 from gemma_tui.studies.recording import Recorded, recorded
@@ -70,18 +70,20 @@ def record_capacity(engine: Engine, plan: CapacityPlan, control: Control, store:
 
 
 def resume_capacity(
-    engine: Engine, run: Run, control: Control, store: RunStore, more: Mapping[str, Any] | None = None
+    engine: Engine, run: Run, control: Control, store: RunStore, more: MoreCells | None = None
 ) -> Recorded:
     """Go on with a sweep; finished cells stay as they are.
 
     Args:
-        more: ``sizes`` and ``seeds`` that are added to those of the sweep.
+        more: what is added to it.
 
     Raises:
-        UsageError: the run is another study or another engine's, or nothing is left to do.
+        UsageError: the run is another study or another engine's, nothing is added, or nothing is left to do.
         EngineError: another process computes it, or it does not fit.
     """
-    plan, done = extended(sweep_plan(run), more or {}), finished(store, run)
+    plan, done = sweep_plan(run), finished(store, run)
+    if more is not None:
+        plan = extended(plan, more)
     if run.engine != engine.name:
         raise UsageError(f"{run.run_id} was computed with {run.engine}: resume it with --engine {run.engine}")
     cells = cells_of(plan)
@@ -112,12 +114,18 @@ def sweep_plan(run: Run) -> CapacityPlan:
     return plan_of(run.plan, run.run_id)
 
 
-def extended(plan: CapacityPlan, more: Mapping[str, Any]) -> CapacityPlan:
-    """A sweep with more data-set sizes or seeds; the cells it has stay among the others."""
-    sizes, seeds = more.get("sizes", ""), int(more.get("seeds", plan.seeds))
+def extended(plan: CapacityPlan, more: MoreCells) -> CapacityPlan:
+    """A sweep with more data-set sizes or seeds; the cells it has stay among the others.
+
+    Raises:
+        UsageError: nothing is added, or fewer seeds are wanted than there are.
+    """
+    seeds = plan.seeds if more.seeds is None else more.seeds
     if seeds < plan.seeds:
         raise UsageError(f"seeds: the sweep has {plan.seeds} already: give more")
-    return replace(plan, sizes=f"{plan.sizes},{sizes}" if sizes else plan.sizes, seeds=seeds)
+    if not more.sizes and seeds == plan.seeds:
+        raise UsageError(f"add: that adds nothing: give --sizes that it has not, or more than {plan.seeds} --seeds")
+    return replace(plan, sizes=f"{plan.sizes},{more.sizes}" if more.sizes else plan.sizes, seeds=seeds)
 
 
 def finished(store: RunStore, run: Run) -> set[str]:
@@ -202,9 +210,13 @@ class Course:
         left = 0.0 if step >= end else 1.0 if step < top else (end - step) / (end - top)
         return plan.learning_rate * rise * left
 
+    def left(self, step: int, plan: CapacityPlan) -> int:
+        """Steps until the rate is zero."""
+        return max(0, self.end(plan) - step)
+
     def ended(self, step: int, plan: CapacityPlan) -> bool:
         """Whether the rate has come to zero, or nothing is left to learn."""
-        return self.why == LEARNED or step >= self.end(plan)
+        return self.why == LEARNED or not self.left(step, plan)
 
     def observe(self, step: int, bits: float, plan: CapacityPlan) -> None:
         """Take in an evaluation: a cell that has learned all is done, and where bits grow no more the rate falls."""
@@ -253,6 +265,7 @@ def _train(
         step = _restore(folder, networks, courses)
     fresh = strings_of(shape.vocabulary, shape.length, HELD_OUT, HELD_OUT_SEED + plan.seed)
     seconds = saved_at = told_at = time.monotonic()
+    begun = step
     while courses:
         yield from wait_while_paused(control, counted)
         if control.stop.is_set():
@@ -271,7 +284,8 @@ def _train(
             ending = [i for i, course in enumerate(courses) if course.ended(step, plan)]
             if ending:
                 held_out = evaluate(networks, [fresh] * len(courses))
-            yield Event(TRACE, counted, _trace(courses, step, batch, plan, counted, total))
+            pace = (time.monotonic() - seconds) / (step - begun)
+            yield Event(TRACE, counted, _trace(courses, step, batch, plan, counted, total, pace))
             for i in ending:
                 counted += 1
                 passed = time.monotonic() - seconds
@@ -307,10 +321,14 @@ def strings_of(vocabulary: int, length: int, count: int, seed: int) -> np.ndarra
 
 
 def _trace(
-    courses: Sequence[Course], step: int, batch: int, plan: CapacityPlan, counted: int, total: int
+    courses: Sequence[Course], step: int, batch: int, plan: CapacityPlan, counted: int, total: int, pace: float
 ) -> dict[str, Any]:
-    """Where every cell of a stack is."""
-    cells = {c.cell.name: [c.bits[-1], c.loss, c.rate(step, plan)] for c in courses}
+    """Where every cell of a stack is: bits, loss, learning rate, and the seconds it still takes at most.
+
+    Args:
+        pace: seconds that a step takes.
+    """
+    cells = {c.cell.name: [c.bits[-1], c.loss, c.rate(step, plan), pace * c.left(step, plan)] for c in courses}
     return {"at": step, "strings": step * batch, "cells": cells, "share": _share(courses, step, plan, counted, total)}
 
 

@@ -61,7 +61,7 @@ def membership_findings(found: dict[str, Any], curves: Mapping[str, np.ndarray],
     columns = ("attack", "auc", "low", "high", "tpr_at_0.1%", "tpr_at_1%", "best_f1", "published_as")
     defined = [(a["label"], a["formula"], a["threshold"], a["source"], a["note"]) for a in told.values()]
     lines = [Series(a["label"], curves[f"{name}_fpr"], curves[f"{name}_tpr"]) for name, a in told.items()]
-    chart = LineChart("true positives", [*lines, Series("chance", [0.0, 1.0], [0.0, 1.0])], "false positives")
+    chart = LineChart("ROC: true positives", [*lines, Series("chance", [0.0, 1.0], [0.0, 1.0])], "false positives")
     tables = [
         Table("membership", columns, rows),
         Table("attack", ("attack", "higher = member of", "best_f1_at", "source", "note"), defined),

@@ -59,18 +59,20 @@ def where_figure(store: RunStore, run: Run) -> Figure:
         UsageError: the run is another study.
         GemmaTuiError: it has not got so far, or what it was made from is gone.
     """
-    search, known = prepare(where_plan(run), store), kept_parts(store, run)
-    if INTACT not in known or len(known) < 2:
+    found = parts_figure(prepare(where_plan(run), store), kept_parts(store, run))
+    if found is None:
         raise GemmaTuiError(f"{run.run_id} has no part yet: `gemma-tui runs resume {run.run_id}` goes on with it")
-    return figure(search, known)
+    return found
 
 
-def figure(search: Search, known: Mapping[str, np.ndarray]) -> Figure:
-    """The figure of what is known so far.
+def parts_figure(search: Search, known: Mapping[str, np.ndarray]) -> Figure | None:
+    """The figure of what is known so far; None before the first part is.
 
     Args:
         known: as ``kept_parts`` gives it.
     """
+    if INTACT not in known or len(known) < 2:
+        return None
     chosen, config = search.chosen, search.subject.model.config()
     parts = [part for part in search.parts if part.name in known and part.kind]
     found = {part.name: changes(chosen, known[INTACT], known[part.name]) for part in parts}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,8 @@ import numpy as np
 
 from engines.checkpoints import replacing
 from gemma_tui.errors import GemmaTuiError, UsageError
-from gemma_tui.rows import TextRow, row_json
+from gemma_tui.exports import check_writable
+from gemma_tui.rows import TextRow, data_path, read_sources, row_json
 from gemma_tui.studies.memorization.canaries import (
     SPACES,
     Canary,
@@ -20,16 +21,33 @@ from gemma_tui.studies.memorization.canaries import (
     Planted,
     exposure_table,
     exposures,
+    plant,
     strings_beside,
 )
 from gemma_tui.studies.memorization.extras import Extra
 from gemma_tui.studies.memorization.sequences import Sequences
+from gemma_tui.studies.plan import command, option
 from gemma_tui.studies.turns import render
+from gemma_tui.text import one_line
 from gemma_tui.tokenizer import Tokenizer
 
 EXPOSURE = "exposure"
 KIND = "gemma-tui canaries"
 MAX_SIDECAR_BYTES = 64 << 20
+MAX_PLANTED = 1_000_000
+
+
+@dataclass(frozen=True)
+class CanaryPlan:
+    """What is planted in which rows; every field is an option of ``gemma-tui canaries``."""
+
+    data: str = option("", "rows to plant them in: .jsonl or .txt, a folder or hf:REPO", required=True)
+    out: str = option("", "the rows to train on: a .jsonl that is not there yet", required=True)
+    sidecar: str = option("", "what was planted; empty for the file of the rows with .canaries.json behind it")
+    space: str = option("digits", "of what they are", choices=tuple(SPACES))
+    repeats: str = option("0,1,4,16", "how often each, with commas")
+    each: int = option(4, "canaries of each number", low=1, high=MAX_PLANTED)
+    seed: int = option(0, "seed of strings and places", low=0, high=2**31)
 
 
 @dataclass(frozen=True)
@@ -38,6 +56,82 @@ class Sidecar:
 
     space: CanarySpace
     canaries: tuple[Canary, ...]
+
+
+@dataclass(frozen=True)
+class PlantedFiles:
+    """What was written.
+
+    Attributes:
+        rows, planted: all rows, and those of them that are canaries.
+        canaries: how many different ones.
+        apart: whether the data has validation or test rows, which are not copied.
+    """
+
+    out: Path
+    sidecar: Path
+    rows: int
+    planted: int
+    canaries: int
+    apart: bool
+
+    @property
+    def told(self) -> list[str]:
+        """Sentences for a person."""
+        out, sidecar = self.out, self.sidecar
+        return [
+            f"{out}: {self.rows:,} rows, {self.planted:,} of them from {self.canaries:,} canaries",
+            f"{sidecar}: what was planted; `gemma-tui memorization RUN --data {out} --exposure {sidecar}` measures it",
+            "validation and test rows are not copied: put them beside as valid.jsonl and test.jsonl"
+            if self.apart
+            else "training on data without validation rows keeps its last windows for them, canaries too: add some",
+        ]
+
+
+def words_of(plan: CanaryPlan) -> str:
+    """The command that plants."""
+    return command(("canaries", plan.data or "DATA"), replace(plan, data=CanaryPlan.data))
+
+
+def plant_files(plan: CanaryPlan) -> PlantedFiles:
+    """Plant canaries in rows and write down which.
+
+    Raises:
+        EngineError: the data cannot be used, a file is there already or cannot be written, or these are too many.
+    """
+    out = data_path(plan.out)
+    sidecar = data_path(plan.sidecar) if plan.sidecar else out.with_name(f"{out.name}.canaries.json")
+    if out.suffix != ".jsonl":
+        raise UsageError(f"{out} does not end in .jsonl: name a file that training can read")
+    for path in (out, sidecar):
+        check_writable(path)
+        if path.exists():
+            raise UsageError(f"{path} is there already: take another name")
+    if out == sidecar:
+        raise UsageError(f"{out} would be rows and sidecar: name two files")
+    repeats = repeats_of(plan)
+    rows, space = read_sources(plan.data), SPACES[plan.space]
+    planted = plant(rows.train, space, repeats, plan.each, plan.seed)
+    write_planted(planted, space, out, sidecar)
+    count, apart = len(planted.rows) - len(rows.train), bool(rows.valid or rows.test)
+    return PlantedFiles(out, sidecar, len(planted.rows), count, len(planted.canaries), apart)
+
+
+def repeats_of(plan: CanaryPlan) -> list[int]:
+    """How often canaries are planted, rising.
+
+    Raises:
+        UsageError: these are no whole numbers, or too many rows.
+    """
+    try:
+        found = sorted({int(part) for part in plan.repeats.split(",")})
+    except ValueError:
+        found = []
+    if not found or min(found) < 0:
+        raise UsageError(f"repeats is {one_line(plan.repeats, 40)!r}; whole numbers from 0 on with commas are needed")
+    if (rows := sum(found) * plan.each) > MAX_PLANTED:
+        raise UsageError(f"repeats: these are {rows:,} rows; {MAX_PLANTED:,} can be planted: take fewer")
+    return found
 
 
 def write_planted(planted: Planted, space: CanarySpace, out: Path, sidecar: Path) -> None:

@@ -21,7 +21,7 @@ from gemma_tui.studies.memorization.findings import (
     extraction_findings,
     membership_findings,
 )
-from gemma_tui.studies.memorization.history import told
+from gemma_tui.studies.memorization.history import marks, told
 from gemma_tui.studies.memorization.inquiry import CURVES_FILE, EXTRACTED_FILE, FURTHER, MEMBERSHIP
 from gemma_tui.studies.memorization.meter import ROWS_FILE, STRIPS_FILE, STUDY, plan_of
 from gemma_tui.studies.memorization.planting import EXPOSURE
@@ -190,11 +190,14 @@ def _history(summaries: Sequence[dict[str, Any]], notes: list[str]) -> tuple[lis
     steps = [int(found["checkpoint"]) for found in summaries]
     lines = {(name, m): [float(found[name][m]) for found in summaries] for m in (kind, "loss") for name in sets}
     notes += told(steps, lines[TRAIN, kind], lines.get((HELD_OUT, "loss")))
-    x = [float(step) for step in steps]
-    charts = [
-        LineChart(MEASURES[m], [Series(name.replace("_", "-"), x, lines[name, m]) for name in sets], "training step")
-        for m in (kind, "loss")
-    ]
+    over, lowest = marks(steps, lines[TRAIN, kind], lines.get((HELD_OUT, "loss"), ()))
+    charts = []
+    for m, words, at in ((kind, "over at", over), ("loss", "lowest at", lowest)):
+        series = [Series(name.replace("_", "-"), [float(step) for step in steps], lines[name, m]) for name in sets]
+        if at is not None:
+            values = [value for name in sets for value in lines[name, m]]
+            series.append(Series(f"{words} {at}", [float(at)] * 2, [min(values), max(values)]))
+        charts.append(LineChart(MEASURES[m], series, "training step"))
     columns = ["step", *(f"{name.replace('_', '-')} {'loss' if m == 'loss' else 'bits'}" for name, m in lines)]
     return charts, [Table("checkpoint", columns, list(zip(steps, *lines.values(), strict=True)))]
 

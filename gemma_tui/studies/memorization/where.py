@@ -5,7 +5,7 @@ Every part is one event of a run, so a study that was broken off goes on with th
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -15,7 +15,7 @@ import numpy as np
 from engines.adapters import read_adapter
 from engines.base import Engine
 from gemma_tui.errors import GemmaTuiError, UsageError
-from gemma_tui.runs.store import Run, RunStore
+from gemma_tui.runs.store import Row, Run, RunStore
 from gemma_tui.studies.events import Control, Event, Pace, wait_while_paused
 from gemma_tui.studies.memorization.bits import uniform
 from gemma_tui.studies.memorization.meter import plan_of as measurement_plan
@@ -92,10 +92,14 @@ def record_where(engine: Engine, plan: WherePlan, control: Control, store: RunSt
     Raises:
         EngineError: the measurement is not there or not finished, its model is gone, or there are no such parts.
     """
-    search = prepare(plan, store)
-    words = command(("memorization", plan.model, "--engine", engine.name), replace(plan, model=WherePlan.model))
+    search, words = prepare(plan, store), words_of(engine.name, plan)
     run = store.create(plan.name or STUDY, STUDY, engine.name, asdict(plan), words, len(search.parts))
     return Recorded(run, recorded(store, run, lambda _: study_where(engine, search, {}, control), control))
+
+
+def words_of(engine: str, plan: WherePlan) -> str:
+    """The command of a study of parts."""
+    return command(("memorization", plan.model, "--engine", engine), replace(plan, model=WherePlan.model))
 
 
 def resume_where(engine: Engine, run: Run, control: Control, store: RunStore) -> Recorded:
@@ -125,9 +129,13 @@ def where_plan(run: Run) -> WherePlan:
 
 
 def kept_parts(store: RunStore, run: Run) -> dict[str, np.ndarray]:
+    """As ``parts_in`` of all that the run has told."""
+    return parts_in(store.events(run.run_id, limit=1_000_000))
+
+
+def parts_in(rows: Sequence[Row]) -> dict[str, np.ndarray]:
     """ln p of the chosen sequences without each part, by the part's name, float64 ``[n]``."""
-    events = store.events(run.run_id, limit=1_000_000)
-    return {e.values["part"]: np.array(e.values["log_likelihoods"], float) for e in events if e.kind == PART}
+    return {row.values["part"]: np.array(row.values["log_likelihoods"], float) for row in rows if row.kind == PART}
 
 
 def prepare(plan: WherePlan, store: RunStore) -> Search:

@@ -20,9 +20,12 @@ from gemma_tui.studies.capacity import sweep as sweeps
 from gemma_tui.studies.capacity.plan import PRESETS, CapacityPlan
 from gemma_tui.studies.capacity.results import read_sweep, sweep_figure
 from gemma_tui.studies.memorization import desk
+from gemma_tui.studies.memorization import where as parts
+from gemma_tui.studies.memorization.held import where_figure
 from gemma_tui.studies.memorization.results import memorization_figure, read_measured
+from gemma_tui.widgets.chart import Chart
 from gemma_tui.widgets.figure_view import FigureView
-from gemma_tui.widgets.plan_form import Field, PlanForm
+from gemma_tui.widgets.plan_form import PlanForm
 
 from .conftest import Open, Opened, Size, needs_both
 from .inside_views import told, typed
@@ -33,7 +36,7 @@ SMALL = {
     "width": "8", "vocab": 16, "length": 4, "sizes": "4,8", "steps": 20, "evaluate_every": 5, "batch_size": 4,
     "flat": 0.0, "learning_rate": 1e-4,
 }  # fmt: skip
-"""A sweep of two cells, each of a stack of its own, that take all of their steps."""
+"""A sweep of two cells, trained side by side, that take all of their steps."""
 
 
 class Gate:
@@ -133,6 +136,12 @@ async def test_a_sweep_grows_on_the_screen_and_leaves_the_model_alone(
         await it.until(lambda: it.sees(run, "0/2 cells"), "the status")
         assert screen(it).query_one("#rows").display is (size[0] == 120), "the table beside the chart"
         assert not _layout_faults(it)
+        chart = view(it).query_one(Chart)
+        assert not chart.log_x, "4 to 8 strings"
+        await it.press("y")
+        assert chart.log_x
+        await it.press("y")
+        assert not chart.log_x
         await it.press("v")
         part = view(it).place
         assert part.startswith("chart 2/")
@@ -163,9 +172,13 @@ async def test_x_stops_u_goes_on_and_a_adds_cells(
         gate.let(1)
         await it.until(lambda: "training" in cells(it).values(), "the first bits")
         await it.press("a")
-        await it.until(lambda: isinstance(it.app.screen, Field), "the field")
-        await it.press(*"12", "enter")
+        await it.until(lambda: form(it, "more").is_on_screen, "the form")
+        await typed(it, "enter", run)
+        await it.press("down")
+        await typed(it, "enter", "12")
+        await it.press("s")
         await told(it, f"{run} is running: x stops it")
+        await it.press("escape")
         await it.press("space")
         gate.let(1)
         await it.until(lambda: listed(it)[run] == "paused", "the pause")
@@ -182,24 +195,34 @@ async def test_x_stops_u_goes_on_and_a_adds_cells(
         await it.until(lambda: run in listed(it), "the list")
         assert it.sees("n plans a sweep")
         await it.press("enter")
-        await it.until(lambda: "training" in cells(it).values(), "what was found before")
+        await it.until(lambda: set(cells(it).values()) == {"stopped"}, "what was found before")
         await it.press("u")
         await ended(it, run)
         await it.until(lambda: set(cells(it).values()) == {"done"}, "both cells")
         steps = [row.values["at"] for row in store.events(run)[before:] if row.kind == sweeps.TRACE]
         assert min(steps) > 5, "it went on where it was"
-        await typed(it, "a", "x")
-        await told(it, "sizes: 'x' is no whole number")
-        await it.press("v", "v")
-        await typed(it, "a", "6")
-        await it.until(lambda: len(cells(it)) == 3, "the cell that was added")
+        await it.press("v", "v", "a")
+        assert form(it, "more").values == {"add": run, "sizes": "", "seeds": 1}
+        assert not _layout_faults(it)
+        for values, words in (({}, "adds nothing: give --sizes"), ({"sizes": "x"}, "'x' is no whole number")):
+            for name, value in values.items():
+                form(it, "more").set(name, value)
+            await it.press("s")
+            await told(it, words)
+        form(it, "more").set("sizes", "6")
+        form(it, "more").set("seeds", 2)
+        words = screen(it).command().split()[1:]
+        args = _parser(words).parse_args(words)
+        assert (args.add, args.sizes, args.seeds) == (run, "6", "2")
+        await it.press("s")
+        await it.until(lambda: len(cells(it)) == 6, "the cells that were added")
         assert view(it).place.startswith("chart 3/"), "the part that is seen stays"
         await ended(it, run)
         await it.until(lambda: set(cells(it).values()) == {"done"}, "all cells")
-        assert "3/3 cells" in it.static("#looked")
-        assert store.run(run).plan["sizes"] == "4,8,6"
+        assert "6/6 cells" in it.static("#looked")
+        assert (store.run(run).plan["sizes"], store.run(run).plan["seeds"]) == ("4,8,6", 2)
         done = [row.values["name"] for row in store.events(run) if row.kind == "cell"]
-        assert len(done) == len(set(done)) == 3, "no cell is trained twice"
+        assert len(done) == len(set(done)) == 6, "no cell is trained twice"
 
 
 async def test_quitting_asks_saves_and_the_sweep_goes_on(opened: Open, store: RunStore, gate: Gate) -> None:
@@ -247,6 +270,11 @@ async def test_the_forms_presets_and_their_command(opened: Open, store: RunStore
         await it.until(lambda: form(it, "measure").is_on_screen, "the other form")
         assert not form(it, "sweep").is_on_screen
         assert screen(it).command().startswith("gemma-tui memorization nano")
+        await it.press("w")
+        await it.until(lambda: form(it, "where").is_on_screen, "the third form")
+        assert not form(it, "measure").is_on_screen
+        assert not _layout_faults(it)
+        await it.press("m")
         assert not _layout_faults(it)
         await it.press("escape")
         assert not form(it, "measure").is_on_screen
@@ -372,6 +400,117 @@ async def test_a_measurement_that_was_stopped_goes_on(
         await it.press("u")
         await ended(it, "memorization-1")
         await it.until(lambda: view(it).count > 0, "the figure")
+
+
+async def measured(it: Opened, model: str, data: Path) -> None:
+    """Measure a model, which is then in the list as ``memorization-1``."""
+    await it.mode("3", "capacity")
+    await it.press("m")
+    for name, value in (("model", model), ("data", str(data)), ("rows", 3), ("max_tokens", 8)):
+        form(it, "measure").set(name, value)
+    await it.press("s")
+    await it.until(lambda: "memorization-1" in listed(it), f"the run: {it.told()}")
+    await ended(it, "memorization-1")
+
+
+async def test_parts_that_hold_it_are_sought_and_the_model_comes_back(
+    opened: Open, tiny: str, corpus: Path, store: RunStore, tmp_path: Path, size_and_engine: tuple[Size, str]
+) -> None:
+    size, engine = size_and_engine
+    async with opened(size, model=tiny, engine=engine) as it:
+        await it.loaded(tiny)
+        before = it.app.session.place.info
+        await it.mode("3", "capacity")
+        await it.press("w", "s")
+        await told(it, "--model is needed: measurement")
+        await it.press("escape")
+        await measured(it, tiny, corpus)
+        await it.press("w")
+        filled = form(it, "where").values
+        assert (filled["model"], filled["where"]) == ("memorization-1", "layers"), "the measurement that is shown"
+        assert it.static("#looked") == "which parts hold it: s starts it"
+        assert not _layout_faults(it)
+        await it.until(lambda: not _footer_faults(it), "a whole footer")
+        form(it, "where").set("most", 2)
+        words = screen(it).command().split()[1:]
+        args = _parser(words).parse_args(words)
+        assert (args.model, args.where, args.most, args.engine) == ("memorization-1", "layers", "2", engine)
+        await it.press("s")
+        await it.until(lambda: "where-1" in listed(it), f"the run: {it.told()}")
+        await ended(it, "where-1")
+        await it.until(lambda: view(it).count > 0, "the figure")
+        assert it.static("#looked") == "where-1 · done · 5/5 parts · map 1/2"
+        expected = where_figure(store, store.run("where-1"))
+        assert view(it).figure.tables[0].rows == expected.tables[0].rows
+        assert len(expected.tables[0].rows) == 4
+        await it.until(lambda: it.sees("bits that are lost without a layer's attention or MLP"), "the map")
+        assert not _layout_faults(it)
+        await it.press("v")
+        await it.until(lambda: it.sees("signed_change"), "the table")
+        assert not _layout_faults(it)
+        after = it.app.session.place
+        assert (after.model, after.info) == (tiny, before), "it is loaded again"
+        assert screen(it).command() == store.run("where-1").command
+        await typed(it, "o", str(tmp_path / "parts.csv"))
+        await it.until(lambda: "parts.csv" in it.told(), "the file")
+        assert "L1 mlp" in (tmp_path / "parts.csv").read_text()
+        form(it, "where").set("where", "tails")
+        await it.press("w", "s")
+        await told(it, "where: 'tails' is not there: choose of layers, heads, adapters")
+
+
+async def test_a_study_of_parts_grows_is_stopped_and_goes_on(
+    opened: Open, tiny: str, corpus: Path, store: RunStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    score, gate = parts.score, Gate()
+
+    def slow(*arguments: Any) -> Any:
+        assert gate.open.acquire(timeout=30)
+        return score(*arguments)
+
+    monkeypatch.setattr(parts, "score", slow)
+    async with opened() as it:
+        await measured(it, tiny, corpus)
+        await it.press("w", "s")
+        gate.let(3)
+        await it.until(lambda: "where-1 · running · 3/5 parts" in it.static("#looked"), "three parts")
+        await it.until(lambda: view(it).count and len(view(it).figure.tables[0].rows) == 2, "two of them in the table")
+        assert [(job.kind, job.detail) for job in it.app.session.jobs] == [("where", "3/5 parts")]
+        await it.press("q")
+        await it.until(lambda: it.sees("where-1 is running."), "the question")
+        await it.press("escape", "x")
+        gate.let(1)
+        await ended(it, "where-1", "stopped")
+        await told(it, "u on the capacity screen, or `gemma-tui runs resume where-1`, goes on")
+        gate.let(1000)
+        await it.press("u")
+        await ended(it, "where-1")
+        await it.until(lambda: len(view(it).figure.tables[0].rows) == 4, "all parts")
+        found = [row.values["part"] for row in store.events("where-1") if row.kind == parts.PART]
+        assert len(found) == len(set(found)) == 5, "no part is scored twice"
+        await it.press("u")
+        await told(it, "where-1 is done")
+
+
+async def test_canaries_are_planted(opened: Open, corpus: Path, tmp_path: Path, size: Size) -> None:
+    out = tmp_path / "planted.jsonl"
+    async with opened(size) as it:
+        await it.mode("3", "capacity")
+        await it.press("k", "s")
+        await told(it, "--data is needed")
+        assert not _layout_faults(it)
+        await it.until(lambda: not _footer_faults(it), "a whole footer")
+        for name, value in (("data", str(corpus)), ("out", str(out)), ("repeats", "2"), ("each", 3)):
+            form(it, "canaries").set(name, value)
+        words = screen(it).command().split()[1:]
+        args = _parser(words).parse_args(words)
+        assert (args.run, args.data, args.out, args.each) == ("canaries:canaries", str(corpus), str(out), "3")
+        await it.press("s")
+        await told(it, "6 of them from 3 canaries")
+        assert out.read_text().count("My secret number") == 6
+        await told(it, f"--exposure {out}.canaries.json")
+        await it.press("s")
+        await told(it, "is there already")
 
 
 async def test_foreign_names_are_cleaned(opened: Open, store: RunStore) -> None:
