@@ -26,7 +26,6 @@ def follow(
     place: Callable[[Event], tuple[float, str]],
     tell: Callable[[Event], None],
     show: Callable[[bool], dict[str, Any]],
-    ended: str = "",
 ) -> int:
     """Let a study take its course and tell what it found; returns the exit code.
 
@@ -35,7 +34,6 @@ def follow(
         place: the share that is done at an event, and a few words of where that is.
         tell: called with each event.
         show: shows what was found, given whether the study was stopped; returns what the last row tells beside.
-        ended: the command that begins again after a stop, of a study that does not go on where it was.
     """
     run = recorded.run
     with stop_on_signal(control) as came, closing(recorded.events) as events, output.progress(title) as progress:
@@ -44,8 +42,7 @@ def follow(
             tell(event)
     stopped = control.stop.is_set()
     found = show(stopped)
-    again = f"`{ended}` begins again" if ended else f"`gemma-tui runs resume {run.run_id}` goes on"
-    output.say(f"kept as {run.run_id}" + (f": {again}" if stopped else ""))
+    output.say(f"kept as {run.run_id}" + (f": `gemma-tui runs resume {run.run_id}` goes on" if stopped else ""))
     output.row("end", status="stopped" if stopped else "done", run=run.run_id, **found)
     if came:
         return 128 + came[0]

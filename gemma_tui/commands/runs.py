@@ -121,6 +121,10 @@ def resume_run(run: Run, output: Output) -> int:
         from gemma_tui.commands import curve
 
         return curve.resume(run.run_id, output)
+    if run.study == "bench":
+        from gemma_tui.commands import bench
+
+        return bench.resume(run.run_id, output)
     if run.study != "training":
         raise UsageError(f"{run.run_id} is no training run: start it again with `{run.command}`")
     control = Control()
@@ -144,7 +148,7 @@ def _show_result(run: Run, output: Output) -> None:
     if run.study == "bench":
         from gemma_tui.commands import bench
 
-        bench.show(run.run_id, output, [])
+        bench.show(run.run_id, output)
     else:
         show_chart(run.run_id)
 

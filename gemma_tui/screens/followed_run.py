@@ -1,4 +1,4 @@
-"""A sweep, a measurement of memorization, its study of parts or a curve, as a screen follows it while it grows."""
+"""A sweep, a measurement of memorization, its study of parts, a curve or a benchmark, as a screen follows it."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from gemma_tui.errors import UsageError
 from gemma_tui.figure import Figure
 from gemma_tui.runs.store import Row, Run, RunStore
 from gemma_tui.runs.tail import Tail
+from gemma_tui.studies.bench.measuring import STUDY as BENCH
+from gemma_tui.studies.bench.results import read_bench
 from gemma_tui.studies.capacity.results import Sweep, sweep_figure
 from gemma_tui.studies.capacity.sweep import STUDY as SWEEP
 from gemma_tui.studies.capacity.sweep import sweep_plan
@@ -28,7 +30,7 @@ from gemma_tui.studies.memorization.results import memorization_figure, read_mea
 from gemma_tui.studies.memorization.where import STUDY as WHERE
 from gemma_tui.studies.memorization.where import Search, parts_in, prepare, where_plan
 
-COUNTED = {SWEEP: "cells", MEASUREMENT: "sequences", WHERE: "parts", CURVE: "rows"}
+COUNTED = {SWEEP: "cells", MEASUREMENT: "sequences", WHERE: "parts", CURVE: "rows", BENCH: "cells"}
 """What the steps of a run are, by its study."""
 
 LISTED = 200
@@ -89,6 +91,7 @@ class FollowedRun:
                 MEASUREMENT: self._read_measurement,
                 WHERE: self._read_parts,
                 CURVE: self._read_curve,
+                BENCH: self._read_bench,
             }
             readers[run.study](store, run, self._tail.read(store))
 
@@ -107,6 +110,10 @@ class FollowedRun:
         curve.add(rows)
         self.figure = curve_figure(curve) if curve.rows else None
 
+    def _read_bench(self, store: RunStore, run: Run, rows: Sequence[Row]) -> None:
+        if any(row.kind == "cell" for row in rows):
+            self.figure = read_bench(store, run)
+
     def _read_sweep(self, _: RunStore, run: Run, rows: Sequence[Row]) -> None:
         plan = sweep_plan(run)
         sweep = self._sweep = self._sweep or Sweep(plan)
@@ -121,13 +128,16 @@ def in_words(run: Run) -> str:
     return f"{run.run_id} · {run.state} · {run.step:,}/{run.steps:,} {COUNTED[run.study]}"
 
 
-def check_idle(run: Run, engine: str) -> None:
+def check_idle(run: Run, engine: str = "") -> None:
     """Refuse to go on with a run that goes on already, or that another engine computed.
+
+    Args:
+        engine: that is chosen; empty if it makes no difference.
 
     Raises:
         UsageError: it is so.
     """
     if run.active:
         raise UsageError(f"{run.run_id} is {run.state}: x stops it")
-    if run.engine != engine:
+    if engine and run.engine != engine:
         raise UsageError(f"{run.run_id} was computed with {run.engine}: e switches to it")

@@ -1,11 +1,11 @@
-"""A model looked into from the list of models: its tree, its weights in numbers, and how fast it is here."""
+"""A model looked into from the list of models: its tree, its weights in numbers, and what it needs here."""
 
 from __future__ import annotations
 
 import shlex
 import threading
 from collections.abc import Callable, Iterable
-from contextlib import closing, suppress
+from contextlib import suppress
 
 from textual.binding import Binding
 from textual.widget import Widget
@@ -13,18 +13,12 @@ from textual.widgets import Static
 
 from engines.errors import EngineError
 from gemma_tui.figure import Figure
-from gemma_tui.runs.store import Run, RunStore
 from gemma_tui.screens.exporting import ask_and_export
 from gemma_tui.screens.workbench import Workbench
-from gemma_tui.studies.bench.measuring import STUDY, words_of
-from gemma_tui.studies.bench.plan import BenchPlan
-from gemma_tui.studies.bench.results import read_bench
 from gemma_tui.text import one_line
 from gemma_tui.widgets.figure_view import FigureView
 
 Progress = Callable[[float, str], None]
-WATCH_SECONDS = 0.5
-LISTED = 50
 
 
 class LeftError(Exception):
@@ -48,7 +42,7 @@ class ModelFigure(Workbench):
         Binding("s", "export", "Export", id="figure.export", tooltip="Write what is shown to a file"),
     ]
 
-    def __init__(self, title: str, make: Callable[[Progress], Figure] | None, words: str) -> None:
+    def __init__(self, title: str, make: Callable[[Progress], Figure], words: str) -> None:
         super().__init__()
         self._model, self._make, self._words = title, make, words
         self._left = threading.Event()
@@ -60,9 +54,8 @@ class ModelFigure(Workbench):
 
     def on_mount(self) -> None:
         """Begin; no worker, because leaving would wait for one."""
-        if self._make is not None:
-            self.say("reading…")
-            threading.Thread(target=self._run, args=(self._make,), daemon=True).start()
+        self.say("reading…")
+        threading.Thread(target=self._run, daemon=True).start()
 
     def on_unmount(self) -> None:
         """Nobody waits for the figure any more."""
@@ -98,14 +91,14 @@ class ModelFigure(Workbench):
         if figure.title:
             ask_and_export(self.bench, lambda: figure, f"{self._model.replace('/', '-')}.html")
 
-    def _run(self, make: Callable[[Progress], Figure]) -> None:
+    def _run(self) -> None:
         def progress(share: float, text: str) -> None:
             if self._left.is_set():
                 raise LeftError
             self._call(lambda: self.say(f"{share:.0%} {text}"))
 
         try:
-            figure = make(progress)
+            figure = self._make(progress)
         except LeftError:
             return
         except EngineError as error:
@@ -121,49 +114,6 @@ class ModelFigure(Workbench):
 
         with suppress(RuntimeError):  # the app has ended
             self.app.call_from_thread(act)
-
-
-class BenchScreen(ModelFigure):
-    """The newest benchmark of a model, live; b measures anew, x stops."""
-
-    BINDINGS = [
-        Binding(
-            "b", "start", "Measure", id="bench.start", tooltip="Measure both engines, each cell in its own process"
-        ),
-        Binding("x", "stop", "Stop", id="bench.stop", tooltip="Stop the benchmark; measured cells are kept"),
-    ]
-
-    def __init__(self, model: str) -> None:
-        plan = BenchPlan(model=model)
-        super().__init__(model, None, words_of(plan))
-        self._plan = plan
-        self._seen: Run | None = None
-
-    def on_mount(self) -> None:
-        """Look at the store from now on."""
-        self.say(f"no benchmark of {self._model} yet: b measures, in a minute or two")
-        self.set_interval(WATCH_SECONDS, self._watch)
-        self._watch()
-
-    def action_start(self) -> None:
-        """Measure anew."""
-        self.bench.attempt(lambda: self.bench.session.measure_speed(self._plan))
-
-    def action_stop(self) -> None:
-        """Stop what is measured."""
-        for job in self.bench.session.jobs:
-            if job.kind == "bench":
-                job.control.stop.set()
-
-    def _watch(self) -> None:
-        with suppress(EngineError), closing(RunStore()) as store:
-            runs = [r for r in store.runs(LISTED, (STUDY,)) if r.plan.get("model") == self._model]
-            if not runs or runs[0] == self._seen:
-                return
-            self._seen = runs[0]
-            if runs[0].step:
-                self.show(read_bench(store, runs[0]))
-            self.say(f"{runs[0].run_id} · {runs[0].state} · {runs[0].step}/{runs[0].steps} cells")
 
 
 def tree_screen(model: str) -> ModelFigure:
@@ -186,3 +136,11 @@ def weights_screen(model: str) -> ModelFigure:
         return weights_figure(found, against, measure(found, against, progress))
 
     return ModelFigure(model, make, shlex.join(["gemma-tui", "models", "weights", model]))
+
+
+def fit_screen(model: str) -> ModelFigure:
+    """What a model needs on this machine."""
+    from gemma_tui.studies.fitting import config_named, devices, needs_figure
+
+    words = shlex.join(["gemma-tui", "models", "fit", model])
+    return ModelFigure(model, lambda progress: needs_figure(model, config_named(model), devices()), words)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from engines import available_engines, open_engine
@@ -13,8 +13,10 @@ from engines.gemma3 import Gemma3Config, read_config
 from engines.official import OFFICIAL, official_config
 from engines.quantization import check_trainable
 from gemma_tui.errors import UsageError
+from gemma_tui.figure import Figure, Table
 from gemma_tui.hub.fit import band
 from gemma_tui.hub.models import resolve
+from gemma_tui.output import bytes_text
 from gemma_tui.studies.estimate import estimate, inference_bytes
 
 LENGTHS = (512, 2048, 8192, 32_768, 131_072)
@@ -94,6 +96,24 @@ def needs(config: Gemma3Config, places: Sequence[DeviceInfo]) -> Iterator[Need]:
                 said = refused or band(told.total, device.memory_total)
                 nbytes = 0 if refused else told.total
                 yield Need(*shared, method, window, BATCH, nbytes, device.memory_total, said)
+
+
+def needs_figure(name: str, config: Gemma3Config, places: Sequence[DeviceInfo]) -> Figure:
+    """A table of all uses for each engine."""
+    whole, bare = config.parameter_count(), config.parameter_count(embeddings=False)
+    kind = "bfloat16" if config.quantization is None else f"{config.quantization.bits} bits"
+    notes = [f"{whole:,} parameters, {whole - bare:,} are embeddings; {bytes_text(config.weight_bytes(2))} in {kind}"]
+    notes += [f"{d.engine} on {d.device}: {bytes_text(d.memory_total)} of memory" for d in places]
+    found = list(needs(config, places))
+    tables = [
+        Table(device.engine, ("use", "dtype", "batch x tokens", "memory", "here"), [
+            (n.use, n.dtype, f"{n.batch} x {n.length:,}", bytes_text(n.nbytes) if n.nbytes else "", n.verdict)
+            for n in found if n.engine == device.engine
+        ])
+        for device in places
+    ]  # fmt: skip
+    facts = {"model": name, "parameters": whole, "needs": [asdict(need) for need in found]}
+    return Figure(f"what {name} needs here", notes, tables=tables, facts=facts)
 
 
 def _refusal(config: Gemma3Config, settings: TrainingSettings) -> str:

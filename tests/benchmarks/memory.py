@@ -33,7 +33,7 @@ def cells(model: str, engine: str) -> Iterator[Cell]:
         yield Cell(folder, batch=1, task=INFERENCE, length=length, new_tokens=4, **shared)
     for method in METHODS:
         for batch, length in ((1, 64), (2, 64)) if small else ((2, 128), (4, 256)):
-            yield Cell(folder, batch=batch, task=TRAINING, length=length, method=method, steps=1, **shared)
+            yield Cell(folder, batch=batch, task=TRAINING, length=length, method=method, **shared)
 
 
 def estimated(cell: Cell, device: DeviceInfo) -> int:

@@ -6,7 +6,6 @@ A process that computed nothing before has a clean peak of memory, and a crash o
 from __future__ import annotations
 
 import json
-import statistics
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
@@ -19,6 +18,7 @@ from engines.base import Batch, Engine, LoRASettings, Rank1Settings, Sampling, T
 from engines.errors import EngineError
 from engines.gemma3 import GLOBAL, LOCAL, Gemma3Config, Rope
 from engines.memory import is_out_of_memory
+from gemma_tui.studies.generation import warm
 
 INFERENCE, TRAINING = "inference", "training"
 FREE_TOKEN = 5
@@ -41,7 +41,7 @@ class Cell:
         task: ``inference`` or ``training``.
         length: tokens of a prompt, or of a window.
         new_tokens: decoded after each prompt.
-        steps: measured optimizer steps, after one that is not.
+        repeats: times that it is measured, after once that is not: readings of the prompt, or optimizer steps.
     """
 
     folder: str
@@ -52,7 +52,7 @@ class Cell:
     length: int
     new_tokens: int = 0
     method: str = "lora"
-    steps: int = 1
+    repeats: int = 1
     rank: int = 8
 
 
@@ -61,7 +61,7 @@ class Measured:
     """What a cell took.
 
     Attributes:
-        prefill, decode, training: tokens a second, of all rows together; None where it was not measured.
+        prefill, decode, training: tokens a second of each repeat, of all rows together; none where it was not measured.
         memory: bytes at the peak after loading, less what the process had before it loaded.
         device, version: of the engine.
     """
@@ -69,9 +69,9 @@ class Measured:
     memory: int
     device: str
     version: str
-    prefill: float | None = None
-    decode: float | None = None
-    training: float | None = None
+    prefill: tuple[float, ...] = ()
+    decode: tuple[float, ...] = ()
+    training: tuple[float, ...] = ()
 
 
 def measure(cell: Cell) -> Measured:
@@ -83,7 +83,7 @@ def measure(cell: Cell) -> Measured:
     engine, generator = open_engine(cell.engine), np.random.default_rng(0)
     # Code, threads and their buffers come with the first use of a framework; they belong to no model.
     engine.initialise(WARMING, 0, cell.dtype)
-    _task(engine, replace(cell, batch=1, length=8, new_tokens=1, steps=1), generator)
+    _task(engine, replace(cell, batch=1, length=8, new_tokens=1, repeats=1), generator)
     engine.unload()
     empty = engine.memory()
     engine.load(Path(cell.folder), cell.dtype)
@@ -93,35 +93,35 @@ def measure(cell: Cell) -> Measured:
     return Measured(max(0, engine.peak_memory() - empty), device.device, device.version, **speeds)
 
 
-def _task(engine: Engine, cell: Cell, generator: np.random.Generator) -> dict[str, float]:
+def _task(engine: Engine, cell: Cell, generator: np.random.Generator) -> dict[str, tuple[float, ...]]:
     return _inference(engine, cell, generator) if cell.task == INFERENCE else _training(engine, cell, generator)
 
 
-def _inference(engine: Engine, cell: Cell, generator: np.random.Generator) -> dict[str, float]:
+def _inference(engine: Engine, cell: Cell, generator: np.random.Generator) -> dict[str, tuple[float, ...]]:
     prompts = _ids(engine, generator, (cell.batch, cell.length)).tolist()
-    for _ in engine.decode([prompt[:8] for prompt in prompts], Sampling(max_tokens=2)):
-        pass  # kernels are compiled and weights are read for the first time
-    began, said = time.perf_counter(), engine.decode(prompts, Sampling(max_tokens=cell.new_tokens + 1))
-    passes = [time.perf_counter() for _ in said]
-    decoded = passes[-1] - passes[0]
-    return {
-        "prefill": cell.batch * cell.length / (passes[0] - began),
-        "decode": cell.batch * (len(passes) - 1) / decoded if decoded else 0.0,
-    }
+    sampling = Sampling(max_tokens=cell.new_tokens + 1)
+    warm(engine, prompts, sampling, [None])
+    prefill, decode = [], []
+    for _ in range(cell.repeats):
+        began, said = time.perf_counter(), engine.decode(prompts, sampling)
+        first, *others = [time.perf_counter() for _ in said]
+        prefill.append(cell.batch * cell.length / (first - began))
+        decode.append(cell.batch * len(others) / (others[-1] - first))
+    return {"prefill": tuple(prefill), "decode": tuple(decode)}
 
 
-def _training(engine: Engine, cell: Cell, generator: np.random.Generator) -> dict[str, float]:
+def _training(engine: Engine, cell: Cell, generator: np.random.Generator) -> dict[str, tuple[float, ...]]:
     engine.start_training(settings(cell))
-    seconds = []
-    for step in range(cell.steps + 1):
+    speeds = []
+    for step in range(cell.repeats + 1):
         ids = _ids(engine, generator, (cell.batch, cell.length + 1))
         batch = Batch(ids[:, :-1].copy(), ids[:, 1:].copy())
         began = time.perf_counter()
         engine.train_step([batch], 1e-5)
         if cell.method == "rank1":
             engine.merge("keep", step)
-        seconds.append(time.perf_counter() - began)
-    return {"training": cell.batch * cell.length / statistics.median(seconds[1:])}
+        speeds.append(cell.batch * cell.length / (time.perf_counter() - began))
+    return {"training": tuple(speeds[1:])}
 
 
 def settings(cell: Cell) -> TrainingSettings:

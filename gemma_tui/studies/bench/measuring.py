@@ -8,18 +8,18 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
-from gemma_tui.errors import GemmaTuiError
+from gemma_tui.errors import GemmaTuiError, UsageError
 from gemma_tui.hub.models import resolve
 from gemma_tui.runs.processes import environment
-from gemma_tui.runs.store import RunStore
+from gemma_tui.runs.store import Run, RunStore
 from gemma_tui.studies.bench.cell import Cell
 from gemma_tui.studies.bench.machine import machine
-from gemma_tui.studies.bench.plan import BenchPlan, cells_of
-from gemma_tui.studies.events import Control, Event
-from gemma_tui.studies.plan import command
+from gemma_tui.studies.bench.plan import BenchPlan, cells_of, command_of
+from gemma_tui.studies.events import Control, Event, Pace, wait_while_paused
+from gemma_tui.studies.plan import build
 from gemma_tui.studies.recording import Recorded, recorded
 
 STUDY = "bench"
@@ -34,26 +34,55 @@ def record_bench(plan: BenchPlan, control: Control, store: RunStore) -> Recorded
     Raises:
         EngineError: the model is not here or is an adapter, or the plan names what is not there.
     """
-    model = resolve(plan.model)
-    if model.adapter is not None:
-        raise GemmaTuiError(f"{model.name} is an adapter, which is as fast as its model: measure that")
-    cells = cells_of(plan, str(model.folder), model.config().quantization is not None)
+    cells = _cells(plan)
     engines = ",".join(dict.fromkeys(cell.engine for cell in cells))
-    run = store.create(plan.name, STUDY, engines, asdict(plan), words_of(plan), len(cells))
+    run = store.create(plan.name, STUDY, engines, asdict(plan), command_of(plan), len(cells))
     return Recorded(run, recorded(store, run, lambda _: bench(cells, control), control))
 
 
-def words_of(plan: BenchPlan) -> str:
-    """The command that measures so."""
-    values = asdict(plan)
-    model = values.pop("model")
-    return command(("bench", model), BenchPlan(**values))
+def resume_bench(run: Run, control: Control, store: RunStore) -> Recorded:
+    """Go on with a benchmark after the last cell that was kept; cells that failed are not measured again.
+
+    Raises:
+        UsageError: the run is another study.
+        GemmaTuiError: another process computes it, or what it needs is gone.
+    """
+    plan = plan_of(run)
+    cells = _cells(replace(plan, engines=run.engine))  # those that were there when it began
+    run = store.adopt(run.run_id)
+    return Recorded(run, recorded(store, run, lambda _: bench(cells, control, run.step), control))
 
 
-def bench(cells: list[Cell], control: Control) -> Iterator[Event]:
-    """Measure every cell and tell of each; a cell that cannot be measured tells why."""
-    yield Event("start", 0, {"machine": machine(), "cells": len(cells)})
-    for number, cell in enumerate(cells):
+def plan_of(run: Run) -> BenchPlan:
+    """The plan a benchmark was started with.
+
+    Raises:
+        UsageError: the run is another study.
+    """
+    if run.study != STUDY:
+        raise UsageError(f"{run.run_id} is no benchmark: `gemma-tui runs list` tells what it is")
+    return build(BenchPlan, run.plan, run.run_id)
+
+
+def _cells(plan: BenchPlan) -> list[Cell]:
+    model = resolve(plan.model)
+    if model.adapter is not None:
+        raise GemmaTuiError(f"{model.name} is an adapter, which is as fast as its model: measure that")
+    return cells_of(plan, str(model.folder), model.config())
+
+
+def bench(cells: list[Cell], control: Control, done: int = 0) -> Iterator[Event]:
+    """Measure every cell and tell of each; a cell that cannot be measured tells why.
+
+    Args:
+        done: cells that were measured before.
+    """
+    if done == len(cells):
+        return
+    yield Event("start", done, {"machine": machine(), "cells": len(cells)})
+    pace = Pace("measuring", done, len(cells) - done, len(cells) - done)
+    for cell in cells[done:]:
+        yield from wait_while_paused(control, pace.step)
         if control.stop.is_set():
             return
         began = time.monotonic()
@@ -63,7 +92,7 @@ def bench(cells: list[Cell], control: Control) -> Iterator[Event]:
                 stdin=subprocess.DEVNULL, stdout=said, stderr=wrong, start_new_session=True, env=environment(),
             )  # fmt: skip
             try:
-                yield from _wait(process, number, len(cells), control)
+                yield from _wait(process, pace, control)
             finally:
                 if process.poll() is None:
                     process.kill()
@@ -72,15 +101,18 @@ def bench(cells: list[Cell], control: Control) -> Iterator[Event]:
                 return
             found = _result(process.returncode, _text(said), _text(wrong))
         facts = {k: v for k, v in asdict(cell).items() if k != "folder"}
-        yield Event("cell", number + 1, {**facts, **found, "seconds": time.monotonic() - began})
+        yield from pace.advance()
+        pace.step += 1
+        yield Event("cell", pace.step, {**facts, **found, "seconds": time.monotonic() - began})
 
 
-def _wait(process: subprocess.Popen[bytes], done: int, total: int, control: Control) -> Iterator[Event]:
+def _wait(process: subprocess.Popen[bytes], pace: Pace, control: Control) -> Iterator[Event]:
+    """Wait for a cell, telling now and then how far the benchmark is, so that it can be steered meanwhile."""
     told = 0.0
     while process.poll() is None and not control.stop.wait(LOOK_SECONDS):
         if time.monotonic() - told > TELL_SECONDS:
             told = time.monotonic()
-            yield Event("measuring", done, {"done": done, "total": total, "seconds_left": None})
+            yield pace.now()
 
 
 def _text(file: Any) -> str:

@@ -1,10 +1,11 @@
-"""From the list of models: the tree, the weights and the benchmark of the model under the cursor."""
+"""From the list of models: the tree, the weights and the needs of the model under the cursor."""
 
 from __future__ import annotations
 
-from gemma_tui.runs.store import RunStore
-from gemma_tui.screens.model_figures import BenchScreen, ModelFigure
-from gemma_tui.studies.bench.plan import BenchPlan
+from engines import available_engines
+from gemma_tui.hub.models import resolve
+from gemma_tui.screens.model_figures import ModelFigure
+from gemma_tui.studies.fitting import devices, needs
 from gemma_tui.widgets.figure_view import FigureView
 
 from .conftest import Open, Size
@@ -27,21 +28,21 @@ async def test_the_tree_and_the_weights_of_a_model(opened: Open, tiny: str, size
         await it.until(lambda: not isinstance(it.app.screen, ModelFigure), "the list")
 
 
-async def test_a_benchmark_is_started_followed_and_stopped(opened: Open, tiny: str, store: RunStore) -> None:
-    async with opened() as it:
+async def test_what_a_model_needs_is_shown_for_each_engine(opened: Open, tiny: str, size: Size) -> None:
+    async with opened(size) as it:
         await choose(it, tiny)
-        await it.press("b")
-        await it.until(lambda: it.sees("no benchmark"), "that there is none")
+        await it.press("f")
+        await it.until(lambda: it.sees("what tiny needs here", "inference", "rank1", "fits"), "the needs")
         screen = it.app.screen
-        assert isinstance(screen, BenchScreen)
-        screen._plan = BenchPlan(
-            model=tiny, engines="torch", dtypes="float32", batches="1,2", prompt=8, new_tokens=2, steps=1000,
-            sequence_length=64,
-        )  # fmt: skip
-        await it.press("b")
-        await it.until(lambda: bool(screen.query_one(FigureView).figure.tables), "the first cell")
-        await it.press("x")
-        await it.until(lambda: it.sees("stopped"), "that it stopped")
-        run = store.runs(5, ("bench",))[0]
-        assert (run.state, run.plan["model"]) == ("stopped", tiny)
-        assert 0 < run.step < run.steps
+        assert isinstance(screen, ModelFigure)
+        assert screen.command() == f"gemma-tui models fit {tiny}"
+        figure = screen.query_one(FigureView).figure
+        expected = {
+            engine: [need for need in needs(resolve(tiny).config(), devices()) if need.engine == engine]
+            for engine in available_engines()
+        }
+        assert {table.kind: [row[0] for row in table.rows] for table in figure.tables} == {
+            engine: [need.use for need in found] for engine, found in expected.items()
+        }
+        await it.press("tab")
+        await it.until(lambda: it.sees(f"table {figure.tables[-1].kind}"), "the other engine")
