@@ -287,10 +287,10 @@ def test_what_cannot_be_measured_is_refused_before_a_run_is_made(
     shutil.copytree(paths.models() / "tiny", other)
     train_tokenizer([text.upper() for text in TEXTS], 450).backend.save(str(other / "tokenizer.json"))
     refusals: list[tuple[dict[str, Any], type[GemmaTuiError], str]] = [
-        ({"data": str(empty)}, GemmaTuiError, "holds no text"),
+        ({"data": str(empty)}, GemmaTuiError, "holds no text: name a file with some$"),
         ({"data": str(prompts), "max_tokens": 8}, GemmaTuiError, "whose supervised part"),
         ({"held_out": str(empty)}, GemmaTuiError, "holds no text"),
-        ({"held_out": str(Path(measured_plan.data) / "train.jsonl")}, GemmaTuiError, "that the training set has not"),
+        ({"held_out": str(Path(measured_plan.data) / "train.jsonl")}, GemmaTuiError, "no text but what the training set has"),
         ({"reference": "other"}, UsageError, "another vocabulary"),
         ({"reference": "tiny"}, UsageError, "against itself"),
         ({"reference": "nobody"}, GemmaTuiError, "no model 'nobody'"),

@@ -19,10 +19,10 @@ import numpy as np
 from engines.base import Engine
 from engines.checkpoints import write_json
 from engines.errors import CheckpointError
-from engines.memory import ensure_memory
 from engines.networks import Networks, stack_bytes
 from gemma_tui import paths
 from gemma_tui.errors import GemmaTuiError, UsageError
+from gemma_tui.output import bytes_text
 from gemma_tui.runs.store import Run, RunStore
 from gemma_tui.studies.capacity.measures import data_bits, memorised_bits
 from gemma_tui.studies.capacity.plan import CapacityPlan, Cell, MoreCells, cells_of, plan_of, training_of
@@ -144,11 +144,16 @@ def check_room(engine: Engine, plan: CapacityPlan, cells: Sequence[Cell], folder
         memory, disk = stack_bytes(stack[0].shape, len(stack))
         strings = sum(cell.sequences for cell in stack) * plan.length * 4
         needed, kept = max(needed, memory + strings), max(kept, 2 * disk)
-    ensure_memory("the largest stack of networks", needed, max(0, engine.device().memory_total - engine.memory()))
+    left = max(0, engine.device().memory_total - engine.memory())
+    if needed > left:
+        raise GemmaTuiError(
+            f"the largest stack of networks needs {bytes_text(needed)} of memory, and this device has "
+            f"{bytes_text(left)} left: give smaller networks or fewer strings"
+        )
     free = shutil.disk_usage(folder).free
     if kept > free:
         raise GemmaTuiError(
-            f"the state of the largest stack needs {kept / 1e9:.1f} GB of disk and {free / 1e9:.1f} GB are free in "
+            f"the state of the largest stack needs {bytes_text(kept)} of disk, and {bytes_text(free)} are free in "
             f"{folder}: free some, or give smaller networks"
         )
 

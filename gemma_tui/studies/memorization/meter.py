@@ -114,9 +114,10 @@ def prepare(plan: MemorizationPlan, store: RunStore) -> Measurement:
     held, held_counts = make_sequences(held_rows, tokenizer, plan.max_tokens, plan.prompts, train)
     if not train:
         masked = f" whose supervised part begins within {plan.max_tokens} tokens" if train_counts.masked else ""
-        raise GemmaTuiError(f"{plan.data} holds no text{masked}: name a file with some, or raise --max-tokens")
+        longer = ", or raise --max-tokens" if masked else ""
+        raise GemmaTuiError(f"{plan.data} holds no text{masked}: name a file with some{longer}")
     if plan.held_out and not held:
-        why = " that the training set has not, too" if held_counts.shared else ""
+        why = " but what the training set has" if held_counts.shared else ""
         raise GemmaTuiError(f"{plan.held_out} holds no text{why}: name a file with some, or leave --held-out out")
     drawn = draw(train, plan.rows, plan.seed), draw(held, plan.rows, plan.seed)
     train_counts.drawn, held_counts.drawn = map(len, drawn)

@@ -438,11 +438,10 @@ async def test_parts_that_hold_it_are_sought_and_the_model_comes_back(
         await it.press("s")
         await it.until(lambda: "where-1" in listed(it), f"the run: {it.told()}")
         await ended(it, "where-1")
-        await it.until(lambda: view(it).count > 0, "the figure")
+        expected = where_figure(store, store.run("where-1")).tables[0].rows
+        assert len(expected) == 4
+        await it.until(lambda: view(it).count and view(it).figure.tables[0].rows == expected, "the figure")
         assert it.static("#looked") == "where-1 · done · 5/5 parts · map 1/2"
-        expected = where_figure(store, store.run("where-1"))
-        assert view(it).figure.tables[0].rows == expected.tables[0].rows
-        assert len(expected.tables[0].rows) == 4
         await it.until(lambda: it.sees("bits that are lost without a layer's attention or MLP"), "the map")
         assert not _layout_faults(it)
         await it.press("v")

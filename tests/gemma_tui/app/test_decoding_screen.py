@@ -75,7 +75,7 @@ async def test_a_curve_is_started_by_keys_and_shown_as_it_is_kept(
         kept = curve_figure(read_curve(store, store.run(name)))
         words = store.run(name).command
         store.close()
-        assert figure(it).figure.tables[0].rows == kept.tables[0].rows
+        await it.until(lambda: figure(it).figure.tables[0].rows == kept.tables[0].rows, "all rows")
         assert [row[0] for row in kept.tables[0].rows] == ["ar", "sbd-4-0", "sbd-4-7"]
         for title in ("against forward passes saved", "against speed"):
             await it.until(lambda title=title: it.sees(title), title)
