@@ -20,11 +20,10 @@ def tree(args: argparse.Namespace, output: Output) -> int:
     for node in nodes:
         output.row("part", **asdict(node))
     rows = [
-        ("· " * n.depth + n.name, " x ".join(map(str, n.shape)), f"{n.parameters:,}", f"{n.share:.1%}",
-         f"{n.lora:,}" if n.lora else "", n.note)
+        (n.label, " x ".join(map(str, n.shape)), f"{n.parameters:,}", f"{n.share:.1%}", f"{n.lora:,}" if n.lora else "")
         for n in told(nodes)
     ]  # fmt: skip
-    output.table((args.model, "shape", "parameters", "share", f"LoRA r{args.rank}", ""), rows)
+    output.table((args.model, "shape", "parameters", "share", f"LoRA r{args.rank}"), rows)
     output.row("end", status="done", parameters=nodes[0].parameters, lora=nodes[0].lora)
     return 0
 

@@ -34,6 +34,11 @@ class Node:
     lora: int
     note: str = ""
 
+    @property
+    def label(self) -> str:
+        """Name and note, set in as deep as it lies."""
+        return "· " * self.depth + (f"{self.name}, {self.note}" if self.note else self.name)
+
 
 def architecture(config: Gemma3Config, rank: int) -> Iterator[Node]:
     """The parts, each before those it is made of.
@@ -56,27 +61,27 @@ def architecture(config: Gemma3Config, rank: int) -> Iterator[Node]:
         return Node(name, depth, shape, count, count / whole, lora, note)
 
     yield node("model", "model", 0, f"{len(config.global_layers)} of {config.num_hidden_layers} global")
-    yield node("embed_tokens", "model.embed_tokens", 1, "and head")
+    yield node("embed_tokens", "model.embed_tokens", 1, "also the head")
     for i in range(config.num_hidden_layers):
         kind = "local" if config.is_local(i) else "global"
         yield node(f"layers.{i}", f"model.layers.{i}", 1, kind)
-        seen = set()
-        for path in (n.removeprefix(f"model.layers.{i}.").removesuffix(".weight") for n in shapes if f".{i}." in n):
-            block, _, leaf = path.rpartition(".")
-            if block and block not in seen:
-                seen.add(block)
+        paths = [n.removeprefix(f"model.layers.{i}.").removesuffix(".weight") for n in shapes if f".{i}." in n]
+        for block in dict.fromkeys(path.rpartition(".")[0] for path in paths):
+            if block:
                 yield node(block, f"model.layers.{i}.{block}", 2)
-            yield node(leaf, f"model.layers.{i}.{path}", 3 if block else 2)
+            for path in paths:
+                if path.rpartition(".")[0] == block:
+                    yield node(path.removeprefix(f"{block}."), f"model.layers.{i}.{path}", 3 if block else 2)
     yield node("norm", "model.norm", 1)
 
 
 def tree_figure(name: str, config: Gemma3Config, rank: int = 8) -> Figure:
     """The tree as a table; of layers alike only the first has its parts."""
     rows = [
-        ("· " * n.depth + n.name, " x ".join(map(str, n.shape)), n.parameters, n.share, n.lora, n.note)
+        (n.label, " x ".join(map(str, n.shape)), n.parameters, n.share, n.lora)
         for n in told(architecture(config, rank))
     ]
-    columns = ("part", "shape", "parameters", "share", f"LoRA r{rank}", "kind")
+    columns = ("part", "shape", "parameters", "share", f"LoRA r{rank}")
     notes = [f"{config.parameter_count():,} parameters; LoRA of rank {rank} adds {config.lora_count(rank, LINEARS):,}"]
     return Figure(f"tree of {name}", notes, tables=[Table("part", columns, rows)])
 

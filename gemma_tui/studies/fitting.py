@@ -106,8 +106,8 @@ def needs_figure(name: str, config: Gemma3Config, places: Sequence[DeviceInfo]) 
     notes += [f"{d.engine} on {d.device}: {bytes_text(d.memory_total)} of memory" for d in places]
     found = list(needs(config, places))
     tables = [
-        Table(device.engine, ("use", "dtype", "batch x tokens", "memory", "here"), [
-            (n.use, n.dtype, f"{n.batch} x {n.length:,}", bytes_text(n.nbytes) if n.nbytes else "", n.verdict)
+        Table(device.engine, ("engine", "dtype", "use", "batch x tokens", "memory", "here"), [
+            (n.engine, n.dtype, n.use, f"{n.batch} x {n.length:,}", bytes_text(n.nbytes) if n.nbytes else "", n.verdict)
             for n in found if n.engine == device.engine
         ])
         for device in places

@@ -38,7 +38,7 @@ def test_a_benchmark_is_a_run_with_its_machine(tiny: str, command: Commands) -> 
     assert start["machine"]["packages"]["numpy"]
     told = next(row for row in rows if row["kind"] == "decode" and "lowest" in row)
     low, middle, high = sorted(cells[INFERENCE]["decode"])
-    assert (told["lowest"], told["tokens/s"], told["highest"]) == (low, middle, high)
+    assert (told["lowest"], told["decode tok/s"], told["highest"]) == (low, middle, high)
     shown = command("runs", "show", rows[-1]["run"])[1]
     assert (shown[0]["study"], shown[0]["state"], shown[0]["step"]) == ("bench", "done", 2)
     assert "machine" in next(row for row in shown if row.get("event") == "start")["values"]

@@ -50,6 +50,10 @@ def test_the_tree_adds_up(command: Commands) -> None:
     assert next(n for n in nodes if n.name == "embed_tokens").share == pytest.approx(301_989_888 / 999_885_952)
     assert [n.name for n in nodes if n.note == "global"] == [f"layers.{i}" for i in config.global_layers]
     assert len(told(nodes)) < len(nodes)
+    at = {node.name: place for place, node in reversed(list(enumerate(nodes)))}
+    attention = nodes[at["self_attn"] + 1 : at["self_attn"] + 7]
+    assert {node.name for node in attention} == {"q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"}
+    assert nodes[at["self_attn"]].parameters == sum(node.parameters for node in attention)
     code, rows, _ = command("models", "tree", "gemma-3-1b", "--rank", "4")
     assert (code, rows[-1]["lora"]) == (0, config.lora_count(4, LINEARS))
     assert command("models", "tree", "gemma-3-1b", "--rank", "0")[0] == USAGE

@@ -15,7 +15,6 @@ from gemma_tui.studies.bench.measuring import plan_of
 from gemma_tui.studies.bench.plan import NO_TRAINING
 
 SPEEDS = {"prefill": "reading a prompt", "decode": "decoding", "training": "training"}
-COLUMNS = ("engine", "dtype", "batch", "tokens/s", "lowest", "highest", "MB")
 
 Cell = Mapping[str, Any]
 """What a cell told."""
@@ -77,7 +76,7 @@ def _table(name: str, cells: Sequence[Cell]) -> Table:
         (c["engine"], c["dtype"], c["batch"], speed.median, speed.lowest, speed.highest, c["memory"] / 1e6)
         for c, speed in _told(name, cells)
     ]
-    return Table(name, COLUMNS, rows)
+    return Table(name, ("engine", "dtype", "batch", f"{name} tok/s", "lowest", "highest", "MB"), rows)
 
 
 def _best(name: str, cells: Sequence[Cell]) -> str:

@@ -41,8 +41,8 @@ async def test_what_a_model_needs_is_shown_for_each_engine(opened: Open, tiny: s
             engine: [need for need in needs(resolve(tiny).config(), devices()) if need.engine == engine]
             for engine in available_engines()
         }
-        assert {table.kind: [row[0] for row in table.rows] for table in figure.tables} == {
-            engine: [need.use for need in found] for engine, found in expected.items()
+        assert {table.kind: [tuple(row[:3]) for row in table.rows] for table in figure.tables} == {
+            engine: [(need.engine, need.dtype, need.use) for need in found] for engine, found in expected.items()
         }
         await it.press("tab")
         await it.until(lambda: it.sees(f"table {figure.tables[-1].kind}"), "the other engine")
