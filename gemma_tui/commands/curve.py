@@ -13,7 +13,7 @@ from gemma_tui.commands.figures import targets_of, tell
 from gemma_tui.commands.following import counted, follow
 from gemma_tui.commands.plans import plan_from
 from gemma_tui.output import Output
-from gemma_tui.runs.store import RunStore
+from gemma_tui.runs.store import Run, RunStore
 from gemma_tui.studies.curve.measure import STUDY, record_curve, resume_curve
 from gemma_tui.studies.curve.plan import CurvePlan
 from gemma_tui.studies.curve.results import curve_figure, read_curve
@@ -36,13 +36,18 @@ def resume(run_name: str, output: Output) -> int:
         return _follow(resume_curve(open_engine(run.engine), run, control, store), control, output, store)
 
 
+def show(store: RunStore, run: Run, output: Output, targets: Sequence[Path] = ()) -> None:
+    """Print what a curve has found so far, and write it; nothing before its first rows."""
+    if any(event.kind == STUDY for event in store.events(run.run_id)):
+        tell(curve_figure(read_curve(store, run)), output, list(targets))
+
+
 def _follow(recorded: Recorded, control: Control, output: Output, store: RunStore, targets: Sequence[Path] = ()) -> int:
     run = recorded.run
     place = counted(run, "rows")
 
     def shown(stopped: bool) -> dict[str, Any]:
-        if not stopped or any(event.kind == STUDY for event in store.events(run.run_id)):
-            tell(curve_figure(read_curve(store, run)), output, list(targets))
+        show(store, run, output, targets)
         return {}
 
     return follow(recorded, control, output, "decoding", place, lambda event: _tell(event, output), shown)

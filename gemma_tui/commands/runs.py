@@ -50,6 +50,10 @@ def show(args: argparse.Namespace, output: Output) -> int:
             output.row(metric.kind, step=metric.step, **metric.values)
         if not output.as_json:
             show_memorized(run.run_id, output)
+        if run.study == "curve":
+            from gemma_tui.commands import curve
+
+            curve.show(store, run, output)
         output.row("end", status="done")
         return 0
 

@@ -82,7 +82,9 @@ def scratch(target: Path) -> Iterator[Path]:
         ) as folder:
             yield Path(folder)
     except OSError as error:
-        raise GemmaTuiError(f"{target} cannot be written ({error.strerror}): free some space") from None
+        raise GemmaTuiError(
+            f"{target} cannot be written ({error.strerror}): free some space, or name another place"
+        ) from None
 
 
 @contextmanager

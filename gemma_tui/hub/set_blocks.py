@@ -34,15 +34,13 @@ def write_set_blocks(folder: Path, trained: SetBlocks | None) -> None:
 
 
 def set_blocks_of(model: Model) -> SetBlocks | None:
-    """How a model, or its adapter, was trained on masked copies; None if it was not.
+    """How a model was trained on masked copies; None if it was not, or has an adapter that was not.
 
     Raises:
         GemmaTuiError: the file is broken.
     """
-    for folder in (model.adapter, model.folder):
-        if folder is not None and (folder / FILE).is_file():
-            return _read(folder / FILE)
-    return None
+    path = (model.adapter or model.folder) / FILE
+    return _read(path) if path.is_file() else None
 
 
 def _read(path: Path) -> SetBlocks:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,7 +23,7 @@ from gemma_tui.tokenizer import END_OF_TURN, EOS, Tokenizer
 STOP_IDS = (EOS, END_OF_TURN)
 AR, SBD = "ar", "sbd"
 DECODERS = (AR, SBD)
-MAX_BLOCK, MAX_GAMMA = 4096, 1e6
+MAX_BLOCK = 4096
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,9 @@ class GenerationPlan:
     decoder: str = option(AR, "ar decides token by token, sbd blocks of tokens (arXiv:2509.04185)", choices=DECODERS)
     block: int = option(16, "places decided together", unit="tokens", low=1, high=MAX_BLOCK, decoders=(SBD,))
     gamma: float = option(
-        0.1, "bound of the entropy that one pass decides", unit="nats", low=0.0, high=MAX_GAMMA, decoders=(SBD,)
-    )
+        0.1, "bound of the entropy that one pass decides; inf for a whole block", unit="nats", low=0.0,
+        high=math.inf, decoders=(SBD,),
+    )  # fmt: skip
     order: str = option("entropy", "what a pass decides first", choices=ORDERS, decoders=(SBD,))
     mask_token: int | None = option(
         None,
@@ -127,11 +129,13 @@ def mask_of(model: Model, given: int | None, block: int) -> tuple[int, list[str]
     """
     trained = set_blocks_of(model)
     if trained is None:
+        base = set_blocks_of(replace(model, adapter=None))
         why = (
             f"{model.name} was not trained with a mask token, so it guesses at masked places and the text will be "
             "poor; `gemma-tui train --method sbd` teaches it"
         )
-        return MASK if given is None else given, [why]
+        mask = MASK if base is None else base.mask_token
+        return mask if given is None else given, [why]
     if given not in (None, trained.mask_token):
         raise UsageError(
             f"mask_token: {model.name} was trained with mask token {trained.mask_token}, not {given}: leave "

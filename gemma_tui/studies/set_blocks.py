@@ -10,9 +10,11 @@ import numpy as np
 from engines.base import IGNORED, Batch, Engine, Sampling
 from engines.blocks import BlockDecoding, Noise
 from gemma_tui.errors import UsageError
+from gemma_tui.hub.models import Model
+from gemma_tui.hub.set_blocks import set_blocks_of
 from gemma_tui.studies.data import PADDING, Splits, evaluation_windows, make_batch
 from gemma_tui.studies.generation import STOP_IDS, check_mask_id
-from gemma_tui.studies.training_plan import BLOCKWISE, TrainingPlan
+from gemma_tui.studies.training_plan import BLOCKWISE, WHOLE, TrainingPlan
 from gemma_tui.studies.turns import Window
 from gemma_tui.tokenizer import PAD
 
@@ -171,6 +173,27 @@ def check_mask(plan: TrainingPlan, splits: Splits, vocabulary: int) -> None:
             f"mask_token: the data hold token {plan.mask_token}, which could never be written then: leave "
             "--mask-token out"
         )
+
+
+def forgotten(plan: TrainingPlan, model: Model) -> list[str]:
+    """A line for a person where a run leaves nothing of what a model was trained for blocks with; else none.
+
+    Raises:
+        GemmaTuiError: what the model was trained with cannot be read.
+    """
+    trained = None if plan.fresh else set_blocks_of(model)
+    if trained is None or (plan.masked and plan.mask_token == trained.mask_token):
+        return []
+    if plan.masked:
+        return [
+            f"{model.name} was trained with mask token {trained.mask_token}, and learns {plan.mask_token} in its "
+            f"place: --mask-token {trained.mask_token} goes on with it"
+        ]
+    both = "sbd" if plan.method in WHOLE else "sbd-lora"
+    return [
+        f"{model.name} was trained for blocks of {trained.max_block} tokens, and this run trains on next tokens alone: "
+        f"its result does not count as trained for blocks; --method {both} trains on both"
+    ]
 
 
 def watching(plan: TrainingPlan, windows: Sequence[Window]) -> Watching | None:

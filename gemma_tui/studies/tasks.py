@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from gemma_tui.errors import GemmaTuiError, UsageError
+from gemma_tui.errors import UsageError
+from gemma_tui.hub.convert import staging
 from gemma_tui.rows import PromptRow
 from gemma_tui.studies.plan import option
 
@@ -99,18 +100,17 @@ def _distinct(plan: TaskPlan) -> Iterator[PromptRow]:
 def write(plan: TaskPlan, folder: Path) -> dict[str, int]:
     """Write ``train.jsonl``, ``valid.jsonl``, ``test.jsonl`` and ``task.json``; returns the rows of each.
 
+    The folder appears under its name only when everything in it is whole.
+
     Raises:
         GemmaTuiError: the folder is there already, or cannot be written.
     """
     splits = make(plan)
-    try:
-        folder.mkdir(parents=True)
+    with staging(folder) as whole:
+        if folder.exists():
+            raise UsageError(f"{folder} is there already: take another name")
         for split, rows in splits.items():
             lines = (json.dumps({"prompt": row.prompt, "completion": row.completion}) + "\n" for row in rows)
-            (folder / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
-        (folder / "task.json").write_text(json.dumps({**asdict(plan), "version": VERSION}) + "\n", encoding="utf-8")
-    except FileExistsError:
-        raise UsageError(f"{folder} is there already: take another name") from None
-    except OSError as error:
-        raise GemmaTuiError(f"{folder} cannot be written: {error.strerror}") from None
+            (whole / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
+        (whole / "task.json").write_text(json.dumps({**asdict(plan), "version": VERSION}) + "\n", encoding="utf-8")
     return {split: len(rows) for split, rows in splits.items()}

@@ -30,7 +30,7 @@ from gemma_tui.studies.estimate import checkpoint_bytes, estimate
 from gemma_tui.studies.events import Control, Event, Pace, wait_while_paused
 from gemma_tui.studies.memorization.watch import Watch, watch_of
 from gemma_tui.studies.methods import after_step
-from gemma_tui.studies.set_blocks import batch_maker, check_mask, watching
+from gemma_tui.studies.set_blocks import batch_maker, check_mask, forgotten, watching
 from gemma_tui.studies.training_plan import BLOCKWISE, WHOLE, TrainingPlan, plan_config, settings
 from gemma_tui.tokenizer import read_tokenizer
 
@@ -68,8 +68,13 @@ def train(
     watch = _watch(plan, model, splits, folder, at)
     facts = _facts(engine, plan, model, splits, trainable, memory_ratio)
     yield Event("start", values=facts | (watch.facts if watch else {}))
-    for text in (*found.problems, *warnings(splits, model.folder), *(watch.warnings if watch else ())):
-        yield Event("warning", at.step, {"text": text})
+    told = (
+        *found.problems,
+        *warnings(splits, model.folder),
+        *forgotten(plan, model),
+        *(watch.warnings if watch else ()),
+    )
+    yield from (Event("warning", at.step, {"text": text}) for text in told)
     if watch is not None:
         yield from watch.begin(engine, control, at.step, trainable)
         at.measuring = watch.seconds
@@ -348,7 +353,7 @@ class _Saver:
         else:
             target = self.folder / under / "adapter"
             self.engine.save_adapter(target, str(self.model.folder))
-        if self.plan.method in BLOCKWISE and self.plan.masked_weight > 0:
+        if self.plan.masked:
             write_set_blocks(target, SetBlocks(self.plan.mask_token, self.plan.max_block))
         return target
 
@@ -360,7 +365,7 @@ def _facts(
     info = engine.model()
     config = plan_config(plan, model)
     guess = estimate(
-        config, settings(plan), plan.batch_size, plan.row_length, info.dtype if info else "float32", device,
+        config, settings(plan), plan.rows, plan.sequence_length, info.dtype if info else "float32", device,
         plan.accumulate, memory_ratio,
     )  # fmt: skip
     return {

@@ -222,10 +222,14 @@ class TrainingPlan:
         return DEFAULT_RATES[self.method]
 
     @property
-    def row_length(self) -> int:
-        """Tokens of a row that go through the model, of its masked copy too."""
-        doubled = self.method in BLOCKWISE and self.masked_weight > 0
-        return 2 * self.sequence_length if doubled else self.sequence_length
+    def masked(self) -> bool:
+        """Whether masked copies of the rows are trained on."""
+        return self.method in BLOCKWISE and self.masked_weight > 0
+
+    @property
+    def rows(self) -> int:
+        """Rows of a micro-batch that go through the model, masked copies included."""
+        return 2 * self.batch_size if self.masked else self.batch_size
 
     @property
     def warmup_steps(self) -> int:

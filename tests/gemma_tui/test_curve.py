@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from samples import TEXTS
 from engines.base import Engine, Sampling
 from engines.blocks import BlockDecoding
 from gemma_tui.errors import GemmaTuiError, UsageError
+from gemma_tui.figure_text import cell_text, table_lines
 from gemma_tui.rows import ChatRow, Message, PromptRow, TextRow
 from gemma_tui.runs.store import Run, RunStore
 from gemma_tui.studies.curve import measure
@@ -30,6 +32,7 @@ from gemma_tui.tokenizer import BOS, END_OF_TURN, EOS, START_OF_TURN, Tokenizer
 Commands = Callable[..., tuple[int, list[dict[str, Any]], str]]
 PROMPTS = ["The fox", "The 3rd fox jumps over", "dogs of 7 towns"]
 LENGTH = 6
+FACTS = {"rows": 1, "answers": 1, "batch_size": 1, "dtype": "float32", "device": "cpu", "engine": "torch"}
 
 
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
@@ -118,6 +121,27 @@ def test_a_lost_answer_is_told_with_its_interval() -> None:
     assert [sbd.same, sbd.tokens_per_second, sbd.speed_up, sbd.log_likelihood] == [0.75, 8.0, 2.0, -0.25]
 
 
+def test_what_a_way_costs_and_saves_is_seen_at_once_on_a_small_terminal() -> None:
+    per_row = {
+        way: {"tokens": [1000], "passes": [passes], "exact": [True], "compared": [1000], "equal": [987], "first": [987],
+              "log_likelihoods": [-12.345678], "texts": [""], "ended": [""]}
+        for way, passes in (("ar", 1000), ("sbd-16-0.01", 234))
+    }  # fmt: skip
+    curve = Curve(CurvePlan(gamma="0.01"), FACTS, [0], per_row, {"ar": 1.0, "sbd-16-0.01": 0.3})
+    table = curve_figure(curve).tables[0]
+    shown = ["way", "exact %", "lost", "± 95 %", "nats/token", "agree", "fewer x", "faster x"]
+    ar, way = (dict(zip(table.columns, row, strict=True)) for row in table.rows)
+    assert list(way)[: len(shown)] == shown
+    assert (way["fewer x"], way["block"], way["gamma"], ar["block"], ar["gamma"]) == (1000 / 234, 16, 0.01, 1, None)
+    # A cell of padding on either side, as on the screen, and a bar for scrolling.
+    sizes = [2 + max(len(name), *(len(cell_text(row[i])) for row in table.rows)) for i, name in enumerate(shown)]
+    assert sum(sizes) <= 78
+    head, _, scores = list(table_lines(table, 80))[:3]
+    assert head.split()[0] == "way"
+    assert head.endswith("faster x")
+    assert scores.split()[0] == "sbd-16-0.01"
+
+
 def test_a_curve_that_was_stopped_goes_on_with_the_batch_after(
     torch_engine: Engine, tiny: str, data: Path, store: RunStore
 ) -> None:
@@ -169,8 +193,9 @@ def test_rows_ask_for_their_last_answer(tokenizer: Tokenizer) -> None:
 
 
 def test_ways_are_next_token_decoding_and_all_pairs() -> None:
-    ways = ways_of(CurvePlan(data="x", block="8,16", gamma=" 0.1,0"))
-    assert ways == [Way(), Way(8, 0.0), Way(8, 0.1), Way(16, 0.0), Way(16, 0.1)]
+    ways = ways_of(CurvePlan(data="x", block="8,16", gamma=" inf,0"))
+    assert ways == [Way(), Way(8, 0.0), Way(8, math.inf), Way(16, 0.0), Way(16, math.inf)]
+    assert [way.key for way in ways[1:3]] == ["sbd-8-0", "sbd-8-inf"]
     assert ways_of(CurvePlan(data="x", decoder="ar")) == [Way()]
 
 
@@ -216,7 +241,9 @@ def test_the_command_tells_the_points_and_the_paper_and_writes_files(
     assert "not trained with a mask token" in next(row["text"] for row in rows if row["kind"] == "warning")
     assert (tmp_path / "curve.html").stat().st_size > 1000
     run = rows[-1]["run"]
-    assert [row["event"] for row in command("runs", "show", run)[1] if row["kind"] == "event"].count("curve") == 3
+    shown = command("runs", "show", run)[1]
+    assert [r for r in shown if r["kind"] == "point"] == [r for r in rows if r["kind"] == "point"]
+    assert [row["event"] for row in shown if row["kind"] == "event"].count("curve") == 3
     again = command("runs", "resume", run)[1]
     assert [r for r in again if r["kind"] == "point"] == [r for r in rows if r["kind"] == "point"]
 

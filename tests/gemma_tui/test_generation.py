@@ -13,11 +13,12 @@ from engines.blocks import DecodingPass
 from gemma_tui.errors import GemmaTuiError, UsageError
 from gemma_tui.hub.models import Model
 from gemma_tui.studies.generation import Generation, GenerationPlan, encode_prompt, settled, write
-from gemma_tui.studies.plan import build, check_honoured
+from gemma_tui.studies.plan import build, check_honoured, command
 from gemma_tui.studies.replay import Replay
 from gemma_tui.tokenizer import BOS, END_OF_TURN, EOS, MASK, START_OF_TURN, Tokenizer
 
 LAST_BYTE = 362
+UNBOUND = {"block": 4, "gamma": "inf", "max_tokens": 10, "temperature": 0.0}
 
 
 @pytest.mark.parametrize(
@@ -27,7 +28,7 @@ LAST_BYTE = 362
         *[("temperature", v) for v in (-0.1, 100.1, math.nan, math.inf, "nan", "hot")],
         *[("top_p", v) for v in (0, -1, 1.01, math.nan, "nan")],
         *[("top_k", v) for v in (-1, 1.5)],
-        *[("gamma", v) for v in (-0.1, math.nan, "nan", math.inf)],
+        *[("gamma", v) for v in (-0.1, math.nan, "nan", -math.inf)],
         *[("block", v) for v in (0, -1, 4097)],
         *[("min_p", v) for v in (-0.1, 1.1)],
         *[("repetition_penalty", v) for v in (0, -1, math.nan)],
@@ -173,6 +174,16 @@ def test_a_text_in_blocks_is_its_tokens_and_takes_fewer_passes(
         assert generation.tokens_per_pass == 12 / len(generation.passes) > 1
         written.append(generation.tokens)
     assert written[0] == written[1]
+
+
+def test_without_a_bound_a_block_is_decided_in_one_pass(
+    engine: Engine, prepared_model: Path, tokenizer: Tokenizer
+) -> None:
+    engine.load(prepared_model, "float32")
+    plan, generation = build(GenerationPlan, {"prompt": "The fox", "decoder": "sbd", **UNBOUND}), Generation()
+    list(write(engine, tokenizer, plan, generation))
+    assert [int(said.decided.sum()) for said in generation.passes] == [4, 4, 2]
+    assert "--gamma inf" in command(("generate",), plan)
 
 
 def test_a_stop_string_ends_the_text(engine: Engine, prepared_model: Path, tokenizer: Tokenizer) -> None:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import math
 import shlex
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -237,13 +237,22 @@ def test_the_plans_of_the_results_can_be_run(path: Path) -> None:
     assert plan.name == path.stem
 
 
+def test_the_second_plan_of_the_records_goes_on_from_the_result_of_the_first() -> None:
+    files = {path.stem: path for path in PLAN_FILES}
+    first, second = (build(TrainingPlan, read_toml(files[name])) for name in ("records", "records-more"))
+    assert second.model == f"{first.name}-1"
+    assert (first.method, first.steps, first.learning_rate) == ("sbd", 800, 2e-3)
+    moved = {"model": second.model, "name": "records-more", "steps": 500, "learning_rate": 1e-3, "seed": 1}
+    assert second == replace(first, evaluate_every=250, **moved)
+
+
 @pytest.mark.parametrize("path", sorted(set(EVERY_PLAN) - set(PLAN_FILES)), ids=lambda path: path.stem)
 def test_the_sweeps_of_the_results_have_cells(path: Path) -> None:
     assert cells_of(build(CapacityPlan, read_toml(path), path.name))
 
 
 def test_the_results_compare_at_equal_data_and_tokens() -> None:
-    assert len(PLAN_FILES) == 10
+    assert len(PLAN_FILES) == 12
     for group in ("scratch", "tune"):
         plans = [build(TrainingPlan, read_toml(path)) for path in PLAN_FILES if path.stem.startswith(group)]
         assert len({(p.model, p.data, p.steps, p.batch_size, p.sequence_length, p.seed, p.group) for p in plans}) == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import random
 import re
 from collections.abc import Callable
@@ -23,17 +24,21 @@ from gemma_tui.hub.set_blocks import SetBlocks, set_blocks_of
 from gemma_tui.rows import read_sources
 from gemma_tui.runs.store import RunStore
 from gemma_tui.studies.data import make_batch, training_batches
+from gemma_tui.studies.estimate import estimate
 from gemma_tui.studies.events import Control, Event
+from gemma_tui.studies.forecast import forecast
+from gemma_tui.studies.generation import GenerationPlan, settled
 from gemma_tui.studies.recording import record_training
 from gemma_tui.studies.set_blocks import WATCHED_TOKENS, Watching, batch_maker, masked_batch, tokens_per_pass
 from gemma_tui.studies.tasks import KINDS, TaskPlan, make
 from gemma_tui.studies.training_plan import TrainingPlan, settings
 from gemma_tui.studies.turns import Window
-from gemma_tui.tokenizer import BOS, END_OF_TURN, EOS, Tokenizer
+from gemma_tui.tokenizer import BOS, END_OF_TURN, EOS, MASK, Tokenizer
 
 Plan = Callable[..., TrainingPlan]
 Commands = Callable[..., tuple[int, list[dict[str, Any]], str]]
 PLAN = TrainingPlan(method="sbd", batch_size=3, seed=5)
+SHORT = {"steps": 1, "evaluate_every": 0}
 
 
 def window(prompt: int, answer: int) -> Window:
@@ -111,6 +116,10 @@ def test_masks_are_those_of_the_number_wherever_training_begins() -> None:
     assert len({batch.noised().tokens.tobytes() for batch in whole}) == len(whole)
 
 
+def warned(events: list[Event]) -> list[str]:
+    return [event.values["text"] for event in events if event.kind == "warning"]
+
+
 def run(engine: Engine, plan: TrainingPlan, store: RunStore) -> tuple[str, list[Event]]:
     recorded = record_training(engine, plan, Control(), store)
     return recorded.run.run_id, list(recorded.events)
@@ -127,6 +136,18 @@ def test_a_run_tells_the_masked_loss_and_keeps_what_it_was_trained_for(
     assert last["masked_valid_loss"] == pytest.approx(np.mean(losses))
     assert 0 < last["tokens_per_pass"] <= 8
     assert set_blocks_of(resolve(run_id)) == SetBlocks(6, 8)
+
+
+@pytest.mark.parametrize(("values", "rows"), [({}, 4), ({"masked_weight": 0.0}, 2), ({"method": "full"}, 2)])
+def test_masked_copies_are_foreseen_as_rows(
+    torch_engine: Engine, plan: Plan, store: RunStore, values: dict[str, Any], rows: int
+) -> None:
+    chosen = plan(**{"method": "sbd", **SHORT, **values})
+    start = next(event.values for event in run(torch_engine, chosen, store)[1] if event.kind == "start")
+    config = resolve(chosen.model).config()
+    wanted = estimate(config, settings(chosen), rows, 32, start["dtype"], torch_engine.device())
+    assert start["estimate"] == sum(wanted.parts.values())
+    assert start["estimated"] == forecast(chosen, "torch", torch_engine.device())
 
 
 def test_the_masked_loss_falls(torch_engine: Engine, plan: Plan, store: RunStore) -> None:
@@ -236,6 +257,39 @@ def test_what_an_adapter_was_trained_for_goes_where_it_goes(
 
 
 @pytest.mark.parametrize(
+    ("trained", "method"), [("sbd", "full"), ("sbd", "rank1"), ("sbd", "lora"), ("sbd-lora", "full")]
+)
+def test_plain_training_says_that_its_result_does_not_count_as_trained_for_blocks(
+    torch_engine: Engine, plan: Plan, store: RunStore, trained: str, method: str
+) -> None:
+    before, _ = run(torch_engine, plan(method=trained, mask_token=6, **SHORT), store)
+    after, events = run(torch_engine, plan(model=before, method=method, **SHORT), store)
+    (said,) = warned(events)
+    assert f"{before} was trained for blocks of 16 tokens" in said
+    assert f"--method {'sbd-lora' if method == 'lora' else 'sbd'} trains on both" in said
+    assert set_blocks_of(resolve(after)) is None
+    ready, (why,) = settled(GenerationPlan("a", decoder="sbd"), resolve(after))
+    assert "not trained with a mask token" in why
+    # The base of an adapter still has its own.
+    assert ready.mask_token == (6 if method == "lora" else MASK)
+
+
+def test_training_for_blocks_goes_on_with_its_mask_token_or_says_that_it_does_not(
+    torch_engine: Engine, plan: Plan, store: RunStore
+) -> None:
+    before, events = run(torch_engine, plan(method="sbd", mask_token=6, **SHORT), store)
+    assert not warned(events)
+    assert not warned(run(torch_engine, plan(model=before, method="sbd-lora", mask_token=6, **SHORT), store)[1])
+    other, events = run(torch_engine, plan(model=before, method="sbd-lora", **SHORT), store)
+    assert warned(events) == [
+        f"{before} was trained with mask token 6, and learns 4 in its place: --mask-token 6 goes on with it"
+    ]
+    assert set_blocks_of(resolve(other)) == SetBlocks(4, 16)
+    _, events = run(torch_engine, plan(model=before, method="full", fresh=True, **SHORT), store)
+    assert not warned(events)
+
+
+@pytest.mark.parametrize(
     ("values", "said"),
     [({"packing": True}, "packing"), ({"masked_weight": 0.0, "next_token_weight": 0.0}, "masked_weight")],
 )
@@ -278,6 +332,25 @@ def test_a_task_is_made_once(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert (len(rows.train), len(rows.valid), len(rows.test)) == (80, 10, 10)
     assert cli.main(["task", target]) == 2
     assert "there already" in capsys.readouterr().err
+
+
+def test_a_task_that_has_no_room_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written: list[Path] = []
+
+    def short(path: Path, text: str, encoding: str) -> int:
+        written.append(path)
+        if len(written) == 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write_text(path, text, encoding=encoding)
+
+    write_text, target = Path.write_text, tmp_path / "within" / "task"
+    monkeypatch.setattr(Path, "write_text", short)
+    assert cli.main(["task", str(target), "--rows", "100"]) == 1
+    assert "No space left on device" in capsys.readouterr().err
+    assert len(written) == 3
+    assert list((tmp_path / "within").iterdir()) == []
 
 
 def test_more_questions_than_there_are_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

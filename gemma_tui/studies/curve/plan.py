@@ -32,7 +32,9 @@ class CurvePlan:
     decoder: str = option(SBD, "ar decodes token by token only", choices=DECODERS)
     block: str = option("16", "places decided together; several with commas", decoders=(SBD,))
     gamma: str = option(
-        "0,0.01,0.1,0.4", "bounds of the entropy that one pass decides; several with commas", decoders=(SBD,)
+        "0,0.01,0.1,0.4",
+        "bounds of the entropy that one pass decides, inf for all; several with commas",
+        decoders=(SBD,),
     )
     order: str = option("entropy", "what a pass decides first", choices=ORDERS, decoders=(SBD,))
     mask_token: int | None = option(

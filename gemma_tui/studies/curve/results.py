@@ -19,9 +19,10 @@ from gemma_tui.studies.generation import AR
 from gemma_tui.studies.intervals import interval
 
 COLUMNS = (
-    "way", "block", "gamma", "exact %", "lost", "± 95 %", "nats/token", "agreement", "same texts", "tokens", "passes",
-    "tokens/pass", "fewer passes", "tokens/s", "speed-up",
+    "way", "exact %", "lost", "± 95 %", "nats/token", "agree", "fewer x", "faster x",
+    "tokens/s", "tokens/pass", "tokens", "passes", "same texts", "block", "gamma",
 )  # fmt: skip
+"""What a way costs and saves comes first, and is no wider than a small terminal."""
 PER_ROW = ("tokens", "passes", "exact", "compared", "equal", "first", "log_likelihoods", "texts", "ended")
 
 
@@ -147,8 +148,8 @@ def curve_figure(curve: Curve) -> Figure:
         f"{len(curve.rows):,} of {facts['rows']:,} rows, {facts['answers']:,} with an answer; {facts['batch_size']:,} "
         f"side by side, greedy, {facts['dtype']} on {facts['device']} with {facts['engine']}",
         "tokens are counted to the end of a text, passes too; seconds are all that decoding took, the prompt included",
-        "nats/token: of what was written, under next-token prediction; agreement: places that hold the token of "
-        "next-token decoding",
+        "nats/token: of what was written, under next-token prediction; agree: share of places with the token of "
+        "next-token decoding; fewer x, faster x: times fewer passes, times the tokens/s",
         "the paper's table (arXiv:2509.04185) is of other models and tasks; its x is of passes, not of seconds",
     ]
     arrays = {
@@ -166,10 +167,10 @@ def curve_figure(curve: Curve) -> Figure:
 def _cells(point: Point) -> tuple[Any, ...]:
     way = point.way
     return (
-        way.key, way.block, way.gamma, _percent(point), None if point.lost is None else 100 * point.lost,
-        None if point.half is None else 100 * point.half, point.log_likelihood, point.agreement, point.same,
-        point.tokens, point.passes, point.tokens_per_pass, point.fewer_passes,
-        point.tokens_per_second, point.speed_up,
+        way.key, _percent(point), None if point.lost is None else 100 * point.lost,
+        None if point.half is None else 100 * point.half, point.log_likelihood, point.agreement, point.fewer_passes,
+        point.speed_up, point.tokens_per_second, point.tokens_per_pass, point.tokens, point.passes, point.same,
+        way.block, way.gamma,
     )  # fmt: skip
 
 
