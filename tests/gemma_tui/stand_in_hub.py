@@ -44,6 +44,8 @@ class Repo:
     gated: str | bool = False
     allowed: tuple[str, ...] = ()
     """Tokens that may read the files, if it is gated."""
+    asked: tuple[str, ...] = ()
+    """Tokens whose accounts have asked for access and wait."""
     commit: str = COMMIT
     info: dict[str, Any] = field(default_factory=dict)
 
@@ -61,7 +63,7 @@ class Faults:
         statuses: for the next requests of a path that contains the text, these in turn.
         moving: whether ``main`` is another commit at each question.
         endless: names of files that never end.
-        message: what every refusal says.
+        message: what every refusal says, in place of its own words.
     """
 
     slow: float = 0.0
@@ -143,8 +145,8 @@ def _handler(hub: StandInHub) -> type[BaseHTTPRequestHandler]:
 
         def refuse(self, status: int, code: str = "", message: str = "") -> None:
             headers = {"X-Error-Code": code} if code else {}
-            if message or hub.faults.message:
-                headers["X-Error-Message"] = message or hub.faults.message
+            if said := hub.faults.message or message:
+                headers["X-Error-Message"] = said
             self.send(status, b"{}", headers)
 
         def json(self, value: Any, headers: dict[str, str] | None = None) -> None:
@@ -188,14 +190,27 @@ def _search(hub: StandInHub, it: Any, query: dict[str, str]) -> None:
     it.json(found[start : start + page], more if start + page < len(found) else None)
 
 
+def _gate(repo: Repo, it: Any, name: str) -> bool:
+    """Whether a gated repository stays shut, which is then told in the hub's own words."""
+    token = it.token()
+    if not repo.gated or token in repo.allowed:
+        return False
+    if not token:
+        said = f"Access to model {name} is restricted. You must have access to it and be authenticated to access it."
+    elif token in repo.asked:
+        said = f"Your request to access model {name} is awaiting a review from the repo authors."
+    else:
+        said = f"Access to model {name} is restricted and you are not in the authorized list."
+    it.refuse(403 if token else 401, "GatedRepo", said)
+    return True
+
+
 def _about(hub: StandInHub, it: Any, name: str, rest: str) -> None:
     repo = hub.repos.get(name)
     if repo is None:
         return it.refuse(401 if not it.token() else 404, "RepoNotFound")
     if rest == "/auth-check":
-        if repo.gated and it.token() not in repo.allowed:
-            return it.refuse(403 if it.token() else 401, "GatedRepo")
-        return it.json({})
+        return None if _gate(repo, it, name) else it.json({})
     if hub.faults.moving and not rest.startswith("/tree"):
         repo.commit = NEXT_COMMIT if repo.commit == COMMIT else COMMIT
         repo.files["generation_config.json"] = json.dumps({"commit": repo.commit}).encode()
@@ -230,8 +245,8 @@ def _file(hub: StandInHub, it: Any, name: str, path: str) -> None:
     repo, faults = hub.repos.get(name), hub.faults
     if repo is None:
         return it.refuse(404, "RepoNotFound")
-    if repo.gated and it.token() not in repo.allowed:
-        return it.refuse(403 if it.token() else 401, "GatedRepo")
+    if _gate(repo, it, name):
+        return None
     if path not in repo.files:
         return it.refuse(404, "EntryNotFound")
     data = repo.files[path]

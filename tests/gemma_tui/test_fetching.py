@@ -23,6 +23,7 @@ from gemma_tui.hub.models import local_models, resolve
 TINY = "org/gemma-3-tiny"
 TOKEN = "hf_" + "g" * 34
 OTHER = "hf_" + "x" * 34
+ASKED = "hf_" + "w" * 34
 
 Events = list[dict[str, Any]]
 
@@ -118,14 +119,16 @@ TERMS = {
     "no token": (None, "auto", "log in with `hf auth login` or set HF_TOKEN"),
     "a bad token": (OTHER, "auto", "rejects your token"),
     "terms to accept": (TOKEN, "auto", "accept its terms at http"),
-    "approval to wait for": (TOKEN, "manual", "owners approve each request"),
+    "approval to ask for": (TOKEN, "manual", "wait for its owners' approval"),
+    "approval to wait for": (ASKED, "manual", "your request awaits its owners' approval"),
 }
 
 
 @pytest.mark.parametrize("case", TERMS)
 def test_a_gated_model_says_what_to_do(hub: StandInHub, monkeypatch: pytest.MonkeyPatch, case: str) -> None:
     token, gated, sentence = TERMS[case]
-    hub.repos[TINY].gated = gated
+    hub.repos[TINY].gated, hub.repos[TINY].asked = gated, (ASKED,)
+    hub.tokens[ASKED] = "walter"
     if token:
         monkeypatch.setenv("HF_TOKEN", token)
     said = refused()
