@@ -18,6 +18,7 @@ from gemma_tui.hub.cache import Removal, cached_repos, finished_bytes, leftovers
 from gemma_tui.hub.descriptions import FOUND, fit_of, found_cells, preview, remote_lines
 from gemma_tui.hub.downloads import CANCELLED, DONE, KEPT, Download
 from gemma_tui.hub.fetching import Request
+from gemma_tui.hub.headers import counts_by_dtype, remote_tensors
 from gemma_tui.hub.models import resolve
 from gemma_tui.hub.remote import check_access, check_names, look, remote_config, wanted
 from gemma_tui.hub.remote import search as search_hub
@@ -111,12 +112,13 @@ def about_remote(name: str, output: Output) -> int:
     check_access(remote)
     files = wanted(remote)
     config = remote_config(remote)
+    dtypes = counts_by_dtype(remote_tensors(remote, files, config))
     memory = fit.estimates(config)
     output.row("remote", name=repo, commit=remote.commit, files=len(files), bytes=sum(f.size for f in files),
-               licence=remote.licence, gated=remote.gated, dtypes=remote.dtypes, parameters=config.parameter_count(),
+               licence=remote.licence, gated=remote.gated, dtypes=dtypes, parameters=config.parameter_count(),
                memory=memory, fits={use: fit.here(size) for use, size in memory.items()}, left_out=list(remote.code),
                config=config.to_dict())  # fmt: skip
-    lines = remote_lines(remote, files, config)
+    lines = remote_lines(remote, files, config, dtypes)
     output.table(("", f"{repo}, not here"), lines)
     output.say(f"`gemma-tui models download {repo}` fetches it")
     output.row("end", status="done")

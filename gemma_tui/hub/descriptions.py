@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from engines.gemma3 import Gemma3Config
 from gemma_tui.hub import fit
@@ -38,7 +38,9 @@ def found_cells(item: Found) -> tuple[str, ...]:
     )
 
 
-def remote_lines(remote: Remote, files: Sequence[RemoteFile], config: Gemma3Config) -> list[tuple[str, str]]:
+def remote_lines(
+    remote: Remote, files: Sequence[RemoteFile], config: Gemma3Config, dtypes: Mapping[str, int]
+) -> list[tuple[str, str]]:
     """A model of the hub before anything of it is fetched: what comes, and what it would need here."""
     left_out = ", ".join(remote.code[:8])
     return [
@@ -46,7 +48,7 @@ def remote_lines(remote: Remote, files: Sequence[RemoteFile], config: Gemma3Conf
         ("parameters", f"{config.parameter_count():,}"),
         ("layers", f"{config.num_hidden_layers}, global: {', '.join(map(str, config.global_layers)) or 'none'}"),
         ("to fetch", f"{len(files)} files, {bytes_text(sum(f.size for f in files))}"),
-        ("stored as", ", ".join(remote.dtypes) or "not told"),
+        ("stored as", ", ".join(dtypes)),
         ("licence", remote.licence or "not told"),
         ("access", remote.gated or "open"),
         *([("left out", left_out)] if left_out else []),

@@ -27,6 +27,7 @@ from engines.errors import EngineError
 from gemma_tui.errors import GemmaTuiError
 from gemma_tui.hub import cache
 from gemma_tui.hub.convert import ensure_space
+from gemma_tui.hub.headers import remote_tensors
 from gemma_tui.hub.metering import TELL_SECONDS, CancelledError, Control, Tell, Watch, free_bytes, meter
 from gemma_tui.hub.refusals import reason
 from gemma_tui.hub.remote import Remote, RemoteFile, check_access, check_names, look, remote_config, wanted
@@ -104,8 +105,8 @@ def _preflight(remote: Remote, request: Request, tell: Tell, control: Control) -
     """Everything that can be known before the first byte of weights; what is fetched."""
     _patiently(lambda: check_access(remote), tell, control)
     files = list(wanted(remote, request.include))
-    if any(f.path.endswith(".safetensors") for f in files):
-        _patiently(lambda: remote_config(remote), tell, control)
+    weights = any(f.path.endswith(".safetensors") for f in files)
+    config = _patiently(lambda: remote_config(remote), tell, control) if weights else None
     total, place = sum(f.size for f in files), cache.cache_folder()
     needed = total - _here(remote, files)
     tell(
@@ -113,6 +114,8 @@ def _preflight(remote: Remote, request: Request, tell: Tell, control: Control) -
         free=free_bytes(place), licence=remote.licence, gated=remote.gated, left_out=len(remote.code),
     )  # fmt: skip
     ensure_space(place, needed, "set HF_HOME")
+    if config is not None and needed:
+        _patiently(lambda: remote_tensors(remote, files, config), tell, control)
     return files
 
 

@@ -75,8 +75,6 @@ class Remote:
     gated: str
     licence: str
     files: tuple[RemoteFile, ...]
-    dtypes: dict[str, int]
-    """Parameters by safetensors dtype, if the hub tells."""
 
     @property
     def code(self) -> tuple[str, ...]:
@@ -127,8 +125,7 @@ def look(repo: str, revision: str = "main") -> Remote:
     if not isinstance(info.sha, str) or not COMMIT.fullmatch(info.sha):
         raise GemmaTuiError(f"the hub names no commit for {repo}: try again later")
     files = tuple(_file(repo, sibling) for sibling in info.siblings or ())
-    dtypes = _dtypes(info.safetensors)
-    return Remote(repo, info.sha, _gated(info.gated), _licence(info.tags), files, dtypes)
+    return Remote(repo, info.sha, _gated(info.gated), _licence(info.tags), files)
 
 
 def check_access(remote: Remote) -> None:

@@ -136,12 +136,15 @@ class HubSearch(ModalScreen[None]):
     @work(thread=True, exclusive=True, group="hub")
     def _look(self, repo: str) -> None:
         from gemma_tui.hub.descriptions import remote_lines
+        from gemma_tui.hub.headers import counts_by_dtype, remote_tensors
         from gemma_tui.hub.remote import check_access, look, remote_config, wanted
 
         try:
             remote = look(repo)
             check_access(remote)
-            lines = remote_lines(remote, wanted(remote), remote_config(remote))
+            files, config = wanted(remote), remote_config(remote)
+            dtypes = counts_by_dtype(remote_tensors(remote, files, config))
+            lines = remote_lines(remote, files, config, dtypes)
         except EngineError as error:
             self.app.call_from_thread(self._about, repo, str(error))
             return

@@ -63,6 +63,7 @@ class Faults:
         statuses: for the next requests of a path that contains the text, these in turn.
         moving: whether ``main`` is another commit at each question.
         endless: names of files that never end.
+        no_ranges: whether a file comes whole, whatever part of it was asked for.
         message: what every refusal says, in place of its own words.
     """
 
@@ -74,6 +75,7 @@ class Faults:
     statuses: dict[str, list[int]] = field(default_factory=dict)
     moving: bool = False
     endless: set[str] = field(default_factory=set)
+    no_ranges: bool = False
     message: str = ""
 
 
@@ -263,7 +265,8 @@ def _file(hub: StandInHub, it: Any, name: str, path: str) -> None:
 
 def _body(hub: StandInHub, it: Any, path: str, data: bytes, headers: dict[str, str]) -> None:
     faults, status = hub.faults, 200
-    if found := re.fullmatch(r"bytes=(\d+)-(\d*)", it.headers.get("Range", "")):
+    found = re.fullmatch(r"bytes=(\d+)-(\d*)", it.headers.get("Range", ""))
+    if found and not faults.no_ranges:
         start, end = int(found[1]), int(found[2] or len(data) - 1)
         headers["Content-Range"] = f"bytes {start}-{min(end, len(data) - 1)}/{len(data)}"
         data, status = data[start : end + 1], 206

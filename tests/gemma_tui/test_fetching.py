@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import struct
 import threading
 import time
 from collections.abc import Callable
@@ -11,14 +12,18 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors import numpy as reference
 from stand_in_hub import COMMIT, NEXT_COMMIT, Repo, StandInHub, partial_files
 
 from engines.errors import EngineError
 from gemma_tui.hub import cache, fetching, metering
 from gemma_tui.hub.fetching import Request, fetch
+from gemma_tui.hub.headers import counts_by_dtype, remote_tensors
 from gemma_tui.hub.metering import CancelledError, Control
 from gemma_tui.hub.models import local_models, resolve
+from gemma_tui.hub.remote import look, remote_config, wanted
 
 TINY = "org/gemma-3-tiny"
 TOKEN = "hf_" + "g" * 34
@@ -81,7 +86,7 @@ def test_what_is_here_does_not_come_again(hub: StandInHub) -> None:
     fetched(events)
     assert events[0]["download"] == 0
     # The config is looked at before anything else.
-    assert hub.count("GET", "/resolve/") <= before + 1
+    assert hub.count("GET", "/resolve/") == before + 1
 
 
 def test_what_another_commit_has_is_counted_as_here(hub: StandInHub) -> None:
@@ -182,7 +187,8 @@ def test_offline_uses_what_is_here_and_asks_nothing(hub: StandInHub, monkeypatch
 
 
 def cut(hub: StandInHub) -> None:
-    hub.faults.cut, hub.faults.piece = 1, 4096
+    # The header's, and the weights'.
+    hub.faults.cut, hub.faults.piece = 2, 4096
 
 
 def statuses(part: str, *given: int) -> Callable[[StandInHub], None]:
@@ -193,7 +199,8 @@ PASSING = {
     "a dropped line": cut,
     "500 at the first question": statuses("/revision/main", 500, 503),
     "429 at the tree": statuses("/tree/", 429),
-    "500 at a file": statuses("/model.safetensors", 200, 500),
+    "500 at a header": statuses("/model.safetensors", 500),
+    "500 at a file": statuses("/model.safetensors", 200, 200, 500),
     "502 at the access check": statuses("/auth-check", 502),
 }
 
@@ -260,13 +267,13 @@ def test_a_disk_that_fills_up_meanwhile_is_told_and_keeps_no_part(
     hub: StandInHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def free(place: object) -> int:
-        return 0 if hub.count("GET", "/model.safetensors") else 10**12
+        return 0 if hub.count("GET", "/model.safetensors") > 1 else 10**12  # the header's comes first
 
     monkeypatch.setattr(fetching, "free_bytes", free)
     monkeypatch.setattr(metering, "free_bytes", free)
     assert "is full" in refused()
     assert not partial_files(TINY)
-    assert hub.count("GET", "/model.safetensors") == 1
+    assert hub.count("GET", "/model.safetensors") == 2
 
 
 def test_a_cancel_leaves_no_part_and_the_next_try_is_clean(hub: StandInHub) -> None:
@@ -399,9 +406,66 @@ def test_code_and_pickles_stay_on_the_hub(hub: StandInHub) -> None:
     assert events[0]["left_out"] == 2
 
 
-def test_weights_that_no_engine_may_map_are_never_usable(hub: StandInHub) -> None:
-    hub.repos[TINY].files["model.safetensors"] += b"\0"
-    assert "not a safe .safetensors file" in refused()
+def resave(repo: Repo, change: Callable[[dict[str, np.ndarray]], object]) -> None:
+    arrays = reference.load(repo.files["model.safetensors"])
+    change(arrays)
+    repo.files["model.safetensors"] = reference.save(arrays)
+
+
+def double(arrays: dict[str, np.ndarray]) -> None:
+    arrays["model.norm.weight"] = arrays["model.norm.weight"].astype(np.float64)
+
+
+def pack(arrays: dict[str, np.ndarray]) -> None:
+    arrays["model.norm.weight"] = arrays["model.norm.weight"].view(np.uint32)
+
+
+MEGABYTES = 4 << 20
+WEIGHTS = {
+    "a tail": (
+        lambda repo: repo.files.update({"model.safetensors": repo.files["model.safetensors"] + b"\0" * MEGABYTES}),
+        "it is cut or has a tail",
+    ),
+    "a header without an end": (
+        lambda repo: repo.files.update({"model.safetensors": struct.pack("<Q", MEGABYTES) + b"{" * MEGABYTES}),
+        "not valid JSON",
+    ),
+    "a header over the limit": (
+        lambda repo: repo.files.update({"model.safetensors": struct.pack("<Q", 26 << 20) + b"{" * (27 << 20)}),
+        "over the limit",
+    ),
+    "a parameter less": (lambda repo: resave(repo, lambda a: a.pop("model.norm.weight")), "lacks model.norm.weight"),
+    "another shape": (config(hidden_size=64), "its config.json says"),
+    "float64": (lambda repo: resave(repo, double), "is F64"),
+    "packed weights that are not told": (lambda repo: resave(repo, pack), "is packed"),
+}
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+def test_weights_that_no_engine_may_map_are_refused_by_their_headers(hub: StandInHub, kind: str) -> None:
+    change, reason = WEIGHTS[kind]
+    change(hub.repos[TINY])
+    assert reason in refused()
+    assert hub.count("GET", "/model.safetensors") == 1
+    nothing_is_left()
+
+
+def test_a_header_of_a_server_that_knows_no_ranges_comes_alone(hub: StandInHub) -> None:
+    # Behind the header are megabytes, each piece of which takes a second.
+    resave(hub.repos[TINY], lambda arrays: arrays.update(more=np.zeros(MEGABYTES, np.float32)))
+    hub.faults.no_ranges, hub.faults.piece, hub.faults.slow = True, 1 << 16, 1.0
+    remote = look(TINY)
+    files = wanted(remote)
+    found = remote_tensors(remote, files, remote_config(remote))
+    assert found["more"].shape == (MEGABYTES,)
+    assert counts_by_dtype(found)["F32"] > MEGABYTES
+    assert hub.served < 1 << 20
+
+
+def test_an_index_that_points_elsewhere_is_never_usable(hub: StandInHub) -> None:
+    index = {"metadata": {}, "weight_map": {"model.norm.weight": "../../x.safetensors"}}
+    hub.repos[TINY].files["model.safetensors.index.json"] = json.dumps(index).encode()
+    assert "'../../x.safetensors', which is no shard" in refused()
     with pytest.raises(EngineError, match="not in the hub cache"):
         resolve(TINY)
 
