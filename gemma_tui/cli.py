@@ -180,7 +180,7 @@ def _models(groups: argparse._SubParsersAction, wanted: bool) -> None:
 
 def _hub(group: argparse._SubParsersAction) -> None:
     search = _command(group, "search", "Gemma-3 models on the hub", "hub:search")
-    search.add_argument("query", metavar="Q", help="words of the name, as gemma-3-1b")
+    search.add_argument("query", metavar="Q", nargs="?", default="", help="words of the name; all if left out")
     search.add_argument("--limit", type=int, default=50, metavar="N", help="at most so many (default 50)")
     download = _command(group, "download", "fetch models from the hub into its cache", "hub:download")
     download.add_argument("repos", nargs="+", metavar="REPO", help="owner/name; several are fetched in turn")

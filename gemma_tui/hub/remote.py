@@ -32,6 +32,9 @@ KINDS = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.tx
 CODE = (".bin", ".pt", ".pth", ".pkl", ".py", ".h5", ".keras", ".ckpt")
 MAX_FILES = 1000
 MAX_ANSWERS = 200
+TAGS = ("gemma3_text", "gemma3", "gguf")
+"""What the hub calls the models by their configs, and GGUF files, whose architecture is looked at here."""
+
 EXPANDED = ("safetensors", "gguf", "gated", "downloads", "tags", "config", "lastModified", "sha")
 
 
@@ -95,20 +98,23 @@ def check_names(repo: str, revision: str = "main") -> None:
 
 
 def search(query: str, limit: int = 50) -> list[Found]:
-    """Gemma-3 models on the hub, the most downloaded first.
+    """Gemma-3 models on the hub, tuned ones of any name too, the most downloaded first.
 
     Raises:
         GemmaTuiError: the hub cannot be reached, or refuses.
     """
+    found: dict[str, Found] = {}
     with explained("the search"):
-        # One more page than is wanted: what is no Gemma-3 is left out below.
-        answers = client().list_models(
-            search=query,
-            sort="downloads",
-            limit=min(2 * limit, MAX_ANSWERS),
-            expand=list(EXPANDED),  # type: ignore[arg-type]
-        )
-        return [found for found in map(_found, answers) if found is not None][:limit]
+        for tag in TAGS:
+            answers = client().list_models(
+                search=query or None,
+                filter=tag,
+                sort="downloads",
+                limit=min(2 * limit, MAX_ANSWERS),
+                expand=list(EXPANDED),  # type: ignore[arg-type]
+            )
+            found |= {item.repo: item for item in map(_found, answers) if item is not None}
+    return sorted(found.values(), key=lambda item: (-item.downloads, item.repo))[:limit]
 
 
 def look(repo: str, revision: str = "main") -> Remote:

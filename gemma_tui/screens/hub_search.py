@@ -78,7 +78,7 @@ class HubSearch(ModalScreen[None]):
         """Search."""
         event.stop()
         self._words = event.value.strip()
-        self._tell(f"searching for {self._words}…")
+        self._tell("searching the hub…")
         self._search(self._words)
 
     def on_data_table_row_highlighted(self, event: DataTable.RowHighlighted) -> None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlencode, urlsplit
 
 from gemma_tui.hub import cache
 
@@ -184,12 +184,22 @@ def _search(hub: StandInHub, it: Any, query: dict[str, str]) -> None:
     found = [
         {"id": name, "gated": repo.gated, "downloads": 1, "likes": 0, "tags": [], "sha": repo.commit, **repo.info}
         for name, repo in hub.repos.items()
-        if words in name.lower() and query.get("author", "") in ("", name.split("/")[0])
+        if words in name.lower() and query.get("filter", "") in ("", *_tags(repo))
     ]
     limit, start = int(query.get("limit", 1000)), int(query.get("cursor", 0))
     page = min(limit, 100)
-    more = {"Link": f'<{hub.url}/api/models?search={words}&limit={limit}&cursor={start + page}>; rel="next"'}
+    asked = urlencode({**query, "limit": limit, "cursor": start + page})
+    more = {"Link": f'<{hub.url}/api/models?{asked}>; rel="next"'}
     it.json(found[start : start + page], more if start + page < len(found) else None)
+
+
+def _tags(repo: Repo) -> list[Any]:
+    """What is said of it, and what the hub sees for itself: the kind of its config, and GGUF files."""
+    try:
+        config = {**json.loads(repo.files.get("config.json", b"{}")), **repo.info.get("config", {})}
+    except (ValueError, TypeError, RecursionError):
+        config = {}
+    return [*repo.info.get("tags", ()), config.get("model_type"), "gguf" if "gguf" in repo.info else None]
 
 
 def _gate(repo: Repo, it: Any, name: str) -> bool:

@@ -164,9 +164,10 @@ def test_search_lists_gemma_3_with_what_one_must_know(hub: StandInHub, command: 
     said = {"tags": ["license:gemma", "gemma3"], "safetensors": {"parameters": {"BF16": 10**9}, "total": 10**9}}
     hub.repos = {
         "google/gemma-3-1b": Repo(files, gated="manual", info={**said, "downloads": 7}),
-        "mlx-community/gemma-3-1b-4bit": Repo(files, info={"tags": ["mlx"], "safetensors": packed}),
+        "mlx-community/gemma-3-1b-4bit": Repo(files, info={"tags": ["mlx", "gemma3_text"], "safetensors": packed}),
         "someone/tuned": Repo(files, info={"config": {"model_type": "gemma3_text"}}),
         "quants/gemma-3-1b-gguf": Repo(files, info={"gguf": {"total": 10**9, "architecture": "gemma3"}}),
+        "quants/llama-gguf": Repo(files, info={"gguf": {"total": 10**9, "architecture": "llama"}, "downloads": 99}),
         "someone/gemma-2-2b": Repo(files, info={"config": {"model_type": "gemma2"}}),
         "google/gemma-3n-E2B": Repo(files, info={"tags": ["gemma3n"]}),
     }
@@ -175,6 +176,7 @@ def test_search_lists_gemma_3_with_what_one_must_know(hub: StandInHub, command: 
     assert (code, rows[-1]["status"]) == (0, "done")
     others = {"someone/tuned", "quants/gemma-3-1b-gguf"}
     assert set(found) == {"google/gemma-3-1b", "mlx-community/gemma-3-1b-4bit"} | others
+    assert rows[0]["name"] == "google/gemma-3-1b"
     official = found["google/gemma-3-1b"]
     assert (official["bytes"], official["dtype"], official["parameters"]) == (2 * 10**9, "BF16", 10**9)
     assert (official["licence"], official["gated"], official["downloads"]) == ("gemma", "manual", 7)
@@ -189,10 +191,12 @@ def test_what_a_search_brings_is_foreign(
 ) -> None:
     wrong = {
         "downloads": "many",
-        "tags": [7, None, "license:\x1b[2J"],
+        "tags": [7, None, "license:\x1b[2J", "gemma3"],
         "safetensors": {"parameters": {"BF16": -1}, "total": -1},
     }
-    hub.repos = {"a/gemma-3-x": Repo({}, info=wrong), "a/gemma-3-\x1b]0;x\x07": Repo({}), "a/gemma-3-y": Repo({})}
+    right = {"tags": ["gemma3"]}
+    hub.repos = {name: Repo({}, info=right) for name in ("a/gemma-3-x", "a/gemma-3-\x1b]0;x\x07", "a/gemma-3-y")}
+    hub.repos["a/gemma-3-x"].info = wrong
     code, rows, _ = command("models", "search", "gemma-3")
     assert code == 0
     assert [row["name"] for row in rows[:-1]] == ["a/gemma-3-x", "a/gemma-3-y"]

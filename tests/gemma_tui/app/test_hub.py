@@ -113,7 +113,7 @@ async def test_a_late_answer_does_not_overwrite_a_newer_one(
 
 async def test_what_is_not_in_float32_is_not_called_so(opened: Open, hub: StandInHub) -> None:
     packed = {"parameters": {"U32": 125_000_000, "BF16": 10**6}, "total": 10**9}
-    hub.repos = {"org/gemma-3-4bit": Repo({}, info={"tags": ["mlx"], "safetensors": packed})}
+    hub.repos = {"org/gemma-3-4bit": Repo({}, info={"tags": ["mlx", "gemma3"], "safetensors": packed})}
     async with opened((120, 40), model="") as it:
         await searched(it)
         assert "as it is stored: inference" in it.static("#about")
