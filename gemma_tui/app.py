@@ -149,8 +149,8 @@ class GemmaTui(App[None]):
         """Load a model on the chosen engine."""
         return self.attempt(lambda: self.session.load(name))
 
-    def fetch(self, repo: str) -> None:
-        """Queue a download.
+    def fetch(self, repo: str, include: tuple[str, ...] = ()) -> None:
+        """Queue a download; ``include`` are patterns of files beside the usual ones.
 
         Raises:
             GemmaTuiError: it is queued already.
@@ -160,7 +160,7 @@ class GemmaTui(App[None]):
 
         if self.downloads is None:
             self.downloads = Downloads()
-        self.downloads.add(Request(repo))
+        self.downloads.add(Request(repo, include=include))
 
     def action_switch_engine(self) -> None:
         """Choose the other engine."""

@@ -15,12 +15,12 @@ from gemma_tui.commands.signals import heard
 from gemma_tui.errors import GemmaTuiError
 from gemma_tui.hub import fit, keeping
 from gemma_tui.hub.cache import Removal, cached_repos, finished_bytes, leftovers
-from gemma_tui.hub.descriptions import FOUND, fit_of, found_cells, preview, remote_lines
+from gemma_tui.hub.descriptions import FOUND, fit_of, found_cells, inside_lines, preview, ready
 from gemma_tui.hub.downloads import CANCELLED, DONE, KEPT, Download
 from gemma_tui.hub.fetching import Request
-from gemma_tui.hub.headers import counts_by_dtype, remote_tensors
+from gemma_tui.hub.headers import look_inside
 from gemma_tui.hub.models import resolve
-from gemma_tui.hub.remote import check_access, check_names, look, remote_config, wanted
+from gemma_tui.hub.remote import check_names
 from gemma_tui.hub.remote import search as search_hub
 from gemma_tui.output import Output, age, bytes_text, duration
 from gemma_tui.studies.using import refuse_in_use
@@ -89,38 +89,26 @@ def _tell(item: Download, event: Mapping[str, Any], output: Output) -> None:
     elif kind == "retry":
         output.say(item.detail)
     elif kind == "fetched":
-        output.say(f"{_name(item)} is checked and ready: `{_use(item, Path(event['folder']))}`")
-
-
-def _use(item: Download, folder: Path) -> str:
-    """What can be done with what has come; GGUF alone is no model here before it is imported."""
-    files = sorted(folder.rglob("*.gguf"))
-    if files and not list(folder.glob("*.safetensors")):
-        return f"gemma-tui models import {shlex.quote(str(files[0]))}"
-    return f"gemma-tui models info {_name(item)}"
-
-
-def _name(item: Download) -> str:
-    request = item.request
-    return request.repo if request.revision == "main" else f"{request.repo}@{request.revision}"
+        output.say(ready(item))
 
 
 def about_remote(name: str, output: Output) -> int:
     """A model of the hub before anything of it is fetched: what comes, whether it would load, what it would need."""
     repo, _, revision = name.partition("@")
-    remote = look(repo, revision or "main")
-    check_access(remote)
-    files = wanted(remote)
-    config = remote_config(remote)
-    dtypes = counts_by_dtype(remote_tensors(remote, files, config))
-    memory = fit.estimates(config)
-    output.row("remote", name=repo, commit=remote.commit, files=len(files), bytes=sum(f.size for f in files),
-               licence=remote.licence, gated=remote.gated, dtypes=dtypes, parameters=config.parameter_count(),
-               memory=memory, fits={use: fit.here(size) for use, size in memory.items()}, left_out=list(remote.code),
-               config=config.to_dict())  # fmt: skip
-    lines = remote_lines(remote, files, config, dtypes)
-    output.table(("", f"{repo}, not here"), lines)
-    output.say(f"`gemma-tui models download {repo}` fetches it")
+    inside = look_inside(repo, revision or "main")
+    remote, config, files = inside.remote, inside.config, inside.files
+    fetches = f"gemma-tui models download {repo}" + (f" --revision {revision}" if revision else "")
+    shared = {"name": repo, "commit": remote.commit, "licence": remote.licence, "gated": remote.gated}
+    if config is None:
+        output.row("remote", **shared, choice=[{"path": f.path, "bytes": f.size} for f in files])
+        fetches += f" --include {shlex.quote(files[0].path)}"
+    else:
+        memory = fit.estimates(config)
+        output.row("remote", **shared, files=len(files), bytes=sum(f.size for f in files), dtypes=inside.dtypes,
+                   parameters=config.parameter_count(), memory=memory, left_out=list(remote.code),
+                   fits={use: fit.here(size) for use, size in memory.items()}, config=config.to_dict())  # fmt: skip
+    output.table(("", f"{repo}, not here"), inside_lines(inside))
+    output.say(f"`{fetches}` fetches it")
     output.row("end", status="done")
     return 0
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import shlex
+from collections.abc import Iterable
+from pathlib import Path
 
-from engines.gemma3 import Gemma3Config
 from gemma_tui.hub import fit
 from gemma_tui.hub.cache import Removal
-from gemma_tui.hub.remote import Found, Remote, RemoteFile
+from gemma_tui.hub.downloads import Download
+from gemma_tui.hub.headers import Inside
+from gemma_tui.hub.remote import Found
 from gemma_tui.output import bytes_text, count_text
 
 FOUND = ("repository", "size", "params", "fits", "access", "format", "dtype", "licence", "downloads")
@@ -38,22 +41,32 @@ def found_cells(item: Found) -> tuple[str, ...]:
     )
 
 
-def remote_lines(
-    remote: Remote, files: Sequence[RemoteFile], config: Gemma3Config, dtypes: Mapping[str, int]
-) -> list[tuple[str, str]]:
+def inside_lines(inside: Inside) -> list[tuple[str, str]]:
     """A model of the hub before anything of it is fetched: what comes, and what it would need here."""
+    remote, config = inside.remote, inside.config
+    about = [("commit", remote.commit), ("licence", remote.licence or "not told"), ("access", remote.gated or "open")]
+    if config is None:
+        return [*about, ("to fetch", "one of these files"), *((bytes_text(f.size), f.path) for f in inside.files)]
     left_out = ", ".join(remote.code[:8])
     return [
-        ("commit", remote.commit),
+        *about,
         ("parameters", f"{config.parameter_count():,}"),
         ("layers", f"{config.num_hidden_layers}, global: {', '.join(map(str, config.global_layers)) or 'none'}"),
-        ("to fetch", f"{len(files)} files, {bytes_text(sum(f.size for f in files))}"),
-        ("stored as", ", ".join(dtypes)),
-        ("licence", remote.licence or "not told"),
-        ("access", remote.gated or "open"),
+        ("to fetch", f"{len(inside.files)} files, {bytes_text(sum(f.size for f in inside.files))}"),
+        ("stored as", ", ".join(inside.dtypes or ())),
         *([("left out", left_out)] if left_out else []),
         *((f"memory, {use}", f"{bytes_text(n)}, {fit.here(n)}") for use, n in fit.estimates(config).items()),
     ]
+
+
+def ready(item: Download) -> str:
+    """What can be done with what has come; GGUF alone is no model here before it is imported."""
+    request, folder = item.request, Path(item.folder)
+    name = request.repo if request.revision == "main" else f"{request.repo}@{request.revision}"
+    use = f"gemma-tui models info {name}"
+    if (files := sorted(folder.rglob("*.gguf"))) and not list(folder.glob("*.safetensors")):
+        use = f"gemma-tui models import {shlex.quote(str(files[0]))}"
+    return f"{name} is checked and ready: `{use}`"
 
 
 def preview(found: Removal, adapters: Iterable[str]) -> list[str]:

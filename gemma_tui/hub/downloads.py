@@ -39,6 +39,7 @@ class Download:
         rate: bytes per second, over the last seconds.
         seconds_left: None while there is nothing to go by.
         detail: what is done now, or what became of it.
+        folder: where it lies, once it is done; else empty.
         told: whether ``Downloads.ended`` has given it.
         events: where what it says is put for ``follow``; without it nothing is kept.
     """
@@ -50,6 +51,7 @@ class Download:
     rate: float = 0.0
     seconds_left: float | None = None
     detail: str = ""
+    folder: str = ""
     told: bool = False
     events: queue.SimpleQueue[Mapping[str, Any] | None] | None = field(default=None, repr=False)
     _process: subprocess.Popen[str] | None = field(default=None, repr=False)
@@ -148,6 +150,7 @@ class Download:
             self.detail, self.rate, self.seconds_left = f"checksums {event['share']:.0%}", 0.0, None
         elif self.active and kind == "fetched":
             self.state, self.detail, self.done = DONE, f"commit {event['commit'][:12]}", self.total
+            self.folder = event["folder"]
         elif self.active and kind == "failed":
             self.state, self.detail = FAILED, one_line(str(event["error"]), 300)
 

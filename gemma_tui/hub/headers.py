@@ -1,9 +1,10 @@
-"""The weights of a repository by their headers, which come alone: what is in them is known before they are fetched."""
+"""What a repository holds, by its config and by its weights' headers, which come alone: known before it is fetched."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
@@ -12,7 +13,40 @@ from engines.gemma3 import Gemma3Config
 from engines.quantization import check_parameters
 from gemma_tui import VERSION
 from gemma_tui.hub.refusals import explained
-from gemma_tui.hub.remote import Remote, RemoteFile
+from gemma_tui.hub.remote import Remote, RemoteFile, check_access, gguf_files, look, remote_config, wanted
+
+
+@dataclass(frozen=True)
+class Inside:
+    """What a repository holds.
+
+    Attributes:
+        files: what is fetched; of GGUF, whose headers stay where they are, one is chosen.
+        config: None of GGUF.
+        dtypes: numbers that are stored, by safetensors dtype, the most frequent first.
+    """
+
+    remote: Remote
+    files: tuple[RemoteFile, ...]
+    config: Gemma3Config | None = None
+    dtypes: Mapping[str, int] | None = None
+
+
+def look_inside(repo: str, revision: str = "main") -> Inside:
+    """What a repository holds, and whether it could be had and computed with; of weights nothing comes but headers.
+
+    Raises:
+        EngineError: it could not, or the hub cannot be asked.
+    """
+    remote = look(repo, revision)
+    check_access(remote)
+    if choice := gguf_files(remote):
+        return Inside(remote, choice)
+    files, config = wanted(remote), remote_config(remote)
+    counts: Counter[str] = Counter()
+    for tensor in remote_tensors(remote, files, config).values():
+        counts[tensor.dtype] += prod(tensor.shape)
+    return Inside(remote, files, config, dict(counts.most_common()))
 
 
 def remote_tensors(remote: Remote, files: Iterable[RemoteFile], config: Gemma3Config) -> dict[str, StoredTensor]:
@@ -30,14 +64,6 @@ def remote_tensors(remote: Remote, files: Iterable[RemoteFile], config: Gemma3Co
             tensors |= tensors_of(_where(remote, file), header, file.size)
     check_parameters(remote.repo, text_tensors(tensors), config)
     return tensors
-
-
-def counts_by_dtype(tensors: Mapping[str, StoredTensor]) -> dict[str, int]:
-    """Numbers that are stored, by safetensors dtype, the most frequent first."""
-    counts: Counter[str] = Counter()
-    for tensor in tensors.values():
-        counts[tensor.dtype] += prod(tensor.shape)
-    return dict(counts.most_common())
 
 
 def _header(remote: Remote, file: RemoteFile) -> bytes:

@@ -31,6 +31,9 @@ KINDS = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.tx
 
 CODE = (".bin", ".pt", ".pth", ".pkl", ".py", ".h5", ".keras", ".ckpt")
 MAX_FILES = 1000
+LARGEST_FILE = 50 * 10**9
+"""Bytes; what is larger the hub gives by plain HTTP no more."""
+
 MAX_ANSWERS = 200
 TAGS = ("gemma3_text", "gemma3", "gguf")
 """What the hub calls the models by their configs, and GGUF files, whose architecture is looked at here."""
@@ -214,16 +217,28 @@ def wanted(remote: Remote, include: Iterable[str] = ()) -> tuple[RemoteFile, ...
             raise GemmaTuiError(
                 f"{remote.repo} names a file {one_line(repr(file.path), 60)}, so nothing of it is fetched"
             )
-    if any(f.path.endswith(".safetensors") for f in files) or any(f.path.endswith(".gguf") for f in files):
+        if file.size > LARGEST_FILE:
+            raise GemmaTuiError(
+                f"{remote.repo}: {file.path} of {file.size / 1e9:.0f} GB comes over Xet alone, which cannot be paused: "
+                f"`hf download {remote.repo}` fetches it into the same cache"
+            )
+    if any(f.path.endswith((".safetensors", ".gguf")) for f in files):
         return tuple(files)
-    quantised = [f.path for f in remote.files if f.path.endswith(".gguf")]
-    if quantised:
-        names = ", ".join(one_line(path, 60) for path in quantised[:8])
+    if quantised := gguf_files(remote):
+        names = ", ".join(one_line(file.path, 60) for file in quantised[:8])
         raise GemmaTuiError(f"{remote.repo} has GGUF weights; name which with --include: {names}")
     if remote.code:
         kept = one_line(remote.code[0], 60)
         raise GemmaTuiError(f"{remote.repo} has only {kept}, which could run code: take a repository with .safetensors")
     raise GemmaTuiError(f"{remote.repo} has no .safetensors weights: there is nothing to compute with")
+
+
+def gguf_files(remote: Remote) -> tuple[RemoteFile, ...]:
+    """The GGUF weights of a repository, of which one is fetched; the smallest first, none if there are safetensors."""
+    if any("/" not in f.path and f.path.endswith(".safetensors") for f in remote.files):
+        return ()
+    found = [f for f in remote.files if f.path.endswith(".gguf") and "mmproj" not in f.path]  # no towers that see
+    return tuple(sorted(found, key=lambda f: (f.size, f.path)))
 
 
 def _is_wanted(path: str, named: Iterable[str]) -> bool:

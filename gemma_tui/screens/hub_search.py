@@ -15,8 +15,9 @@ from textual.screen import ModalScreen
 from textual.widgets import DataTable, Footer, Input, Static
 
 from engines.errors import EngineError
+from gemma_tui.output import bytes_text
 from gemma_tui.text import one_line
-from gemma_tui.widgets.dialogs import Reading
+from gemma_tui.widgets.dialogs import Question, Reading
 
 if TYPE_CHECKING:
     from gemma_tui.app import GemmaTui
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 NAME_WIDTH = 44
 FIRST_WORDS = "gemma-3"
+KEYS = "123456789abcdef"
+"""For the files of a repository, the smallest first; the rest are had by the command."""
 
 
 class FoundTable(DataTable[Text]):
@@ -101,11 +104,11 @@ class HubSearch(ModalScreen[None]):
     def action_download(self) -> None:
         """Queue the model under the cursor."""
         item = self._chosen()
-        if item is None:
-            return
-        repo = item.repo
-        if self.bench.attempt(lambda: self.bench.fetch(repo)):
-            self._tell(f"{repo} is queued; the list of models shows how far it is")
+        if item is not None and item.kind == "GGUF":
+            self._tell(f"asking for the files of {item.repo}…")
+            self._choose(item.repo)
+        elif item is not None:
+            self._fetch(item.repo)
 
     def action_show_command(self) -> None:
         """The command that does the same."""
@@ -134,17 +137,35 @@ class HubSearch(ModalScreen[None]):
         self.app.call_from_thread(self._fill, words, found, [found_cells(item) for item in found])
 
     @work(thread=True, exclusive=True, group="hub")
-    def _look(self, repo: str) -> None:
-        from gemma_tui.hub.descriptions import remote_lines
-        from gemma_tui.hub.headers import counts_by_dtype, remote_tensors
-        from gemma_tui.hub.remote import check_access, look, remote_config, wanted
+    def _choose(self, repo: str) -> None:
+        """Ask which file of GGUF is wanted."""
+        from gemma_tui.hub.remote import gguf_files, look
 
         try:
-            remote = look(repo)
-            check_access(remote)
-            files, config = wanted(remote), remote_config(remote)
-            dtypes = counts_by_dtype(remote_tensors(remote, files, config))
-            lines = remote_lines(remote, files, config, dtypes)
+            files = dict(zip(KEYS, gguf_files(look(repo)), strict=False))
+        except EngineError as error:
+            self.app.call_from_thread(self._about, repo, str(error))
+            return
+        answers = {key: f"{bytes_text(file.size):>8}  {one_line(file.path, 48)}" for key, file in files.items()}
+
+        def chosen(key: str | None) -> None:
+            if key:
+                self._fetch(repo, (files[key].path,))
+
+        question = Question(f"Which file of {one_line(repo, 48)}?", answers)
+        self.app.call_from_thread(self.app.push_screen, question, chosen)
+
+    def _fetch(self, repo: str, include: tuple[str, ...] = ()) -> None:
+        if self.bench.attempt(lambda: self.bench.fetch(repo, include)):
+            self._tell(f"{repo} is queued; the list of models shows how far it is")
+
+    @work(thread=True, exclusive=True, group="hub")
+    def _look(self, repo: str) -> None:
+        from gemma_tui.hub.descriptions import inside_lines
+        from gemma_tui.hub.headers import look_inside
+
+        try:
+            lines = inside_lines(look_inside(repo))
         except EngineError as error:
             self.app.call_from_thread(self._about, repo, str(error))
             return

@@ -221,10 +221,11 @@ class ModelsScreen(Workbench):
         rows = self.query_one(DownloadList)
         rows.downloads = downloads
         rows.fill()
+        from gemma_tui.hub.descriptions import ready
+
         for item in downloads.ended():
             done = item.state == "done"
-            self.bench.tell(f"{item.request.repo} is checked and ready" if done else item.detail,
-                            "information" if done else "error")  # fmt: skip
+            self.bench.tell(ready(item) if done else item.detail, "information" if done else "error")
             self._look()
 
     def _say(self, text: str) -> None:

@@ -18,12 +18,11 @@ from safetensors import numpy as reference
 from stand_in_hub import COMMIT, NEXT_COMMIT, Repo, StandInHub, partial_files
 
 from engines.errors import EngineError
-from gemma_tui.hub import cache, fetching, metering
+from gemma_tui.hub import cache, fetching, metering, remote
 from gemma_tui.hub.fetching import Request, fetch
-from gemma_tui.hub.headers import counts_by_dtype, remote_tensors
+from gemma_tui.hub.headers import look_inside
 from gemma_tui.hub.metering import CancelledError, Control
 from gemma_tui.hub.models import local_models, resolve
-from gemma_tui.hub.remote import look, remote_config, wanted
 
 TINY = "org/gemma-3-tiny"
 TOKEN = "hf_" + "g" * 34
@@ -351,6 +350,20 @@ def test_a_name_that_no_model_has_refuses_the_whole(hub: StandInHub, kind: str) 
 def test_ten_thousand_files_are_refused(hub: StandInHub) -> None:
     hub.repos[TINY].files |= {f"{i}.json": b"" for i in range(10_000)}
     assert "names 10,0" in refused()
+    assert hub.count("GET", "/resolve/") == 0
+
+
+def test_ten_thousand_files_that_are_not_wanted_stay(hub: StandInHub) -> None:
+    names = set(hub.repos[TINY].files)
+    hub.repos[TINY].files |= {f"logs/{i}.json": b"" for i in range(10_000)}
+    assert {p.name for p in fetched().rglob("*")} == names
+
+
+def test_a_file_that_plain_http_does_not_give_is_refused(hub: StandInHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "LARGEST_FILE", 1 << 16)
+    said = refused()
+    assert "model.safetensors of 0 GB comes over Xet alone" in said
+    assert f"`hf download {TINY}`" in said
 
 
 def config(**values: Any) -> Callable[[Repo], None]:
@@ -454,11 +467,9 @@ def test_a_header_of_a_server_that_knows_no_ranges_comes_alone(hub: StandInHub) 
     # Behind the header are megabytes, each piece of which takes a second.
     resave(hub.repos[TINY], lambda arrays: arrays.update(more=np.zeros(MEGABYTES, np.float32)))
     hub.faults.no_ranges, hub.faults.piece, hub.faults.slow = True, 1 << 16, 1.0
-    remote = look(TINY)
-    files = wanted(remote)
-    found = remote_tensors(remote, files, remote_config(remote))
-    assert found["more"].shape == (MEGABYTES,)
-    assert counts_by_dtype(found)["F32"] > MEGABYTES
+    found = look_inside(TINY)
+    assert found.config is not None
+    assert found.dtypes == {"F32": MEGABYTES + found.config.parameter_count()}
     assert hub.served < 1 << 20
 
 

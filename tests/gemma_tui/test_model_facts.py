@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from samples import GEMMA3_TEMPLATE
-from stand_in_hub import COMMIT, StandInHub
+from stand_in_hub import COMMIT, Repo, StandInHub
 
 from engines.gemma3 import Gemma3Config, read_config
 from gemma_tui import paths
@@ -146,3 +146,11 @@ def test_info_of_a_model_on_the_hub_tells_what_it_would_need(hub: StandInHub, co
     # What the headers say, not what is said of them.
     assert row["dtypes"] == {"F32": row["parameters"]}
     assert not cache.repo_folder(TINY).exists()
+
+
+def test_info_of_gguf_on_the_hub_lists_its_files(hub: StandInHub, command: Commands) -> None:
+    names = ("tiny-Q8_0.gguf", "tiny-Q4_K_M.gguf", "mmproj-tiny.gguf")
+    hub.repos["org/quants"] = Repo({name: b"GGUF" * len(name) for name in names})
+    code, rows, _ = command("models", "info", "org/quants")
+    assert (code, [f["path"] for f in rows[0]["choice"]]) == (0, ["tiny-Q8_0.gguf", "tiny-Q4_K_M.gguf"])
+    assert rows[0]["choice"][0]["bytes"] == 4 * len(names[0])

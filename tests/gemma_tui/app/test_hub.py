@@ -7,7 +7,7 @@ import threading
 from queue import SimpleQueue
 
 import pytest
-from stand_in_hub import Repo, StandInHub, partial_files
+from stand_in_hub import COMMIT, Repo, StandInHub, partial_files
 from textual.widgets import DataTable, Input
 
 from gemma_tui.hub import cache, remote
@@ -117,6 +117,24 @@ async def test_what_is_not_in_float32_is_not_called_so(opened: Open, hub: StandI
     async with opened((120, 40), model="") as it:
         await searched(it)
         assert "as it is stored: inference" in it.static("#about")
+
+
+async def test_a_file_of_gguf_is_chosen_and_fetched(opened: Open, hub: StandInHub, size: Size) -> None:
+    files = {"tiny-Q8_0.gguf": b"GGUF" * 9, "tiny-Q4_K_M.gguf": b"GGUF"}
+    hub.repos = {"org/gemma-3-gguf": Repo(files, info={"gguf": {"total": 7, "architecture": "gemma3"}})}
+    async with opened(size, model="") as it:
+        await searched(it)
+        await it.press("enter")
+        await it.until(lambda: it.sees("one of these files", "tiny-Q8_0.gguf"), "the files")
+        await it.press("d")
+        await it.until(
+            lambda: isinstance(it.app.screen, Question) and it.sees("1      4 B  tiny-Q4_K_M"), "the question"
+        )
+        await it.press("1", "escape")
+        await it.until(lambda: it.sees("done"), "the end")
+        folder = cache.repo_folder("org/gemma-3-gguf") / "snapshots" / COMMIT
+        assert [path.name for path in folder.iterdir()] == ["tiny-Q4_K_M.gguf"]
+        await it.until(lambda: "gemma-tui models import" in it.told(), "what to do with it")
 
 
 async def test_a_download_is_paused_goes_on_and_is_cancelled(opened: Open, hub: StandInHub) -> None:
