@@ -21,9 +21,13 @@ import numpy as np
 
 from engines.disk import sync
 from engines.errors import CheckpointError
+from engines.foreign_json import read_json
 
 MAX_HEADER_BYTES = 25 << 20
 MAX_TENSORS = 100_000
+MAX_VALUES = 20 * MAX_TENSORS
+"""Of a header's JSON, or an index's: a tensor has its name, dtype, shape and offsets."""
+
 MAX_NAME = 512
 MAX_RANK = 8
 ITEM_BYTES = {
@@ -109,7 +113,7 @@ def _parse_header(path: Path, blob: bytes) -> dict[str, Any]:
         return table
 
     try:
-        header = json.loads(blob.decode("utf-8"), object_pairs_hook=unique)
+        header = read_json(blob, MAX_VALUES, object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
         raise _broken(path, f"its header is not valid JSON ({str(error).splitlines()[0][:80]})") from None
     return header
@@ -176,7 +180,7 @@ def _sharded(folder: Path, index: Path) -> dict[str, StoredTensor]:
     try:
         if index.stat().st_size > MAX_HEADER_BYTES:
             raise CheckpointError(f"{index} is over the limit of {MAX_HEADER_BYTES:,} bytes: fetch it again")
-        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        places = read_json(index.read_bytes(), MAX_VALUES)["weight_map"]
         names = sorted(set(places.values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{index} is not a shard index ({type(error).__name__}): fetch it again") from None
