@@ -169,7 +169,7 @@ def _check(folder: Path, files: list[RemoteFile], tell: Tell, control: Control) 
             blob.unlink(missing_ok=True)
     if problems:
         name, problem = next(iter(problems.items()))
-        raise WrongContentError(f"{name} came with {problem}")
+        raise WrongContentError(f"{name} came wrong ({problem})")
 
 
 def _patiently(

@@ -11,7 +11,7 @@ import re
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -23,6 +23,7 @@ from gemma_tui.hub import cache
 LFS = (".safetensors", ".gguf", ".bin")
 COMMIT = "a" * 40
 NEXT_COMMIT = "b" * 40
+STALL_SECONDS = 60.0
 ENDLESS = 256
 """Pieces that a body without an end has behind its end."""
 
@@ -58,9 +59,11 @@ class Faults:
         slow: seconds between two pieces of a body.
         piece: bytes of a piece.
         cut: how many bodies are cut in the middle.
+        stall: how many bodies of whole files say no more from the middle on, while the line stays.
+        elsewhere: the address of another server that has the files.
         flip: names of files that come with another byte than they should.
         short: names of files that come one byte short, as their headers say.
-        statuses: for the next requests of a path that contains the text, these in turn.
+        statuses: for the next requests whose method and path contain the text, these in turn.
         moving: whether ``main`` is another commit at each question.
         endless: names of files that never end.
         no_ranges: whether a file comes whole, whatever part of it was asked for.
@@ -70,6 +73,8 @@ class Faults:
     slow: float = 0.0
     piece: int = 1 << 16
     cut: int = 0
+    stall: int = 0
+    elsewhere: str = ""
     flip: set[str] = field(default_factory=set)
     short: set[str] = field(default_factory=set)
     statuses: dict[str, list[int]] = field(default_factory=dict)
@@ -92,6 +97,7 @@ class StandInHub:
         self.faults = Faults()
         self.tokens: dict[str, str] = {"hf_" + "g" * 34: "grace"}
         self.asked: list[tuple[str, str, str]] = []
+        self.closing = threading.Event()
         self.served = 0
         """Bytes of bodies that went out."""
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
@@ -110,6 +116,7 @@ def serving() -> Iterator[StandInHub]:
     try:
         yield hub
     finally:
+        hub.closing.set()
         hub.server.shutdown()
         hub.server.server_close()
 
@@ -120,6 +127,10 @@ def _handler(hub: StandInHub) -> type[BaseHTTPRequestHandler]:
 
         def log_message(self, *args: Any) -> None:
             pass
+
+        def handle(self) -> None:
+            with suppress(ConnectionResetError):  # a client that has heard enough
+                super().handle()
 
         def do_GET(self) -> None:
             self._answer()
@@ -162,7 +173,7 @@ def _route(hub: StandInHub, it: Any) -> None:
     path, query = unquote(parts.path), {k: v[0] for k, v in parse_qs(parts.query).items()}
     hub.asked.append((it.command, path, it.token()))
     for part, statuses in hub.faults.statuses.items():
-        if part in path and statuses and (status := statuses.pop(0)) != 200:
+        if part in f"{it.command} {path}" and statuses and (status := statuses.pop(0)) != 200:
             return it.refuse(status)
     if it.token() and it.token() not in hub.tokens:
         return it.refuse(401, "", "Invalid credentials in Authorization header")
@@ -266,6 +277,8 @@ def _file(hub: StandInHub, it: Any, name: str, path: str) -> None:
     headers = {"X-Repo-Commit": repo.commit, "ETag": f'"{etag}"', "Accept-Ranges": "bytes"}
     if it.command == "HEAD":
         return it.send(200, headers=headers | {"Content-Length": str(len(data))})
+    if faults.elsewhere:
+        return it.send(302, headers={"Location": f"{faults.elsewhere}{it.path}"})
     if path in faults.flip:
         data = data[:-1] + bytes([data[-1] ^ 1])
     if path in faults.short:
@@ -289,10 +302,13 @@ def _body(hub: StandInHub, it: Any, path: str, data: bytes, headers: dict[str, s
     for key, value in headers.items():
         it.send_header(key, value)
     it.end_headers()
-    cut = faults.cut > 0 and len(data) > faults.piece
-    faults.cut -= cut
+    large = len(data) > faults.piece
+    cut, stall = large and faults.cut > 0, large and faults.stall > 0 and not found
+    faults.cut, faults.stall = faults.cut - cut, faults.stall - stall
     for start in range(0, len(data), faults.piece):
-        if cut and start >= len(data) // 2:
+        if (cut or stall) and start >= len(data) // 2:
+            if stall:
+                hub.closing.wait(STALL_SECONDS)
             it.close_connection = True
             it.connection.close()
             return
