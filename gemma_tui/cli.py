@@ -186,6 +186,7 @@ def _hub(group: argparse._SubParsersAction) -> None:
     download.add_argument("repos", nargs="+", metavar="REPO", help="owner/name; several are fetched in turn")
     download.add_argument("--revision", default="main", metavar="REV", help="branch, tag or commit (default main)")
     download.add_argument("--include", action="append", default=[], metavar="GLOB", help="files beside the usual ones")
+    download.add_argument("--detach", action="store_true", help="go on in a process of its own and return at once")
     verify = _command(group, "verify", "hold a model's files against their checksums", "hub:verify")
     verify.add_argument("model", metavar="M", help="name, folder or hub id")
     verify.add_argument("--offline", action="store_true", help="against the names of the cache's files alone")

@@ -6,7 +6,7 @@ import argparse
 import queue
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,11 @@ from gemma_tui.hub.models import resolve
 from gemma_tui.hub.remote import check_names
 from gemma_tui.hub.remote import search as search_hub
 from gemma_tui.output import Output, age, bytes_text, duration
+from gemma_tui.runs.processes import start
 from gemma_tui.studies.using import refuse_in_use
 
 INTERRUPTED = 130
+DETACH_SECONDS = 60
 
 
 def search(args: argparse.Namespace, output: Output) -> int:
@@ -49,6 +51,8 @@ def download(args: argparse.Namespace, output: Output) -> int:
     requests = [Request(repo, args.revision, tuple(args.include)) for repo in args.repos]
     for request in requests:
         check_names(request.repo, request.revision)
+    if args.detach:
+        return _detach(requests, output)
     failed: list[str] = []
     for request in requests:
         item = _fetched(request, output)
@@ -61,6 +65,18 @@ def download(args: argparse.Namespace, output: Output) -> int:
     if failed:
         raise GemmaTuiError("; ".join(failed))
     output.row("end", status="done", models=[request.repo for request in requests])
+    return 0
+
+
+def _detach(requests: Sequence[Request], output: Output) -> int:
+    """Fetch in a process that outlives this one and its terminal; wait until the hub has agreed to the first."""
+    shared = requests[0]
+    words = [*(request.repo for request in requests), f"--revision={shared.revision}"]
+    process = start(["models", "download", *words, *(f"--include={pattern}" for pattern in shared.include)], "plan")
+    process.wait(DETACH_SECONDS)
+    pid = process.process.pid
+    output.say(f"process {pid} goes on by itself: {process.log} says how far it is, `kill {pid}` cancels it")
+    output.row("end", status="detached", pid=pid, log=str(process.log))
     return 0
 
 
