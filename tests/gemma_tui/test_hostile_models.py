@@ -26,6 +26,8 @@ from gemma_tui.tokenizer import MAX_BYTES as MAX_TOKENIZER_BYTES
 from gemma_tui.tokenizer import MAX_OBJECTS, MAX_VALUES
 
 PEAK_BYTES = 10**9
+FRAMEWORK_BYTES = 350 << 20
+"""What torch takes where weights are loaded; these commands do without it."""
 ESCAPE = "\x1b]0;x\x07\x9b2J"
 
 BOMBS: dict[str, Callable[[int], bytes]] = {
@@ -163,13 +165,13 @@ def run(commands: list[list[str]], place: Path) -> list[dict[str, object]]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def refused(found: dict[str, object], name: str) -> None:
+def refused(found: dict[str, object], name: str, beside: int = 0) -> None:
     said = str(found["out"]) + str(found["err"])
     assert found["code"] == 1, name
     assert len(str(found["err"]).splitlines()) == 1, name
     assert said.replace("\n", "").isprintable(), name
     assert found["seen"] == [], name
-    assert int(str(found["peak"])) < PEAK_BYTES, name
+    assert int(str(found["peak"])) + beside < PEAK_BYTES, name
 
 
 def folders(tmp_path: Path, model: Path, cases: dict[str, Callable[[Path], object]]) -> list[Path]:
@@ -186,7 +188,7 @@ def test_a_folder_of_a_stranger_is_refused_in_one_line(prepared_model: Path, tmp
     places = folders(tmp_path, prepared_model, CASES)
     commands = [["models", "adopt", str(place)] for place in places]
     for name, found in zip(CASES, run(commands, tmp_path), strict=True):
-        refused(found, name)
+        refused(found, name, FRAMEWORK_BYTES)
     assert not list(tmp_path.rglob("executed"))
 
 
