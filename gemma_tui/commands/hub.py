@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import queue
-import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -15,7 +14,16 @@ from gemma_tui.commands.signals import heard
 from gemma_tui.errors import GemmaTuiError
 from gemma_tui.hub import fit, keeping
 from gemma_tui.hub.cache import Removal, cached_repos, finished_bytes, leftovers
-from gemma_tui.hub.descriptions import FOUND, fit_of, found_cells, inside_lines, preview, ready
+from gemma_tui.hub.descriptions import (
+    FOUND,
+    fetching_command,
+    fit_of,
+    found_cells,
+    inside_lines,
+    name_of,
+    preview,
+    using_command,
+)
 from gemma_tui.hub.downloads import CANCELLED, DONE, KEPT, Download
 from gemma_tui.hub.fetching import Request
 from gemma_tui.hub.headers import look_inside
@@ -105,7 +113,7 @@ def _tell(item: Download, event: Mapping[str, Any], output: Output) -> None:
     elif kind == "retry":
         output.say(item.detail)
     elif kind == "fetched":
-        output.say(ready(item))
+        output.say(f"{name_of(item.request)} is checked and ready: `{using_command(item)}`")
 
 
 def about_remote(name: str, output: Output) -> int:
@@ -113,18 +121,17 @@ def about_remote(name: str, output: Output) -> int:
     repo, _, revision = name.partition("@")
     inside = look_inside(repo, revision or "main")
     remote, config, files = inside.remote, inside.config, inside.files
-    fetches = f"gemma-tui models download {repo}" + (f" --revision {revision}" if revision else "")
     shared = {"name": repo, "commit": remote.commit, "licence": remote.licence, "gated": remote.gated}
     if config is None:
         output.row("remote", **shared, choice=[{"path": f.path, "bytes": f.size} for f in files])
-        fetches += f" --include {shlex.quote(files[0].path)}"
     else:
         memory = fit.estimates(config)
         output.row("remote", **shared, files=len(files), bytes=sum(f.size for f in files), dtypes=inside.dtypes,
                    parameters=config.parameter_count(), memory=memory, left_out=list(remote.code),
                    fits={use: fit.here(size) for use, size in memory.items()}, config=config.to_dict())  # fmt: skip
     output.table(("", f"{repo}, not here"), inside_lines(inside))
-    output.say(f"`{fetches}` fetches it")
+    request = Request(repo, revision or "main", () if config else (files[0].path,))
+    output.say(f"`{fetching_command(request)}` fetches it")
     output.row("end", status="done")
     return 0
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from gemma_tui.hub import fit
 from gemma_tui.hub.cache import Removal
 from gemma_tui.hub.downloads import Download
+from gemma_tui.hub.fetching import Request
 from gemma_tui.hub.headers import Inside
 from gemma_tui.hub.remote import Found
 from gemma_tui.output import bytes_text, count_text
@@ -59,14 +60,24 @@ def inside_lines(inside: Inside) -> list[tuple[str, str]]:
     ]
 
 
-def ready(item: Download) -> str:
-    """What can be done with what has come; GGUF alone is no model here before it is imported."""
-    request, folder = item.request, Path(item.folder)
-    name = request.repo if request.revision == "main" else f"{request.repo}@{request.revision}"
-    use = f"gemma-tui models info {name}"
+def name_of(request: Request) -> str:
+    """What the model is called here."""
+    return request.repo if request.revision == "main" else f"{request.repo}@{request.revision}"
+
+
+def fetching_command(request: Request) -> str:
+    """The command that fetches it."""
+    words = ["gemma-tui", "models", "download", request.repo]
+    words += ["--revision", request.revision] if request.revision != "main" else []
+    return shlex.join([*words, *(word for pattern in request.include for word in ("--include", pattern))])
+
+
+def using_command(item: Download) -> str:
+    """The command for what has come; GGUF alone is no model here before it is imported."""
+    folder = Path(item.folder)
     if (files := sorted(folder.rglob("*.gguf"))) and not list(folder.glob("*.safetensors")):
-        use = f"gemma-tui models import {shlex.quote(str(files[0]))}"
-    return f"{name} is checked and ready: `{use}`"
+        return shlex.join(["gemma-tui", "models", "import", str(files[0])])
+    return f"gemma-tui models info {name_of(item.request)}"
 
 
 def preview(found: Removal, adapters: Iterable[str]) -> list[str]:

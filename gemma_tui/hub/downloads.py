@@ -101,7 +101,7 @@ class Download:
         if self.state == WAITING:
             self.state, self.detail = CANCELLED, "before it began"
         elif self.active and self._process is not None:
-            self.state, self.detail = CANCELLED, KEPT
+            self.state, self.detail, self.rate, self.seconds_left = CANCELLED, KEPT, 0.0, None
             self._order("cancel")
             threading.Thread(target=self._end, args=(self._process,), daemon=True).start()
 
@@ -186,6 +186,16 @@ class Downloads:
         item = Download(request)
         self.items.append(item)
         return item
+
+    def again(self, item: Download) -> None:
+        """Let one that has failed or was cancelled wait for its turn again; finished files do not come twice.
+
+        Raises:
+            GemmaTuiError: the same is in the queue already.
+        """
+        if item.state in (FAILED, CANCELLED):
+            self.add(item.request)
+            self.items[self.items.index(item)] = self.items.pop()
 
     def advance(self) -> None:
         """Start the next one, if none runs."""

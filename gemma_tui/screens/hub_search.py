@@ -10,13 +10,13 @@ from rich.text import Text
 from textual import work
 from textual.app import ComposeResult
 from textual.binding import Binding
-from textual.containers import Vertical
+from textual.containers import Vertical, VerticalScroll
 from textual.screen import ModalScreen
 from textual.widgets import DataTable, Footer, Input, Static
 
 from engines.errors import EngineError
 from gemma_tui.output import bytes_text
-from gemma_tui.text import one_line
+from gemma_tui.text import clean, one_line
 from gemma_tui.widgets.dialogs import Question, Reading
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class HubSearch(ModalScreen[None]):
     DEFAULT_CSS = """
     HubSearch { align: center middle; }
     HubSearch > Vertical { width: 100%; height: 100%; background: $background; }
-    HubSearch #about { height: auto; max-height: 50%; padding: 0 1; border-top: solid $panel; }
+    HubSearch #beside { height: auto; max-height: 60%; padding: 0 1; border-top: solid $panel; }
     """
     BINDINGS = [
         Binding("escape", "close", "Back", id="hub.back"),
@@ -67,7 +67,8 @@ class HubSearch(ModalScreen[None]):
         with Vertical():
             yield Input(FIRST_WORDS, placeholder="words of the name", compact=True, id="words")
             yield FoundTable(cursor_type="row", cell_padding=1)
-            yield Static("enter searches the hub", id="about", markup=False)
+            with VerticalScroll(id="beside"):
+                yield Static("enter searches the hub", id="about", markup=False)
             yield Footer(show_command_palette=False, compact=True)
 
     def on_mount(self) -> None:
@@ -169,7 +170,7 @@ class HubSearch(ModalScreen[None]):
         except EngineError as error:
             self.app.call_from_thread(self._about, repo, str(error))
             return
-        text = "\n".join(f"{name:<12}  {one_line(text, 200)}" for name, text in lines)
+        text = "\n".join(f"{name:<10}  {one_line(text, 200)}" for name, text in lines)
         self.app.call_from_thread(self._about, repo, text)
 
     def _about(self, repo: str, text: str) -> None:
@@ -198,8 +199,7 @@ class HubSearch(ModalScreen[None]):
 
     def _tell(self, text: str) -> None:
         if self.is_attached:
-            lines = [one_line(line, 300) for line in text.split("\n")]
-            self.query_one("#about", Static).update(Text("\n".join(lines)))
+            self.query_one("#about", Static).update(Text(clean(text)))
 
     def _chosen(self) -> Found | None:
         at = self.query_one(DataTable).cursor_row
