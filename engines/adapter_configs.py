@@ -10,7 +10,8 @@ from typing import Any, TypeGuard
 
 from engines.base import LINEARS, LoRASettings
 from engines.errors import CheckpointError, UnsupportedError
-from engines.gemma3 import Gemma3Config
+from engines.foreign_json import read_file
+from engines.gemma3 import MAX_CONFIG_BYTES, Gemma3Config
 
 CONFIG = "adapter_config.json"
 MAX_RANK = 65536
@@ -26,7 +27,7 @@ def read_config_file(folder: Path) -> Mapping[str, Any]:
     """
     path = folder / CONFIG
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = json.loads(read_file(path, MAX_CONFIG_BYTES))
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing: name a folder that holds an adapter of PEFT or mlx-lm") from None
     except (OSError, ValueError, RecursionError) as error:

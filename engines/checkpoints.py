@@ -21,9 +21,13 @@ import numpy as np
 
 from engines.disk import sync
 from engines.errors import CheckpointError
+from engines.foreign_json import read_json
 
 MAX_HEADER_BYTES = 25 << 20
 MAX_TENSORS = 100_000
+MAX_VALUES = 20 * MAX_TENSORS
+"""Of a header's JSON, or an index's: a tensor has its name, dtype, shape and offsets."""
+
 MAX_NAME = 512
 MAX_RANK = 8
 ITEM_BYTES = {
@@ -63,19 +67,38 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             raise _broken(path, "it is no regular file")
         size = status.st_size
         with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > size - 8:
-                raise _broken(path, f"its header claims {length:,} bytes, the file has {size:,}")
-            if length > MAX_HEADER_BYTES:
-                raise _broken(path, f"its header of {length:,} bytes is over the limit of {MAX_HEADER_BYTES:,}")
-            header = _parse_header(path, file.read(length))
+            header = file.read(header_length(path, file.read(8), size))
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror}): check the path") from None
-    header.pop("__metadata__", None)
-    if len(header) > MAX_TENSORS:
-        raise _broken(path, f"it names {len(header):,} tensors, more than {MAX_TENSORS:,}")
-    tensors = {name: _entry(path, name, entry, 8 + length) for name, entry in header.items()}
-    _check_layout(path, tensors, 8 + length, size)
+    return tensors_of(path, header, size)
+
+
+def header_length(path: Path, first: bytes, size: int) -> int:
+    """The bytes that a file's header takes behind the first eight, which tell it.
+
+    Raises:
+        CheckpointError: they are more than the file has, or over the limit.
+    """
+    length = int.from_bytes(first[:8], "little")
+    if size < 8 or length > size - 8:
+        raise _broken(path, f"its header claims {length:,} bytes, the file has {size:,}")
+    if length > MAX_HEADER_BYTES:
+        raise _broken(path, f"its header of {length:,} bytes is over the limit of {MAX_HEADER_BYTES:,}")
+    return length
+
+
+def tensors_of(path: Path, header: bytes, size: int) -> dict[str, StoredTensor]:
+    """The tensors that the header of a file of ``size`` bytes names, validated; the file itself is not opened.
+
+    Raises:
+        CheckpointError: as ``read_header``.
+    """
+    entries, start = _parse_header(path, header), 8 + len(header)
+    entries.pop("__metadata__", None)
+    if len(entries) > MAX_TENSORS:
+        raise _broken(path, f"it names {len(entries):,} tensors, more than {MAX_TENSORS:,}")
+    tensors = {name: _entry(path, name, entry, start) for name, entry in entries.items()}
+    _check_layout(path, tensors, start, size)
     return tensors
 
 
@@ -90,7 +113,7 @@ def _parse_header(path: Path, blob: bytes) -> dict[str, Any]:
         return table
 
     try:
-        header = json.loads(blob.decode("utf-8"), object_pairs_hook=unique)
+        header = read_json(blob, MAX_VALUES, object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
         raise _broken(path, f"its header is not valid JSON ({str(error).splitlines()[0][:80]})") from None
     return header
@@ -131,7 +154,7 @@ def _check_layout(path: Path, tensors: Mapping[str, StoredTensor], start: int, s
 
 
 def _broken(path: Path, reason: str) -> CheckpointError:
-    return CheckpointError(f"{path} is not a safe .safetensors file: {reason}; fetch it again")
+    return CheckpointError(f"{path} is not a safe .safetensors file: {reason}; take another copy")
 
 
 def model_tensors(folder: Path) -> dict[str, StoredTensor]:
@@ -157,7 +180,7 @@ def _sharded(folder: Path, index: Path) -> dict[str, StoredTensor]:
     try:
         if index.stat().st_size > MAX_HEADER_BYTES:
             raise CheckpointError(f"{index} is over the limit of {MAX_HEADER_BYTES:,} bytes: fetch it again")
-        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        places = read_json(index.read_bytes(), MAX_VALUES)["weight_map"]
         names = sorted(set(places.values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{index} is not a shard index ({type(error).__name__}): fetch it again") from None
@@ -309,14 +332,25 @@ def iterate_model(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> Iterat
         CheckpointError: a parameter is missing or has another shape than the config says.
     """
     stored = text_tensors(model_tensors(folder))
-    for name, shape in shapes.items():
-        if name not in stored:
-            raise CheckpointError(f"{folder} lacks {name}: fetch the model again")
-        if stored[name].dtype == "U32":
-            raise CheckpointError(f"{folder}: {name} is packed, and its config.json says nothing of it: fetch it again")
-        if stored[name].shape != shape:
-            raise CheckpointError(
-                f"{folder}: {name} is {list(stored[name].shape)}, its config.json says {list(shape)}: fetch it again"
-            )
+    check_shapes(folder, stored, shapes)
     for name in shapes:
         yield name, read_array(stored[name])
+
+
+def check_shapes(where: Path | str, stored: Mapping[str, StoredTensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Whether parameters are there, not packed, and of these shapes.
+
+    Raises:
+        CheckpointError: one is not; the message begins with ``where``.
+    """
+    for name, shape in shapes.items():
+        if name not in stored:
+            raise CheckpointError(f"{where} lacks {name}: take a whole copy")
+        if stored[name].dtype == "U32":
+            raise CheckpointError(f"{where}: {name} is packed, and its config.json says nothing of it: take another")
+        if stored[name].dtype not in FLOATS:
+            raise CheckpointError(f"{where}: {name} is {stored[name].dtype}; {' or '.join(FLOATS)} is needed")
+        if stored[name].shape != shape:
+            raise CheckpointError(
+                f"{where}: {name} is {list(stored[name].shape)}, its config.json says {list(shape)}: take another copy"
+            )

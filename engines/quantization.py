@@ -14,7 +14,16 @@ from pathlib import Path
 import numpy as np
 
 from engines.base import TrainingSettings
-from engines.checkpoints import FLOATS, StoredTensor, as_float32, iterate_model, model_tensors, read_array, text_tensors
+from engines.checkpoints import (
+    FLOATS,
+    StoredTensor,
+    as_float32,
+    check_shapes,
+    iterate_model,
+    model_tensors,
+    read_array,
+    text_tensors,
+)
 from engines.errors import CheckpointError, UnsupportedError
 from engines.gemma3 import Gemma3Config, Quantization
 
@@ -121,18 +130,35 @@ def iterate_quantized(folder: Path, config: Gemma3Config) -> Iterator[tuple[str,
     if quantization is None:
         yield from iterate_model(folder, config.parameter_shapes())
         return
-    stored, shapes = text_tensors(model_tensors(folder)), config.parameter_shapes()
-    plain = {n: s for n, s in shapes.items() if f"{n.removesuffix('.weight')}.scales" not in stored}
-    for name in shapes.keys() - plain.keys():
-        _check_packed(folder, name, stored, shapes[name], quantization)
+    stored = text_tensors(model_tensors(folder))
+    plain = check_parameters(folder, stored, config)
     whole = iterate_model(folder, plain)
-    for name in shapes:
+    for name in config.parameter_shapes():
         if name in plain:
             yield next(whole)
         else:
             module = name.removesuffix(".weight")
             weight, scales, biases = (read_array(stored[f"{module}.{part}"], _kinds(part)) for part in PARTS)
             yield name, Packed(weight, scales, biases, quantization)
+
+
+def check_parameters(
+    where: Path | str, stored: Mapping[str, StoredTensor], config: Gemma3Config
+) -> dict[str, tuple[int, ...]]:
+    """Whether the tensors of a text model are those that its config asks for; returns shapes of what is not packed.
+
+    Raises:
+        CheckpointError: one is missing, of another kind, or of another shape; the message begins with ``where``.
+    """
+    shapes, quantization = config.parameter_shapes(), config.quantization
+    if quantization is None:
+        check_shapes(where, stored, shapes)
+        return shapes
+    plain = {n: s for n, s in shapes.items() if f"{n.removesuffix('.weight')}.scales" not in stored}
+    check_shapes(where, stored, plain)
+    for name in shapes.keys() - plain.keys():
+        _check_packed(where, name, stored, shapes[name], quantization)
+    return plain
 
 
 def iterate_dense(
@@ -156,18 +182,18 @@ def _kinds(part: str) -> tuple[str, ...]:
 
 
 def _check_packed(
-    folder: Path, name: str, stored: Mapping[str, StoredTensor], shape: tuple[int, ...], quantization: Quantization
+    where: Path | str, name: str, stored: Mapping[str, StoredTensor], shape: tuple[int, ...], quantization: Quantization
 ) -> None:
     module = name.removesuffix(".weight")
     if len(shape) != 2 or shape[1] % quantization.group_size:
-        raise CheckpointError(f"{folder}: {module} cannot be quantised in groups of {quantization.group_size}")
+        raise CheckpointError(f"{where}: {module} cannot be quantised in groups of {quantization.group_size}")
     for part, expected in packed_shapes(shape, quantization).items():
         tensor = stored.get(f"{module}.{part}")
         if tensor is None:
-            raise CheckpointError(f"{folder} lacks {module}.{part}: fetch the model again")
+            raise CheckpointError(f"{where} lacks {module}.{part}: take a whole copy")
         kinds = _kinds(part)
         if tensor.shape != expected or tensor.dtype not in kinds:
             raise CheckpointError(
-                f"{folder}: {module}.{part} is {tensor.dtype} {list(tensor.shape)}, where {quantization.bits} bits in "
-                f"groups of {quantization.group_size} need {kinds[0]} {list(expected)}: fetch it again"
+                f"{where}: {module}.{part} is {tensor.dtype} {list(tensor.shape)}, where {quantization.bits} bits in "
+                f"groups of {quantization.group_size} need {kinds[0]} {list(expected)}: take another copy"
             )

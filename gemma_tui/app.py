@@ -158,8 +158,8 @@ class GemmaTui(App[None]):
         """Load a model on the chosen engine."""
         return self.attempt(lambda: self.session.load(name))
 
-    def fetch(self, repo: str) -> None:
-        """Queue a download.
+    def fetch(self, repo: str, include: tuple[str, ...] = ()) -> None:
+        """Queue a download; ``include`` are patterns of files beside the usual ones.
 
         Raises:
             GemmaTuiError: it is queued already.
@@ -169,7 +169,7 @@ class GemmaTui(App[None]):
 
         if self.downloads is None:
             self.downloads = Downloads()
-        self.downloads.add(Request(repo))
+        self.downloads.add(Request(repo, include=include))
 
     def action_switch_engine(self) -> None:
         """Choose the other engine."""
@@ -210,7 +210,8 @@ class GemmaTui(App[None]):
             self._leave()
             return
         if not training:
-            text = f"{fetching[0].request.repo} is being fetched."
+            waiting = sum(item.state == "waiting" for item in self.downloads.items) if self.downloads is not None else 0
+            text = f"{fetching[0].request.repo} is being fetched{f', {waiting} more wait' if waiting else ''}."
             self.push_screen(Question(text, {"s": "stop it and quit; finished files are kept"}), self._answered)
             return
         answers = {"s": "save and quit", "d": "quit at once; finished steps and the last save stay"}

@@ -200,12 +200,13 @@ def _models(groups: argparse._SubParsersAction, wanted: bool) -> None:
 
 def _hub(group: argparse._SubParsersAction) -> None:
     search = _command(group, "search", "Gemma-3 models on the hub", "hub:search")
-    search.add_argument("query", metavar="Q", help="words of the name, as gemma-3-1b")
+    search.add_argument("query", metavar="Q", nargs="?", default="", help="words of the name; all if left out")
     search.add_argument("--limit", type=int, default=50, metavar="N", help="at most so many (default 50)")
     download = _command(group, "download", "fetch models from the hub into its cache", "hub:download")
     download.add_argument("repos", nargs="+", metavar="REPO", help="owner/name; several are fetched in turn")
     download.add_argument("--revision", default="main", metavar="REV", help="branch, tag or commit (default main)")
     download.add_argument("--include", action="append", default=[], metavar="GLOB", help="files beside the usual ones")
+    download.add_argument("--detach", action="store_true", help="go on in a process of its own and return at once")
     verify = _command(group, "verify", "hold a model's files against their checksums", "hub:verify")
     verify.add_argument("model", metavar="M", help="name, folder or hub id")
     verify.add_argument("--offline", action="store_true", help="against the names of the cache's files alone")

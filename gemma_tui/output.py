@@ -103,7 +103,7 @@ def bytes_text(count: float) -> str:
 def count_text(count: int) -> str:
     """A number of parameters as a person reads it."""
     for unit, size in (("B", 10**9), ("M", 10**6), ("K", 10**3)):
-        if count >= size:
+        if count >= 0.9995 * size:  # what rounds to a whole one of the unit
             return f"{count / size:.3g}{unit}"
     return str(count)
 

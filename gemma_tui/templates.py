@@ -15,10 +15,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from engines.foreign_json import read_json
 from gemma_tui.text import one_line
 
 MAX_TEMPLATE_BYTES = 1 << 20
-MAX_CONFIG_BYTES = 32 << 20
+MAX_CONFIG_BYTES, MAX_CONFIG_VALUES = 8 << 20, 1_000_000
 MAX_OUTPUT_CHARACTERS = 1 << 20
 CPU_SECONDS = 2
 WALL_SECONDS = 20
@@ -78,14 +79,14 @@ def read_template(folder: Path) -> str | None:
     path, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
     try:
         if path.is_file():
-            return _bounded(path, MAX_TEMPLATE_BYTES)
+            return _bounded(path, MAX_TEMPLATE_BYTES).decode("utf-8")
         if not config.is_file():
             return None
-        found = json.loads(_bounded(config, MAX_CONFIG_BYTES))
+        found = read_json(_bounded(config, MAX_CONFIG_BYTES), MAX_CONFIG_VALUES)
     except OSError as error:
         raise TemplateError(f"unreadable: {error.strerror}") from None
     except (ValueError, RecursionError):
-        raise TemplateError("not UTF-8, or no JSON") from None
+        raise TemplateError("not UTF-8, no JSON, or too much of it") from None
     template = found.get("chat_template") if isinstance(found, dict) else None
     if isinstance(template, list):
         named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict) and _is_text(t.get("name"))}
@@ -167,10 +168,10 @@ def _worker() -> None:
     print(json.dumps(answer))
 
 
-def _bounded(path: Path, limit: int) -> str:
+def _bounded(path: Path, limit: int) -> bytes:
     if path.stat().st_size > limit:
         raise TemplateError(f"{path.name} is over {limit >> 20} MiB")
-    return path.read_text(encoding="utf-8")
+    return path.read_bytes()
 
 
 def _is_text(value: Any) -> bool:

@@ -8,18 +8,22 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from engines.foreign_json import values_in
 from gemma_tui.errors import GemmaTuiError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
 
-MAX_TOKENIZER_BYTES = 200 << 20
+MAX_BYTES, MAX_VALUES, MAX_OBJECTS = 64 << 20, 2_500_000, 20_000
+"""Of ``tokenizer.json``; Gemma-3's has up to 33 MB, 1.9 million values and 8,400 objects."""
+
+MAX_GROWTH = 64
 BOS, EOS, PAD, UNK, MASK = 2, 1, 0, 3, 4
 START_OF_TURN, END_OF_TURN = 105, 106
 BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
@@ -136,14 +140,18 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise GemmaTuiError(f"{path} is missing: fetch the model again, with its tokenizer")
-    if path.stat().st_size > MAX_TOKENIZER_BYTES:
-        raise GemmaTuiError(
-            f"{path} is over {MAX_TOKENIZER_BYTES >> 20} MiB, which no Gemma tokenizer is: fetch it again"
-        )
+    if path.stat().st_size > MAX_BYTES:
+        raise GemmaTuiError(f"{path} is over {MAX_BYTES >> 20} MiB, which no Gemma tokenizer is: fetch it again")
+    blob = path.read_bytes()
+    if values_in(blob) > MAX_VALUES or blob.count(b"{") > MAX_OBJECTS:
+        raise GemmaTuiError(f"{path} is no tokenizer (more in it than any of Gemma's has): fetch it again")
     try:
-        backend = Backend.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception for every kind of broken file
+        backend = Backend.from_buffer(blob)
+    except BaseException as error:  # the library raises bare Exception for broken files, and for some its own panic
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise GemmaTuiError(f"{path} is no tokenizer ({str(error).splitlines()[0][:100]}): fetch it again") from None
+    _refuse_bombs(path, backend)
     for name, token in (("<bos>", BOS), ("<eos>", EOS), ("<pad>", PAD)):
         if backend.token_to_id(name) != token:
             raise GemmaTuiError(
@@ -153,6 +161,32 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     backend.no_truncation()
     backend.no_padding()
     return Tokenizer(backend)
+
+
+def _refuse_bombs(path: Path, backend: Backend) -> None:
+    """Refuse what would make a short text take long or become a long one: neither is in a Gemma tokenizer.
+
+    Raises:
+        GemmaTuiError: it has a regular expression, or replacements that multiply the text.
+    """
+    growth = 1.0
+    for part in filter(None, (backend.normalizer, backend.pre_tokenizer, backend.decoder)):
+        for terms in _objects(json.loads(part.__getstate__())):
+            pattern = terms.get("pattern")
+            if isinstance(pattern, dict) and "Regex" in pattern:
+                raise GemmaTuiError(f"{path} has a regular expression, which may never end: take another tokenizer")
+            if isinstance(pattern, dict) and terms.get("type") == "Replace":
+                growth *= max(1, len(terms["content"]) / max(1, len(pattern["String"])))
+    if growth > MAX_GROWTH:
+        raise GemmaTuiError(f"{path} makes a text {growth:,.0f} times as long: take another tokenizer")
+
+
+def _objects(value: Any) -> Iterator[dict[str, Any]]:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    if isinstance(value, dict):
+        yield value
+    for one in inner:
+        yield from _objects(one)
 
 
 def train_tokenizer(texts: Iterable[str], size: int) -> Tokenizer:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import argparse
 import queue
-import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,16 +14,28 @@ from gemma_tui.commands.signals import heard
 from gemma_tui.errors import GemmaTuiError
 from gemma_tui.hub import fit, keeping
 from gemma_tui.hub.cache import Removal, cached_repos, finished_bytes, leftovers
-from gemma_tui.hub.descriptions import FOUND, fit_of, found_cells, preview, remote_lines
+from gemma_tui.hub.descriptions import (
+    FOUND,
+    fetching_command,
+    fit_of,
+    found_cells,
+    inside_lines,
+    name_of,
+    preview,
+    using_command,
+)
 from gemma_tui.hub.downloads import CANCELLED, DONE, KEPT, Download
 from gemma_tui.hub.fetching import Request
+from gemma_tui.hub.headers import look_inside
 from gemma_tui.hub.models import resolve
-from gemma_tui.hub.remote import check_access, check_names, look, remote_config, wanted
+from gemma_tui.hub.remote import check_names
 from gemma_tui.hub.remote import search as search_hub
 from gemma_tui.output import Output, age, bytes_text, duration
+from gemma_tui.runs.processes import start
 from gemma_tui.studies.using import refuse_in_use
 
 INTERRUPTED = 130
+DETACH_SECONDS = 60
 
 
 def search(args: argparse.Namespace, output: Output) -> int:
@@ -48,6 +59,8 @@ def download(args: argparse.Namespace, output: Output) -> int:
     requests = [Request(repo, args.revision, tuple(args.include)) for repo in args.repos]
     for request in requests:
         check_names(request.repo, request.revision)
+    if args.detach:
+        return _detach(requests, output)
     failed: list[str] = []
     for request in requests:
         item = _fetched(request, output)
@@ -60,6 +73,18 @@ def download(args: argparse.Namespace, output: Output) -> int:
     if failed:
         raise GemmaTuiError("; ".join(failed))
     output.row("end", status="done", models=[request.repo for request in requests])
+    return 0
+
+
+def _detach(requests: Sequence[Request], output: Output) -> int:
+    """Fetch in a process that outlives this one and its terminal; wait until the hub has agreed to the first."""
+    shared = requests[0]
+    words = [*(request.repo for request in requests), f"--revision={shared.revision}"]
+    process = start(["models", "download", *words, *(f"--include={pattern}" for pattern in shared.include)], "plan")
+    process.wait(DETACH_SECONDS)
+    pid = process.process.pid
+    output.say(f"process {pid} goes on by itself: {process.log} says how far it is, `kill {pid}` cancels it")
+    output.row("end", status="detached", pid=pid, log=str(process.log))
     return 0
 
 
@@ -88,37 +113,25 @@ def _tell(item: Download, event: Mapping[str, Any], output: Output) -> None:
     elif kind == "retry":
         output.say(item.detail)
     elif kind == "fetched":
-        output.say(f"{_name(item)} is checked and ready: `{_use(item, Path(event['folder']))}`")
-
-
-def _use(item: Download, folder: Path) -> str:
-    """What can be done with what has come; GGUF alone is no model here before it is imported."""
-    files = sorted(folder.rglob("*.gguf"))
-    if files and not list(folder.glob("*.safetensors")):
-        return f"gemma-tui models import {shlex.quote(str(files[0]))}"
-    return f"gemma-tui models info {_name(item)}"
-
-
-def _name(item: Download) -> str:
-    request = item.request
-    return request.repo if request.revision == "main" else f"{request.repo}@{request.revision}"
+        output.say(f"{name_of(item.request)} is checked and ready: `{using_command(item)}`")
 
 
 def about_remote(name: str, output: Output) -> int:
     """A model of the hub before anything of it is fetched: what comes, whether it would load, what it would need."""
     repo, _, revision = name.partition("@")
-    remote = look(repo, revision or "main")
-    check_access(remote)
-    files = wanted(remote)
-    config = remote_config(remote)
-    memory = fit.estimates(config)
-    output.row("remote", name=repo, commit=remote.commit, files=len(files), bytes=sum(f.size for f in files),
-               licence=remote.licence, gated=remote.gated, dtypes=remote.dtypes, parameters=config.parameter_count(),
-               memory=memory, fits={use: fit.here(size) for use, size in memory.items()}, left_out=list(remote.code),
-               config=config.to_dict())  # fmt: skip
-    lines = remote_lines(remote, files, config)
-    output.table(("", f"{repo}, not here"), lines)
-    output.say(f"`gemma-tui models download {repo}` fetches it")
+    inside = look_inside(repo, revision or "main")
+    remote, config, files = inside.remote, inside.config, inside.files
+    shared = {"name": repo, "commit": remote.commit, "licence": remote.licence, "gated": remote.gated}
+    if config is None:
+        output.row("remote", **shared, choice=[{"path": f.path, "bytes": f.size} for f in files])
+    else:
+        memory = fit.estimates(config)
+        output.row("remote", **shared, files=len(files), bytes=sum(f.size for f in files), dtypes=inside.dtypes,
+                   parameters=config.parameter_count(), memory=memory, left_out=list(remote.code),
+                   fits={use: fit.here(size) for use, size in memory.items()}, config=config.to_dict())  # fmt: skip
+    output.table(("", f"{repo}, not here"), inside_lines(inside))
+    request = Request(repo, revision or "main", () if config else (files[0].path,))
+    output.say(f"`{fetching_command(request)}` fetches it")
     output.row("end", status="done")
     return 0
 

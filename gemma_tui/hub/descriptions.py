@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import shlex
+from collections.abc import Iterable
+from pathlib import Path
 
-from engines.gemma3 import Gemma3Config
 from gemma_tui.hub import fit
 from gemma_tui.hub.cache import Removal
-from gemma_tui.hub.remote import Found, Remote, RemoteFile
+from gemma_tui.hub.downloads import Download
+from gemma_tui.hub.fetching import Request
+from gemma_tui.hub.headers import Inside
+from gemma_tui.hub.remote import Found
 from gemma_tui.output import bytes_text, count_text
 
 FOUND = ("repository", "size", "params", "fits", "access", "format", "dtype", "licence", "downloads")
@@ -38,20 +42,42 @@ def found_cells(item: Found) -> tuple[str, ...]:
     )
 
 
-def remote_lines(remote: Remote, files: Sequence[RemoteFile], config: Gemma3Config) -> list[tuple[str, str]]:
+def inside_lines(inside: Inside) -> list[tuple[str, str]]:
     """A model of the hub before anything of it is fetched: what comes, and what it would need here."""
+    remote, config = inside.remote, inside.config
+    about = [("commit", remote.commit), ("licence", remote.licence or "not told"), ("access", remote.gated or "open")]
+    if config is None:
+        return [*about, ("to fetch", "one of these files"), *((bytes_text(f.size), f.path) for f in inside.files)]
     left_out = ", ".join(remote.code[:8])
     return [
-        ("commit", remote.commit),
+        *about,
         ("parameters", f"{config.parameter_count():,}"),
         ("layers", f"{config.num_hidden_layers}, global: {', '.join(map(str, config.global_layers)) or 'none'}"),
-        ("to fetch", f"{len(files)} files, {bytes_text(sum(f.size for f in files))}"),
-        ("stored as", ", ".join(remote.dtypes) or "not told"),
-        ("licence", remote.licence or "not told"),
-        ("access", remote.gated or "open"),
+        ("to fetch", f"{len(inside.files)} files, {bytes_text(sum(f.size for f in inside.files))}"),
+        ("stored as", ", ".join(inside.dtypes or ())),
         *([("left out", left_out)] if left_out else []),
         *((f"memory, {use}", f"{bytes_text(n)}, {fit.here(n)}") for use, n in fit.estimates(config).items()),
     ]
+
+
+def name_of(request: Request) -> str:
+    """What the model is called here."""
+    return request.repo if request.revision == "main" else f"{request.repo}@{request.revision}"
+
+
+def fetching_command(request: Request) -> str:
+    """The command that fetches it."""
+    words = ["gemma-tui", "models", "download", request.repo]
+    words += ["--revision", request.revision] if request.revision != "main" else []
+    return shlex.join([*words, *(word for pattern in request.include for word in ("--include", pattern))])
+
+
+def using_command(item: Download) -> str:
+    """The command for what has come; GGUF alone is no model here before it is imported."""
+    folder = Path(item.folder)
+    if (files := sorted(folder.rglob("*.gguf"))) and not list(folder.glob("*.safetensors")):
+        return shlex.join(["gemma-tui", "models", "import", str(files[0])])
+    return f"gemma-tui models info {name_of(item.request)}"
 
 
 def preview(found: Removal, adapters: Iterable[str]) -> list[str]:

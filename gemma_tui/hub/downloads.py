@@ -39,6 +39,7 @@ class Download:
         rate: bytes per second, over the last seconds.
         seconds_left: None while there is nothing to go by.
         detail: what is done now, or what became of it.
+        folder: where it lies, once it is done; else empty.
         told: whether ``Downloads.ended`` has given it.
         events: where what it says is put for ``follow``; without it nothing is kept.
     """
@@ -50,6 +51,7 @@ class Download:
     rate: float = 0.0
     seconds_left: float | None = None
     detail: str = ""
+    folder: str = ""
     told: bool = False
     events: queue.SimpleQueue[Mapping[str, Any] | None] | None = field(default=None, repr=False)
     _process: subprocess.Popen[str] | None = field(default=None, repr=False)
@@ -99,7 +101,7 @@ class Download:
         if self.state == WAITING:
             self.state, self.detail = CANCELLED, "before it began"
         elif self.active and self._process is not None:
-            self.state, self.detail = CANCELLED, KEPT
+            self.state, self.detail, self.rate, self.seconds_left = CANCELLED, KEPT, 0.0, None
             self._order("cancel")
             threading.Thread(target=self._end, args=(self._process,), daemon=True).start()
 
@@ -148,6 +150,7 @@ class Download:
             self.detail, self.rate, self.seconds_left = f"checksums {event['share']:.0%}", 0.0, None
         elif self.active and kind == "fetched":
             self.state, self.detail, self.done = DONE, f"commit {event['commit'][:12]}", self.total
+            self.folder = event["folder"]
         elif self.active and kind == "failed":
             self.state, self.detail = FAILED, one_line(str(event["error"]), 300)
 
@@ -183,6 +186,16 @@ class Downloads:
         item = Download(request)
         self.items.append(item)
         return item
+
+    def again(self, item: Download) -> None:
+        """Let one that has failed or was cancelled wait for its turn again; finished files do not come twice.
+
+        Raises:
+            GemmaTuiError: the same is in the queue already.
+        """
+        if item.state in (FAILED, CANCELLED):
+            self.add(item.request)
+            self.items[self.items.index(item)] = self.items.pop()
 
     def advance(self) -> None:
         """Start the next one, if none runs."""

@@ -63,8 +63,8 @@ def about(known: Facts) -> list[tuple[str, str]]:
         ("commit", known.commit or "none: not of the hub"),
         ("licence", known.licence or "not told"),
         ("tokenizer", known.tokenizer),
-        ("chat template", known.template or "none"),
-        *([("", known.difference or "writes turns as Gemma does")] if known.template else []),
+        ("chat template", known.template or ("none that can be used" if known.difference else "none")),
+        *([("", known.difference or "writes turns as Gemma does")] if known.template or known.difference else []),
         *([("never opened", left)] if left else []),
     ]
 

@@ -27,6 +27,7 @@ from engines.errors import EngineError
 from gemma_tui.errors import GemmaTuiError
 from gemma_tui.hub import cache
 from gemma_tui.hub.convert import ensure_space
+from gemma_tui.hub.headers import remote_tensors
 from gemma_tui.hub.metering import TELL_SECONDS, CancelledError, Control, Tell, Watch, free_bytes, meter
 from gemma_tui.hub.refusals import reason
 from gemma_tui.hub.remote import Remote, RemoteFile, check_access, check_names, look, remote_config, wanted
@@ -35,9 +36,11 @@ from gemma_tui.text import one_line, without_tokens
 
 T = TypeVar("T")
 
-TRIES = 6
-BACK_OFF = 1.0
-"""Seconds before the second try; each wait is twice the one before."""
+TRIES, DOWNLOAD_TRIES = 6, 10
+"""In a row, of a question and of a download: a laptop that wakes up may need minutes until the line is there."""
+
+BACK_OFF, LONGEST_WAIT = 1.0, 60.0
+"""Seconds before the second try; each wait is twice the one before, up to the longest."""
 
 PASSING = (408, 425, 429, 500, 502, 503, 504)
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -79,7 +82,9 @@ def fetch(request: Request, tell: Tell, control: Control) -> Path:
     try:
         remote = _patiently(lambda: look(request.repo, request.revision), tell, control)
         files = _preflight(remote, request, tell, control)
-        folder = _patiently(lambda: _download(remote, files, tell, control), tell, control)
+        folder = _patiently(
+            lambda: _download(remote, files, tell, control), tell, control, DOWNLOAD_TRIES, lambda: _here(remote, files)
+        )
         if any(f.path.endswith(".safetensors") for f in files):
             model_tensors(folder)
         cache.point(request.repo, request.revision, remote.commit)
@@ -104,8 +109,8 @@ def _preflight(remote: Remote, request: Request, tell: Tell, control: Control) -
     """Everything that can be known before the first byte of weights; what is fetched."""
     _patiently(lambda: check_access(remote), tell, control)
     files = list(wanted(remote, request.include))
-    if any(f.path.endswith(".safetensors") for f in files):
-        _patiently(lambda: remote_config(remote), tell, control)
+    weights = any(f.path.endswith(".safetensors") for f in files)
+    config = _patiently(lambda: remote_config(remote), tell, control) if weights else None
     total, place = sum(f.size for f in files), cache.cache_folder()
     needed = total - _here(remote, files)
     tell(
@@ -113,6 +118,8 @@ def _preflight(remote: Remote, request: Request, tell: Tell, control: Control) -
         free=free_bytes(place), licence=remote.licence, gated=remote.gated, left_out=len(remote.code),
     )  # fmt: skip
     ensure_space(place, needed, "set HF_HOME")
+    if config is not None and needed:
+        _patiently(lambda: remote_tensors(remote, files, config), tell, control)
     return files
 
 
@@ -162,26 +169,33 @@ def _check(folder: Path, files: list[RemoteFile], tell: Tell, control: Control) 
             blob.unlink(missing_ok=True)
     if problems:
         name, problem = next(iter(problems.items()))
-        raise WrongContentError(f"{name} came with {problem}")
+        raise WrongContentError(f"{name} came wrong ({problem})")
 
 
-def _patiently(step: Callable[[], T], tell: Tell, control: Control) -> T:
-    """What a step returns, tried again after what passes by itself: a dropped line, a server that is busy or broken."""
-    wait = BACK_OFF
-    for attempt in range(1, TRIES + 1):
+def _patiently(
+    step: Callable[[], T], tell: Tell, control: Control, tries: int = TRIES, finished: Callable[[], int] = lambda: 0
+) -> T:
+    """What a step returns, tried again after what passes by itself: a dropped line, a server that is busy or broken.
+
+    Args:
+        finished: what is done for good; where that grows, the tries are counted anew.
+    """
+    attempt, before = 0, finished()
+    while True:
         try:
             return step()
         except Exception as error:
             if control.stop.is_set():
                 raise CancelledError from None
-            told = _explained(error)
-            if attempt == (2 if isinstance(error, WrongContentError) else TRIES) or not _passes(error):
+            told, now = _explained(error), finished()
+            attempt = 1 if now > before else attempt + 1
+            before = max(before, now)
+            if attempt >= (2 if isinstance(error, WrongContentError) else tries) or not _passes(error):
                 raise told from None
+        wait = min(BACK_OFF * 2 ** (attempt - 1), LONGEST_WAIT)
         tell("retry", attempt=attempt, seconds=wait, reason=one_line(str(told), 200))
         if control.stop.wait(wait):
             raise CancelledError
-        wait *= 2
-    raise AssertionError  # the last try returns or raises
 
 
 def _passes(error: BaseException) -> bool:

@@ -258,6 +258,7 @@ def _trained_models() -> Iterator[Model]:
 
 def _may_be_gemma(folder: Path) -> bool:
     try:
-        return '"gemma3' in (folder / "config.json").read_text(encoding="utf-8", errors="replace")[:MAX_CONFIG_BYTES]
+        with (folder / "config.json").open("rb") as file:
+            return b'"gemma3' in file.read(MAX_CONFIG_BYTES)
     except OSError:
         return False

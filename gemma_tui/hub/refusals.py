@@ -13,6 +13,9 @@ from gemma_tui.text import one_line, without_tokens
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
+AWAITS, NOT_ASKED = "is awaiting a review", "not in the authorized list"
+"""Of the hub's own words for a gated model: a request was made, or none."""
+
 
 class AccessError(GemmaTuiError):
     """The hub does not let this user have a repository."""
@@ -87,11 +90,13 @@ def _refused(error: Exception, repo: str, gated: str) -> str:
         if isinstance(error, errors.RepositoryNotFoundError):
             return f"{repo} is not on the hub, or not yours to see: check the name"
         return f"the hub refuses {repo}: {_said(error) or 'your token may not read it'}"
-    if said := _said(error):
+    said = _said(error)
+    if AWAITS in said:
+        return f"{repo} is gated, and your request awaits its owners' approval: try again once {place} says granted"
+    if said and NOT_ASKED not in said:  # a token without the right to gated models, or a request that was rejected
         return f"{repo} is gated: {said} ({place})"
-    if gated == "manual":
-        return f"{repo} is gated and its owners approve each request: ask at {place}, or wait for their answer"
-    return f"{repo} is gated: accept its terms at {place} with the account of your token, then try again"
+    owners = ", and wait for its owners' approval" if gated == "manual" else ""
+    return f"{repo} is gated: accept its terms at {place} with the account of your token{owners}, then try again"
 
 
 def _token_is_valid() -> bool:

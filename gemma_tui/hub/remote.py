@@ -31,7 +31,13 @@ KINDS = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.tx
 
 CODE = (".bin", ".pt", ".pth", ".pkl", ".py", ".h5", ".keras", ".ckpt")
 MAX_FILES = 1000
+LARGEST_FILE = 50 * 10**9
+"""Bytes; what is larger the hub gives by plain HTTP no more."""
+
 MAX_ANSWERS = 200
+TAGS = ("gemma3_text", "gemma3", "gguf")
+"""What the hub calls the models by their configs, and GGUF files, whose architecture is looked at here."""
+
 EXPANDED = ("safetensors", "gguf", "gated", "downloads", "tags", "config", "lastModified", "sha")
 
 
@@ -75,8 +81,6 @@ class Remote:
     gated: str
     licence: str
     files: tuple[RemoteFile, ...]
-    dtypes: dict[str, int]
-    """Parameters by safetensors dtype, if the hub tells."""
 
     @property
     def code(self) -> tuple[str, ...]:
@@ -97,20 +101,23 @@ def check_names(repo: str, revision: str = "main") -> None:
 
 
 def search(query: str, limit: int = 50) -> list[Found]:
-    """Gemma-3 models on the hub, the most downloaded first.
+    """Gemma-3 models on the hub, tuned ones of any name too, the most downloaded first.
 
     Raises:
         GemmaTuiError: the hub cannot be reached, or refuses.
     """
+    found: dict[str, Found] = {}
     with explained("the search"):
-        # One more page than is wanted: what is no Gemma-3 is left out below.
-        answers = client().list_models(
-            search=query,
-            sort="downloads",
-            limit=min(2 * limit, MAX_ANSWERS),
-            expand=list(EXPANDED),  # type: ignore[arg-type]
-        )
-        return [found for found in map(_found, answers) if found is not None][:limit]
+        for tag in TAGS:
+            answers = client().list_models(
+                search=query or None,
+                filter=tag,
+                sort="downloads",
+                limit=min(2 * limit, MAX_ANSWERS),
+                expand=list(EXPANDED),  # type: ignore[arg-type]
+            )
+            found |= {item.repo: item for item in map(_found, answers) if item is not None}
+    return sorted(found.values(), key=lambda item: (-item.downloads, item.repo))[:limit]
 
 
 def look(repo: str, revision: str = "main") -> Remote:
@@ -127,8 +134,7 @@ def look(repo: str, revision: str = "main") -> Remote:
     if not isinstance(info.sha, str) or not COMMIT.fullmatch(info.sha):
         raise GemmaTuiError(f"the hub names no commit for {repo}: try again later")
     files = tuple(_file(repo, sibling) for sibling in info.siblings or ())
-    dtypes = _dtypes(info.safetensors)
-    return Remote(repo, info.sha, _gated(info.gated), _licence(info.tags), files, dtypes)
+    return Remote(repo, info.sha, _gated(info.gated), _licence(info.tags), files)
 
 
 def check_access(remote: Remote) -> None:
@@ -211,16 +217,28 @@ def wanted(remote: Remote, include: Iterable[str] = ()) -> tuple[RemoteFile, ...
             raise GemmaTuiError(
                 f"{remote.repo} names a file {one_line(repr(file.path), 60)}, so nothing of it is fetched"
             )
-    if any(f.path.endswith(".safetensors") for f in files) or any(f.path.endswith(".gguf") for f in files):
+        if file.size > LARGEST_FILE:
+            raise GemmaTuiError(
+                f"{remote.repo}: {file.path} of {file.size / 1e9:.0f} GB comes over Xet alone, which cannot be paused: "
+                f"`hf download {remote.repo}` fetches it into the same cache"
+            )
+    if any(f.path.endswith((".safetensors", ".gguf")) for f in files):
         return tuple(files)
-    quantised = [f.path for f in remote.files if f.path.endswith(".gguf")]
-    if quantised:
-        names = ", ".join(one_line(path, 60) for path in quantised[:8])
+    if quantised := gguf_files(remote):
+        names = ", ".join(one_line(file.path, 60) for file in quantised[:8])
         raise GemmaTuiError(f"{remote.repo} has GGUF weights; name which with --include: {names}")
     if remote.code:
         kept = one_line(remote.code[0], 60)
         raise GemmaTuiError(f"{remote.repo} has only {kept}, which could run code: take a repository with .safetensors")
     raise GemmaTuiError(f"{remote.repo} has no .safetensors weights: there is nothing to compute with")
+
+
+def gguf_files(remote: Remote) -> tuple[RemoteFile, ...]:
+    """The GGUF weights of a repository, of which one is fetched; the smallest first, none if there are safetensors."""
+    if any("/" not in f.path and f.path.endswith(".safetensors") for f in remote.files):
+        return ()
+    found = [f for f in remote.files if f.path.endswith(".gguf") and "mmproj" not in f.path]  # no towers that see
+    return tuple(sorted(found, key=lambda f: (f.size, f.path)))
 
 
 def _is_wanted(path: str, named: Iterable[str]) -> bool:

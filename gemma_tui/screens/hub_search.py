@@ -10,13 +10,14 @@ from rich.text import Text
 from textual import work
 from textual.app import ComposeResult
 from textual.binding import Binding
-from textual.containers import Vertical
+from textual.containers import Vertical, VerticalScroll
 from textual.screen import ModalScreen
 from textual.widgets import DataTable, Footer, Input, Static
 
 from engines.errors import EngineError
-from gemma_tui.text import one_line
-from gemma_tui.widgets.dialogs import Reading
+from gemma_tui.output import bytes_text
+from gemma_tui.text import clean, one_line
+from gemma_tui.widgets.dialogs import Question, Reading
 
 if TYPE_CHECKING:
     from gemma_tui.app import GemmaTui
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 NAME_WIDTH = 44
 FIRST_WORDS = "gemma-3"
+KEYS = "123456789abcdef"
+"""For the files of a repository, the smallest first; the rest are had by the command."""
 
 
 class FoundTable(DataTable[Text]):
@@ -42,7 +45,7 @@ class HubSearch(ModalScreen[None]):
     DEFAULT_CSS = """
     HubSearch { align: center middle; }
     HubSearch > Vertical { width: 100%; height: 100%; background: $background; }
-    HubSearch #about { height: auto; max-height: 50%; padding: 0 1; border-top: solid $panel; }
+    HubSearch #beside { height: auto; max-height: 60%; padding: 0 1; border-top: solid $panel; }
     """
     BINDINGS = [
         Binding("escape", "close", "Back", id="hub.back"),
@@ -64,7 +67,8 @@ class HubSearch(ModalScreen[None]):
         with Vertical():
             yield Input(FIRST_WORDS, placeholder="words of the name", compact=True, id="words")
             yield FoundTable(cursor_type="row", cell_padding=1)
-            yield Static("enter searches the hub", id="about", markup=False)
+            with VerticalScroll(id="beside"):
+                yield Static("enter searches the hub", id="about", markup=False)
             yield Footer(show_command_palette=False, compact=True)
 
     def on_mount(self) -> None:
@@ -78,7 +82,7 @@ class HubSearch(ModalScreen[None]):
         """Search."""
         event.stop()
         self._words = event.value.strip()
-        self._tell(f"searching for {self._words}…")
+        self._tell("searching the hub…")
         self._search(self._words)
 
     def on_data_table_row_highlighted(self, event: DataTable.RowHighlighted) -> None:
@@ -101,11 +105,11 @@ class HubSearch(ModalScreen[None]):
     def action_download(self) -> None:
         """Queue the model under the cursor."""
         item = self._chosen()
-        if item is None:
-            return
-        repo = item.repo
-        if self.bench.attempt(lambda: self.bench.fetch(repo)):
-            self._tell(f"{repo} is queued; the list of models shows how far it is")
+        if item is not None and item.kind == "GGUF":
+            self._tell(f"asking for the files of {item.repo}…")
+            self._choose(item.repo)
+        elif item is not None:
+            self._fetch(item.repo)
 
     def action_show_command(self) -> None:
         """The command that does the same."""
@@ -134,18 +138,39 @@ class HubSearch(ModalScreen[None]):
         self.app.call_from_thread(self._fill, words, found, [found_cells(item) for item in found])
 
     @work(thread=True, exclusive=True, group="hub")
-    def _look(self, repo: str) -> None:
-        from gemma_tui.hub.descriptions import remote_lines
-        from gemma_tui.hub.remote import check_access, look, remote_config, wanted
+    def _choose(self, repo: str) -> None:
+        """Ask which file of GGUF is wanted."""
+        from gemma_tui.hub.remote import gguf_files, look
 
         try:
-            remote = look(repo)
-            check_access(remote)
-            lines = remote_lines(remote, wanted(remote), remote_config(remote))
+            files = dict(zip(KEYS, gguf_files(look(repo)), strict=False))
         except EngineError as error:
             self.app.call_from_thread(self._about, repo, str(error))
             return
-        text = "\n".join(f"{name:<12}  {one_line(text, 200)}" for name, text in lines)
+        answers = {key: f"{bytes_text(file.size):>8}  {one_line(file.path, 48)}" for key, file in files.items()}
+
+        def chosen(key: str | None) -> None:
+            if key:
+                self._fetch(repo, (files[key].path,))
+
+        question = Question(f"Which file of {one_line(repo, 48)}?", answers)
+        self.app.call_from_thread(self.app.push_screen, question, chosen)
+
+    def _fetch(self, repo: str, include: tuple[str, ...] = ()) -> None:
+        if self.bench.attempt(lambda: self.bench.fetch(repo, include)):
+            self._tell(f"{repo} is queued; the list of models shows how far it is")
+
+    @work(thread=True, exclusive=True, group="hub")
+    def _look(self, repo: str) -> None:
+        from gemma_tui.hub.descriptions import inside_lines
+        from gemma_tui.hub.headers import look_inside
+
+        try:
+            lines = inside_lines(look_inside(repo))
+        except EngineError as error:
+            self.app.call_from_thread(self._about, repo, str(error))
+            return
+        text = "\n".join(f"{name:<10}  {one_line(text, 200)}" for name, text in lines)
         self.app.call_from_thread(self._about, repo, text)
 
     def _about(self, repo: str, text: str) -> None:
@@ -174,8 +199,7 @@ class HubSearch(ModalScreen[None]):
 
     def _tell(self, text: str) -> None:
         if self.is_attached:
-            lines = [one_line(line, 300) for line in text.split("\n")]
-            self.query_one("#about", Static).update(Text("\n".join(lines)))
+            self.query_one("#about", Static).update(Text(clean(text)))
 
     def _chosen(self) -> Found | None:
         at = self.query_one(DataTable).cursor_row

@@ -19,7 +19,7 @@ from gemma_tui.output import bytes_text, count_text
 from gemma_tui.screens.workbench import AFTER_FIRST_FRAME, Workbench
 from gemma_tui.text import one_line
 from gemma_tui.widgets.dialogs import Question, Reading
-from gemma_tui.widgets.download_list import DownloadList
+from gemma_tui.widgets.download_list import DownloadList, told
 
 if TYPE_CHECKING:
     from engines.gemma3 import Gemma3Config
@@ -82,7 +82,12 @@ class ModelsScreen(Workbench):
         self.set_interval(0.25, self._advance)
 
     def command(self) -> str:
-        """The listing, or the model under the cursor."""
+        """The listing, or the model or the download under the cursor."""
+        rows = self.query_one(DownloadList)
+        if rows.has_focus and (item := rows.chosen()) is not None:
+            from gemma_tui.hub.descriptions import fetching_command, using_command
+
+            return using_command(item) if item.folder else fetching_command(item.request)
         name = self._chosen()
         return f"gemma-tui models info {shlex.quote(name)}" if name else "gemma-tui models list"
 
@@ -266,9 +271,12 @@ class ModelsScreen(Workbench):
         rows = self.query_one(DownloadList)
         rows.downloads = downloads
         rows.fill()
+        if rows.has_focus and (chosen := rows.chosen()) is not None:
+            self._say(told(chosen))
         for item in downloads.ended():
             done = item.state == "done"
-            self.bench.tell(f"{item.request.repo} is checked and ready" if done else item.detail,
+            use = "; c on its row has the command for it" if item.request.include else ""
+            self.bench.tell(f"{item.request.repo} is checked and ready{use}" if done else item.detail,
                             "information" if done else "error")  # fmt: skip
             self._look()
 

@@ -1,13 +1,15 @@
-"""Downloads as rows: bar, bytes, rate, time left; space pauses, x cancels, delete takes ended ones away."""
+"""Downloads as rows: state, bar, bytes, rate, time left; space pauses, x cancels, delete takes ended ones away."""
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from rich.text import Text
 from textual.binding import Binding
 from textual.widgets import DataTable
 
+from engines.errors import EngineError
 from gemma_tui.output import bytes_text, duration
 from gemma_tui.text import one_line
 
@@ -21,10 +23,11 @@ class DownloadList(DataTable[Text]):
     """The queue of downloads; hidden while it is empty."""
 
     BINDINGS = [
-        Binding("space", "pause", "Pause", id="downloads.pause", tooltip="Pause a download, or go on with it"),
+        Binding("space", "pause", "Pause", id="downloads.pause",
+                tooltip="Pause a download, go on with it, or begin an ended one again"),
         Binding("x", "cancel", "Cancel", id="downloads.cancel", tooltip="Cancel a download; finished files are kept"),
         Binding("delete,backspace", "forget", "Clear", id="downloads.forget", tooltip="Take ended ones off the list"),
-    ]
+    ]  # fmt: skip
 
     def __init__(self) -> None:
         super().__init__(cursor_type="row", show_header=False, cell_padding=1, id="downloads")
@@ -32,7 +35,7 @@ class DownloadList(DataTable[Text]):
 
     def on_mount(self) -> None:
         """Lay out the columns."""
-        self.add_columns("model", "bar", "bytes", "rate", "state")
+        self.add_columns("model", "state", "bar", "bytes", "rate", "detail")
 
     def fill(self) -> None:
         """Show what the queue is now; rows stay where they are."""
@@ -50,14 +53,17 @@ class DownloadList(DataTable[Text]):
                     self.update_cell_at((at, column), Text(cell), update_width=True)  # type: ignore[arg-type]
 
     def action_pause(self) -> None:
-        """Pause the download under the cursor, or go on with it."""
-        if (item := self._chosen()) is not None:
-            item.resume() if item.state == "paused" else item.pause()
-            self.fill()
+        """Pause the download under the cursor, go on with it, or begin it again."""
+        if self.downloads is None or (item := self.chosen()) is None:
+            return
+        item.resume() if item.state == "paused" else item.pause()
+        with suppress(EngineError):  # it is in the queue already, which is what was wanted
+            self.downloads.again(item)
+        self.fill()
 
     def action_cancel(self) -> None:
         """Cancel the download under the cursor."""
-        if (item := self._chosen()) is not None:
+        if (item := self.chosen()) is not None:
             item.cancel()
             self.fill()
 
@@ -67,9 +73,16 @@ class DownloadList(DataTable[Text]):
             self.downloads.forget()
             self.fill()
 
-    def _chosen(self) -> Download | None:
+    def chosen(self) -> Download | None:
+        """The download under the cursor."""
         items = self.downloads.items if self.downloads is not None else []
         return items[self.cursor_row] if 0 <= self.cursor_row < len(items) else None
+
+
+def told(item: Download) -> str:
+    """All of a row in words."""
+    _, state, _, size, rate, detail = _cells(item)
+    return f"{one_line(item.request.repo, 100)}  {', '.join(filter(None, (state, size, rate)))}\n{detail}"
 
 
 def _cells(item: Download) -> tuple[str, ...]:
@@ -77,8 +90,9 @@ def _cells(item: Download) -> tuple[str, ...]:
     left = f", {duration(item.seconds_left)} left" if item.seconds_left is not None else ""
     return (
         one_line(item.request.repo, 34),
+        item.state,
         "█" * full + "░" * (BAR - full),
         f"{bytes_text(item.done)}/{bytes_text(item.total)}" if item.total else "",
         f"{bytes_text(item.rate)}/s{left}" if item.rate else "",
-        one_line(f"{item.state}: {item.detail}" if item.detail else item.state, 100),
+        one_line(item.detail, 300),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from engines.adapters import read_adapter
 from engines.base import Engine
 from engines.checkpoints import read_array, read_header, write_arrays, write_safetensors
 from engines.errors import CheckpointError, UnsupportedError
-from engines.gemma3 import Gemma3Config
+from engines.gemma3 import MAX_CONFIG_BYTES, Gemma3Config
 
 TinyFolder = Callable[..., Path]
 Tokens = Callable[..., np.ndarray]
@@ -93,6 +94,15 @@ def test_an_adapter_on_other_modules_than_the_seven_linears_is_refused(adapter: 
 )
 def test_a_file_that_is_no_adapter_config_is_refused(adapter: Path, config: Gemma3Config, text: str | bytes) -> None:
     (adapter / "adapter_config.json").write_bytes(text if isinstance(text, bytes) else text.encode())
+    refusal(adapter, config)
+
+
+def test_a_config_without_an_end_is_not_read(adapter: Path, config: Gemma3Config) -> None:
+    path = adapter / "adapter_config.json"
+    path.write_bytes(path.read_bytes() + b" " * MAX_CONFIG_BYTES)
+    refusal(adapter, config)
+    path.unlink()
+    os.mkfifo(path)
     refusal(adapter, config)
 
 

@@ -11,18 +11,19 @@ import re
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlencode, urlsplit
 
 from gemma_tui.hub import cache
 
 LFS = (".safetensors", ".gguf", ".bin")
 COMMIT = "a" * 40
 NEXT_COMMIT = "b" * 40
+STALL_SECONDS = 60.0
 ENDLESS = 256
 """Pieces that a body without an end has behind its end."""
 
@@ -44,6 +45,8 @@ class Repo:
     gated: str | bool = False
     allowed: tuple[str, ...] = ()
     """Tokens that may read the files, if it is gated."""
+    asked: tuple[str, ...] = ()
+    """Tokens whose accounts have asked for access and wait."""
     commit: str = COMMIT
     info: dict[str, Any] = field(default_factory=dict)
 
@@ -56,22 +59,28 @@ class Faults:
         slow: seconds between two pieces of a body.
         piece: bytes of a piece.
         cut: how many bodies are cut in the middle.
+        stall: how many bodies of whole files say no more from the middle on, while the line stays.
+        elsewhere: the address of another server that has the files.
         flip: names of files that come with another byte than they should.
         short: names of files that come one byte short, as their headers say.
-        statuses: for the next requests of a path that contains the text, these in turn.
+        statuses: for the next requests whose method and path contain the text, these in turn.
         moving: whether ``main`` is another commit at each question.
         endless: names of files that never end.
-        message: what every refusal says.
+        no_ranges: whether a file comes whole, whatever part of it was asked for.
+        message: what every refusal says, in place of its own words.
     """
 
     slow: float = 0.0
     piece: int = 1 << 16
     cut: int = 0
+    stall: int = 0
+    elsewhere: str = ""
     flip: set[str] = field(default_factory=set)
     short: set[str] = field(default_factory=set)
     statuses: dict[str, list[int]] = field(default_factory=dict)
     moving: bool = False
     endless: set[str] = field(default_factory=set)
+    no_ranges: bool = False
     message: str = ""
 
 
@@ -88,6 +97,7 @@ class StandInHub:
         self.faults = Faults()
         self.tokens: dict[str, str] = {"hf_" + "g" * 34: "grace"}
         self.asked: list[tuple[str, str, str]] = []
+        self.closing = threading.Event()
         self.served = 0
         """Bytes of bodies that went out."""
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
@@ -106,6 +116,7 @@ def serving() -> Iterator[StandInHub]:
     try:
         yield hub
     finally:
+        hub.closing.set()
         hub.server.shutdown()
         hub.server.server_close()
 
@@ -116,6 +127,10 @@ def _handler(hub: StandInHub) -> type[BaseHTTPRequestHandler]:
 
         def log_message(self, *args: Any) -> None:
             pass
+
+        def handle(self) -> None:
+            with suppress(ConnectionResetError):  # a client that has heard enough
+                super().handle()
 
         def do_GET(self) -> None:
             self._answer()
@@ -143,8 +158,8 @@ def _handler(hub: StandInHub) -> type[BaseHTTPRequestHandler]:
 
         def refuse(self, status: int, code: str = "", message: str = "") -> None:
             headers = {"X-Error-Code": code} if code else {}
-            if message or hub.faults.message:
-                headers["X-Error-Message"] = message or hub.faults.message
+            if said := hub.faults.message or message:
+                headers["X-Error-Message"] = said
             self.send(status, b"{}", headers)
 
         def json(self, value: Any, headers: dict[str, str] | None = None) -> None:
@@ -158,7 +173,7 @@ def _route(hub: StandInHub, it: Any) -> None:
     path, query = unquote(parts.path), {k: v[0] for k, v in parse_qs(parts.query).items()}
     hub.asked.append((it.command, path, it.token()))
     for part, statuses in hub.faults.statuses.items():
-        if part in path and statuses and (status := statuses.pop(0)) != 200:
+        if part in f"{it.command} {path}" and statuses and (status := statuses.pop(0)) != 200:
             return it.refuse(status)
     if it.token() and it.token() not in hub.tokens:
         return it.refuse(401, "", "Invalid credentials in Authorization header")
@@ -180,12 +195,37 @@ def _search(hub: StandInHub, it: Any, query: dict[str, str]) -> None:
     found = [
         {"id": name, "gated": repo.gated, "downloads": 1, "likes": 0, "tags": [], "sha": repo.commit, **repo.info}
         for name, repo in hub.repos.items()
-        if words in name.lower() and query.get("author", "") in ("", name.split("/")[0])
+        if words in name.lower() and query.get("filter", "") in ("", *_tags(repo))
     ]
     limit, start = int(query.get("limit", 1000)), int(query.get("cursor", 0))
     page = min(limit, 100)
-    more = {"Link": f'<{hub.url}/api/models?search={words}&limit={limit}&cursor={start + page}>; rel="next"'}
+    asked = urlencode({**query, "limit": limit, "cursor": start + page})
+    more = {"Link": f'<{hub.url}/api/models?{asked}>; rel="next"'}
     it.json(found[start : start + page], more if start + page < len(found) else None)
+
+
+def _tags(repo: Repo) -> list[Any]:
+    """What is said of it, and what the hub sees for itself: the kind of its config, and GGUF files."""
+    try:
+        config = {**json.loads(repo.files.get("config.json", b"{}")), **repo.info.get("config", {})}
+    except (ValueError, TypeError, RecursionError):
+        config = {}
+    return [*repo.info.get("tags", ()), config.get("model_type"), "gguf" if "gguf" in repo.info else None]
+
+
+def _gate(repo: Repo, it: Any, name: str) -> bool:
+    """Whether a gated repository stays shut, which is then told in the hub's own words."""
+    token = it.token()
+    if not repo.gated or token in repo.allowed:
+        return False
+    if not token:
+        said = f"Access to model {name} is restricted. You must have access to it and be authenticated to access it."
+    elif token in repo.asked:
+        said = f"Your request to access model {name} is awaiting a review from the repo authors."
+    else:
+        said = f"Access to model {name} is restricted and you are not in the authorized list."
+    it.refuse(403 if token else 401, "GatedRepo", said)
+    return True
 
 
 def _about(hub: StandInHub, it: Any, name: str, rest: str) -> None:
@@ -193,9 +233,7 @@ def _about(hub: StandInHub, it: Any, name: str, rest: str) -> None:
     if repo is None:
         return it.refuse(401 if not it.token() else 404, "RepoNotFound")
     if rest == "/auth-check":
-        if repo.gated and it.token() not in repo.allowed:
-            return it.refuse(403 if it.token() else 401, "GatedRepo")
-        return it.json({})
+        return None if _gate(repo, it, name) else it.json({})
     if hub.faults.moving and not rest.startswith("/tree"):
         repo.commit = NEXT_COMMIT if repo.commit == COMMIT else COMMIT
         repo.files["generation_config.json"] = json.dumps({"commit": repo.commit}).encode()
@@ -230,8 +268,8 @@ def _file(hub: StandInHub, it: Any, name: str, path: str) -> None:
     repo, faults = hub.repos.get(name), hub.faults
     if repo is None:
         return it.refuse(404, "RepoNotFound")
-    if repo.gated and it.token() not in repo.allowed:
-        return it.refuse(403 if it.token() else 401, "GatedRepo")
+    if _gate(repo, it, name):
+        return None
     if path not in repo.files:
         return it.refuse(404, "EntryNotFound")
     data = repo.files[path]
@@ -239,6 +277,8 @@ def _file(hub: StandInHub, it: Any, name: str, path: str) -> None:
     headers = {"X-Repo-Commit": repo.commit, "ETag": f'"{etag}"', "Accept-Ranges": "bytes"}
     if it.command == "HEAD":
         return it.send(200, headers=headers | {"Content-Length": str(len(data))})
+    if faults.elsewhere:
+        return it.send(302, headers={"Location": f"{faults.elsewhere}{it.path}"})
     if path in faults.flip:
         data = data[:-1] + bytes([data[-1] ^ 1])
     if path in faults.short:
@@ -248,7 +288,8 @@ def _file(hub: StandInHub, it: Any, name: str, path: str) -> None:
 
 def _body(hub: StandInHub, it: Any, path: str, data: bytes, headers: dict[str, str]) -> None:
     faults, status = hub.faults, 200
-    if found := re.fullmatch(r"bytes=(\d+)-(\d*)", it.headers.get("Range", "")):
+    found = re.fullmatch(r"bytes=(\d+)-(\d*)", it.headers.get("Range", ""))
+    if found and not faults.no_ranges:
         start, end = int(found[1]), int(found[2] or len(data) - 1)
         headers["Content-Range"] = f"bytes {start}-{min(end, len(data) - 1)}/{len(data)}"
         data, status = data[start : end + 1], 206
@@ -261,10 +302,13 @@ def _body(hub: StandInHub, it: Any, path: str, data: bytes, headers: dict[str, s
     for key, value in headers.items():
         it.send_header(key, value)
     it.end_headers()
-    cut = faults.cut > 0 and len(data) > faults.piece
-    faults.cut -= cut
+    large = len(data) > faults.piece
+    cut, stall = large and faults.cut > 0, large and faults.stall > 0 and not found
+    faults.cut, faults.stall = faults.cut - cut, faults.stall - stall
     for start in range(0, len(data), faults.piece):
-        if cut and start >= len(data) // 2:
+        if (cut or stall) and start >= len(data) // 2:
+            if stall:
+                hub.closing.wait(STALL_SECONDS)
             it.close_connection = True
             it.connection.close()
             return

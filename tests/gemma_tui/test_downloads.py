@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import random
 import shlex
 import shutil
 import signal
@@ -90,10 +91,13 @@ def test_a_cancel_takes_less_than_a_second_and_leaves_no_part(hub: StandInHub) -
     assert again.share == 1
 
 
-@pytest.mark.parametrize("wait", [lambda: None, small_files], ids=["at first", "later"])
-def test_a_process_that_is_killed_leaves_what_the_next_try_clears(hub: StandInHub, wait: Callable[[], None]) -> None:
-    item = slowly(hub)
-    wait()
+@pytest.mark.parametrize("seed", range(5))
+def test_a_process_that_is_killed_anywhere_leaves_what_the_next_try_clears(hub: StandInHub, seed: int) -> None:
+    whole = hub.repos[TINY].files
+    point = random.Random(seed).randrange(sum(map(len, whole.values())) - (1 << 15))
+    hub.faults.slow, hub.faults.piece = 0.02, 4096
+    item = begun()
+    until(lambda: hub.served > point, "the point")
     assert item._process is not None
     os.killpg(item._process.pid, signal.SIGKILL)
     assert ended(item)[-1]["kind"] == "failed"
@@ -105,7 +109,8 @@ def test_a_process_that_is_killed_leaves_what_the_next_try_clears(hub: StandInHu
     again = begun()
     ended(again)
     assert again.state == DONE
-    assert not cache.leftovers().files
+    assert {p.name: p.read_bytes() for p in resolve(TINY).folder.iterdir()} == whole
+    assert cache.leftovers().empty
 
 
 def test_a_process_whose_asker_has_died_ends_and_leaves_no_part(hub: StandInHub) -> None:
@@ -164,9 +169,10 @@ def test_search_lists_gemma_3_with_what_one_must_know(hub: StandInHub, command: 
     said = {"tags": ["license:gemma", "gemma3"], "safetensors": {"parameters": {"BF16": 10**9}, "total": 10**9}}
     hub.repos = {
         "google/gemma-3-1b": Repo(files, gated="manual", info={**said, "downloads": 7}),
-        "mlx-community/gemma-3-1b-4bit": Repo(files, info={"tags": ["mlx"], "safetensors": packed}),
+        "mlx-community/gemma-3-1b-4bit": Repo(files, info={"tags": ["mlx", "gemma3_text"], "safetensors": packed}),
         "someone/tuned": Repo(files, info={"config": {"model_type": "gemma3_text"}}),
         "quants/gemma-3-1b-gguf": Repo(files, info={"gguf": {"total": 10**9, "architecture": "gemma3"}}),
+        "quants/llama-gguf": Repo(files, info={"gguf": {"total": 10**9, "architecture": "llama"}, "downloads": 99}),
         "someone/gemma-2-2b": Repo(files, info={"config": {"model_type": "gemma2"}}),
         "google/gemma-3n-E2B": Repo(files, info={"tags": ["gemma3n"]}),
     }
@@ -175,6 +181,7 @@ def test_search_lists_gemma_3_with_what_one_must_know(hub: StandInHub, command: 
     assert (code, rows[-1]["status"]) == (0, "done")
     others = {"someone/tuned", "quants/gemma-3-1b-gguf"}
     assert set(found) == {"google/gemma-3-1b", "mlx-community/gemma-3-1b-4bit"} | others
+    assert rows[0]["name"] == "google/gemma-3-1b"
     official = found["google/gemma-3-1b"]
     assert (official["bytes"], official["dtype"], official["parameters"]) == (2 * 10**9, "BF16", 10**9)
     assert (official["licence"], official["gated"], official["downloads"]) == ("gemma", "manual", 7)
@@ -189,10 +196,12 @@ def test_what_a_search_brings_is_foreign(
 ) -> None:
     wrong = {
         "downloads": "many",
-        "tags": [7, None, "license:\x1b[2J"],
+        "tags": [7, None, "license:\x1b[2J", "gemma3"],
         "safetensors": {"parameters": {"BF16": -1}, "total": -1},
     }
-    hub.repos = {"a/gemma-3-x": Repo({}, info=wrong), "a/gemma-3-\x1b]0;x\x07": Repo({}), "a/gemma-3-y": Repo({})}
+    right = {"tags": ["gemma3"], "downloads": 0}
+    hub.repos = {name: Repo({}, info=right) for name in ("a/gemma-3-x", "a/gemma-3-\x1b]0;x\x07", "a/gemma-3-y")}
+    hub.repos["a/gemma-3-x"].info = wrong
     code, rows, _ = command("models", "search", "gemma-3")
     assert code == 0
     assert [row["name"] for row in rows[:-1]] == ["a/gemma-3-x", "a/gemma-3-y"]
@@ -259,6 +268,21 @@ def test_a_command_that_is_to_outlive_its_terminal_does(hub: StandInHub) -> None
         hub.faults.slow = 0
         out, _ = process.communicate(timeout=SECONDS)
     assert (process.returncode, json.loads(out.splitlines()[-1])["status"]) == (0, "done")
+
+
+def test_a_detached_download_outlives_its_command(hub: StandInHub, command: Commands) -> None:
+    hub.faults.slow, hub.faults.piece = 0.3, 4096
+    code, rows, _ = command("models", "download", TINY, "--detach")
+    assert (code, rows[-1]["status"]) == (0, "detached")
+    assert _lives(rows[-1]["pid"])
+    hub.faults.slow = 0
+    until(lambda: not _lives(rows[-1]["pid"]), "its end")
+    assert resolve(TINY).folder.name == COMMIT
+    last = Path(rows[-1]["log"]).read_text().splitlines()[-1]
+    assert json.loads(last) == {"kind": "end", "status": "done", "models": [TINY]}
+    hub.repos[TINY].gated = "auto"
+    code, rows, said = command("models", "download", TINY, "--detach")
+    assert (code, "log in with" in said, rows[-1]["status"]) == (1, True, "failed")
 
 
 def test_a_download_ends_although_what_it_left_cannot_be_tidied(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
+import struct
 import threading
 import time
 from collections.abc import Callable
@@ -11,18 +13,23 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
-from stand_in_hub import COMMIT, NEXT_COMMIT, Repo, StandInHub, partial_files
+import stand_in_hub
+from safetensors import numpy as reference
+from stand_in_hub import COMMIT, NEXT_COMMIT, Repo, StandInHub, partial_files, serving
 
 from engines.errors import EngineError
-from gemma_tui.hub import cache, convert, fetching, metering
+from gemma_tui.hub import cache, convert, fetching, metering, remote
 from gemma_tui.hub.fetching import Request, fetch
+from gemma_tui.hub.headers import look_inside
 from gemma_tui.hub.metering import CancelledError, Control
 from gemma_tui.hub.models import local_models, resolve
 
 TINY = "org/gemma-3-tiny"
 TOKEN = "hf_" + "g" * 34
 OTHER = "hf_" + "x" * 34
+ASKED = "hf_" + "w" * 34
 
 Events = list[dict[str, Any]]
 
@@ -118,14 +125,16 @@ TERMS = {
     "no token": (None, "auto", "log in with `hf auth login` or set HF_TOKEN"),
     "a bad token": (OTHER, "auto", "rejects your token"),
     "terms to accept": (TOKEN, "auto", "accept its terms at http"),
-    "approval to wait for": (TOKEN, "manual", "owners approve each request"),
+    "approval to ask for": (TOKEN, "manual", "wait for its owners' approval"),
+    "approval to wait for": (ASKED, "manual", "your request awaits its owners' approval"),
 }
 
 
 @pytest.mark.parametrize("case", TERMS)
 def test_a_gated_model_says_what_to_do(hub: StandInHub, monkeypatch: pytest.MonkeyPatch, case: str) -> None:
     token, gated, sentence = TERMS[case]
-    hub.repos[TINY].gated = gated
+    hub.repos[TINY].gated, hub.repos[TINY].asked = gated, (ASKED,)
+    hub.tokens[ASKED] = "walter"
     if token:
         monkeypatch.setenv("HF_TOKEN", token)
     said = refused()
@@ -151,6 +160,33 @@ def test_a_token_that_may_not_read_gated_models_gives_the_hubs_own_words(
     said = refused()
     assert "enable gated repositories" in said
     assert TOKEN not in said
+
+
+def test_a_token_that_is_revoked_meanwhile(hub: StandInHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.repos[TINY].gated, hub.repos[TINY].allowed = "auto", (OTHER,)
+    hub.tokens[OTHER] = "olga"
+    monkeypatch.setenv("HF_TOKEN", OTHER)
+
+    def tell(kind: str, **values: Any) -> None:
+        hub.tokens.pop(OTHER, None)
+
+    with pytest.raises(EngineError, match="rejects your token"):
+        fetch(Request(TINY), tell, Control())
+    nothing_is_left()
+
+
+def test_another_server_that_has_the_files_is_not_given_the_token(
+    hub: StandInHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.repos[TINY].gated, hub.repos[TINY].allowed = "auto", (TOKEN,)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    with serving() as other:
+        other.repos[TINY] = Repo(hub.repos[TINY].files)
+        hub.faults.elsewhere = other.url
+        fetched()
+        assert {path.rsplit("/", 1)[1] for _, path, _ in other.asked} == set(hub.repos[TINY].files)
+        assert {token for _, _, token in other.asked} == {""}
+    assert {token for _, path, token in hub.asked if "/resolve/" in path} == {TOKEN}
 
 
 def test_a_name_that_is_not_there(hub: StandInHub, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,7 +215,8 @@ def test_offline_uses_what_is_here_and_asks_nothing(hub: StandInHub, monkeypatch
 
 
 def cut(hub: StandInHub) -> None:
-    hub.faults.cut, hub.faults.piece = 1, 4096
+    # The header's, and the weights'.
+    hub.faults.cut, hub.faults.piece = 2, 4096
 
 
 def statuses(part: str, *given: int) -> Callable[[StandInHub], None]:
@@ -190,7 +227,8 @@ PASSING = {
     "a dropped line": cut,
     "500 at the first question": statuses("/revision/main", 500, 503),
     "429 at the tree": statuses("/tree/", 429),
-    "500 at a file": statuses("/model.safetensors", 200, 500),
+    "500 at a header": statuses("/model.safetensors", 500),
+    "500 at a file": statuses("/model.safetensors", 200, 200, 500),
     "502 at the access check": statuses("/auth-check", 502),
 }
 
@@ -200,6 +238,37 @@ def test_what_passes_by_itself_is_tried_again(hub: StandInHub, fault: str) -> No
     PASSING[fault](hub)
     folder = fetched()
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == hub.repos[TINY].files
+
+
+def test_a_line_that_falls_silent_is_taken_up_where_it_was(hub: StandInHub) -> None:
+    # As after a laptop's sleep.
+    hub.faults.piece, hub.faults.stall = 4096, 1
+    whole = sum(map(len, hub.repos[TINY].files.values()))
+
+    def tell(kind: str, **values: Any) -> None:
+        if kind == "progress":
+            served.append(hub.served)
+
+    served: list[int] = []
+    folder = fetch(Request(TINY), tell, Control())
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == hub.repos[TINY].files
+    assert hub.faults.stall == 0
+    assert hub.served - served[0] <= whole
+
+
+def test_tries_are_counted_anew_where_files_were_finished(hub: StandInHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fetching, "DOWNLOAD_TRIES", 2)
+    monkeypatch.setattr(fetching, "WORKERS", 1)
+    hub.repos[TINY].files |= {f"{i}.json": f"[{i}]".encode() for i in range(4)}
+    hub.faults.statuses = {f"GET /{TINY}/resolve/{COMMIT}/{i}.json": [500] for i in range(4)}
+    events: Events = []
+    fetched(events)
+    retries = [e["attempt"] for e in events if e["kind"] == "retry"]
+    assert (set(retries), len(retries) > 1) == ({1}, True)
+    hub.repos[TINY].commit = NEXT_COMMIT
+    hub.repos[TINY].files["5.json"] = b"[5]"
+    hub.faults.statuses = {f"GET /{TINY}/resolve/{NEXT_COMMIT}/5.json": [500, 500]}
+    assert "500" in refused()
 
 
 def test_a_wait_is_told_with_its_reason(hub: StandInHub) -> None:
@@ -257,13 +326,25 @@ def test_a_disk_that_fills_up_meanwhile_is_told_and_keeps_no_part(
     hub: StandInHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def free(place: object) -> int:
-        return 0 if hub.count("GET", "/model.safetensors") else 10**12
+        return 0 if hub.count("GET", "/model.safetensors") > 1 else 10**12  # the header's comes first
 
     monkeypatch.setattr(fetching, "free_bytes", free)
     monkeypatch.setattr(metering, "free_bytes", free)
     assert "is full" in refused()
     assert not partial_files(TINY)
-    assert hub.count("GET", "/model.safetensors") == 1
+    assert hub.count("GET", "/model.safetensors") == 2
+
+
+def test_a_disk_that_takes_no_more_is_told_and_keeps_no_part(hub: StandInHub) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(hub.repos[TINY].files["model.safetensors"]) // 2, hard))
+    try:
+        assert "is full" in refused()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not partial_files(TINY)
+    assert hub.count("GET", "/model.safetensors") == 2
+    assert fetched().name == COMMIT
 
 
 def test_a_cancel_leaves_no_part_and_the_next_try_is_clean(hub: StandInHub) -> None:
@@ -338,9 +419,53 @@ def test_a_name_that_no_model_has_refuses_the_whole(hub: StandInHub, kind: str) 
     assert not list(cache.cache_folder().parent.rglob("*evil*"))
 
 
+ABOUT = {
+    "no JSON": "{",
+    "HTML": "<html>",
+    "nothing": "",
+    "a list": "[]",
+    "null": "null",
+    "no commit": {"sha": None},
+    "another commit": {"sha": "../../x"},
+    "files that are numbers": {"siblings": [7]},
+    "a name that is a number": {"siblings": [{"rfilename": 7}]},
+    "no names": {"siblings": [{}]},
+    "no files": {"siblings": None},
+    "sizes that are text": {"siblings": [{"rfilename": "model.safetensors", "size": "x" * 100, "blobId": 7}]},
+    "half a large file": {"siblings": [{"rfilename": "model.safetensors", "lfs": {}}]},
+    "an escape sequence": {"siblings": [{"rfilename": "\x1b[2J.safetensors"}]},
+    "nested lists": "[" * 100_000,
+}
+
+
+@pytest.mark.parametrize("kind", ABOUT)
+def test_an_answer_that_makes_no_sense_is_one_line(hub: StandInHub, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    given = ABOUT[kind]
+    right = {"id": TINY, "sha": COMMIT, "siblings": [], "tags": []}
+    answer = given if isinstance(given, str) else json.dumps(right | given)
+    monkeypatch.setattr(stand_in_hub, "_about", lambda hub, it, name, rest: it.send(200, answer.encode()))
+    refused()
+    assert hub.count("GET", "/model.safetensors") == 0
+    nothing_is_left()
+
+
 def test_ten_thousand_files_are_refused(hub: StandInHub) -> None:
     hub.repos[TINY].files |= {f"{i}.json": b"" for i in range(10_000)}
     assert "names 10,0" in refused()
+    assert hub.count("GET", "/resolve/") == 0
+
+
+def test_ten_thousand_files_that_are_not_wanted_stay(hub: StandInHub) -> None:
+    names = set(hub.repos[TINY].files)
+    hub.repos[TINY].files |= {f"logs/{i}.json": b"" for i in range(10_000)}
+    assert {p.name for p in fetched().rglob("*")} == names
+
+
+def test_a_file_that_plain_http_does_not_give_is_refused(hub: StandInHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "LARGEST_FILE", 1 << 16)
+    said = refused()
+    assert "model.safetensors of 0 GB comes over Xet alone" in said
+    assert f"`hf download {TINY}`" in said
 
 
 def config(**values: Any) -> Callable[[Repo], None]:
@@ -396,9 +521,64 @@ def test_code_and_pickles_stay_on_the_hub(hub: StandInHub) -> None:
     assert events[0]["left_out"] == 2
 
 
-def test_weights_that_no_engine_may_map_are_never_usable(hub: StandInHub) -> None:
-    hub.repos[TINY].files["model.safetensors"] += b"\0"
-    assert "not a safe .safetensors file" in refused()
+def resave(repo: Repo, change: Callable[[dict[str, np.ndarray]], object]) -> None:
+    arrays = reference.load(repo.files["model.safetensors"])
+    change(arrays)
+    repo.files["model.safetensors"] = reference.save(arrays)
+
+
+def double(arrays: dict[str, np.ndarray]) -> None:
+    arrays["model.norm.weight"] = arrays["model.norm.weight"].astype(np.float64)
+
+
+def pack(arrays: dict[str, np.ndarray]) -> None:
+    arrays["model.norm.weight"] = arrays["model.norm.weight"].view(np.uint32)
+
+
+MEGABYTES = 4 << 20
+WEIGHTS = {
+    "a tail": (
+        lambda repo: repo.files.update({"model.safetensors": repo.files["model.safetensors"] + b"\0" * MEGABYTES}),
+        "it is cut or has a tail",
+    ),
+    "a header without an end": (
+        lambda repo: repo.files.update({"model.safetensors": struct.pack("<Q", MEGABYTES) + b"{" * MEGABYTES}),
+        "not valid JSON",
+    ),
+    "a header over the limit": (
+        lambda repo: repo.files.update({"model.safetensors": struct.pack("<Q", 26 << 20) + b"{" * (27 << 20)}),
+        "over the limit",
+    ),
+    "a parameter less": (lambda repo: resave(repo, lambda a: a.pop("model.norm.weight")), "lacks model.norm.weight"),
+    "another shape": (config(hidden_size=64), "its config.json says"),
+    "float64": (lambda repo: resave(repo, double), "is F64"),
+    "packed weights that are not told": (lambda repo: resave(repo, pack), "is packed"),
+}
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+def test_weights_that_no_engine_may_map_are_refused_by_their_headers(hub: StandInHub, kind: str) -> None:
+    change, reason = WEIGHTS[kind]
+    change(hub.repos[TINY])
+    assert reason in refused()
+    assert hub.count("GET", "/model.safetensors") == 1
+    nothing_is_left()
+
+
+def test_a_header_of_a_server_that_knows_no_ranges_comes_alone(hub: StandInHub) -> None:
+    # Behind the header are megabytes, each piece of which takes a second.
+    resave(hub.repos[TINY], lambda arrays: arrays.update(more=np.zeros(MEGABYTES, np.float32)))
+    hub.faults.no_ranges, hub.faults.piece, hub.faults.slow = True, 1 << 16, 1.0
+    found = look_inside(TINY)
+    assert found.config is not None
+    assert found.dtypes == {"F32": MEGABYTES + found.config.parameter_count()}
+    assert hub.served < 1 << 20
+
+
+def test_an_index_that_points_elsewhere_is_never_usable(hub: StandInHub) -> None:
+    index = {"metadata": {}, "weight_map": {"model.norm.weight": "../../x.safetensors"}}
+    hub.repos[TINY].files["model.safetensors.index.json"] = json.dumps(index).encode()
+    assert "'../../x.safetensors', which is no shard" in refused()
     with pytest.raises(EngineError, match="not in the hub cache"):
         resolve(TINY)
 

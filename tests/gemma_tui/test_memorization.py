@@ -290,7 +290,11 @@ def test_what_cannot_be_measured_is_refused_before_a_run_is_made(
         ({"data": str(empty)}, GemmaTuiError, "holds no text: name a file with some$"),
         ({"data": str(prompts), "max_tokens": 8}, GemmaTuiError, "whose supervised part"),
         ({"held_out": str(empty)}, GemmaTuiError, "holds no text"),
-        ({"held_out": str(Path(measured_plan.data) / "train.jsonl")}, GemmaTuiError, "no text but what the training set has"),
+        (
+            {"held_out": str(Path(measured_plan.data) / "train.jsonl")},
+            GemmaTuiError,
+            "no text but what the training set has",
+        ),
         ({"reference": "other"}, UsageError, "another vocabulary"),
         ({"reference": "tiny"}, UsageError, "against itself"),
         ({"reference": "nobody"}, GemmaTuiError, "no model 'nobody'"),

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 from samples import GEMMA3_TEMPLATE
-from stand_in_hub import COMMIT, StandInHub
+from stand_in_hub import COMMIT, Repo, StandInHub
 
 from engines.gemma3 import Gemma3Config, read_config
 from gemma_tui import paths
-from gemma_tui.hub import fit
+from gemma_tui.hub import cache, fit
 from gemma_tui.hub.cards import MAX_BYTES, MAX_LINES, plain_text, read_card
 from gemma_tui.hub.models import Model, summary
 from gemma_tui.text import without_tokens
@@ -134,7 +134,7 @@ def test_a_quantised_model_is_counted_by_what_it_takes(tiny: str, command: Comma
 
 def test_info_of_a_model_on_the_hub_tells_what_it_would_need(hub: StandInHub, command: Commands) -> None:
     hub.repos[TINY].files["model.bin"] = b"x"
-    hub.repos[TINY].info = {"safetensors": {"parameters": {"F32": 29_000}, "total": 29_000}, "tags": ["license:gemma"]}
+    hub.repos[TINY].info = {"safetensors": {"parameters": {"BF16": 7}, "total": 7}, "tags": ["license:gemma"]}
     code, rows, _ = command("models", "info", TINY)
     assert code == 0
     row = rows[0]
@@ -143,4 +143,14 @@ def test_info_of_a_model_on_the_hub_tells_what_it_would_need(hub: StandInHub, co
     assert row["bytes"] == sum(len(v) for k, v in hub.repos[TINY].files.items() if k != "model.bin")
     assert row["config"]["hidden_size"] == shape["hidden_size"]
     assert set(row["fits"]) == set(row["memory"])
-    assert hub.count("GET", "model.safetensors") == 0
+    # What the headers say, not what is said of them.
+    assert row["dtypes"] == {"F32": row["parameters"]}
+    assert not cache.repo_folder(TINY).exists()
+
+
+def test_info_of_gguf_on_the_hub_lists_its_files(hub: StandInHub, command: Commands) -> None:
+    names = ("tiny-Q8_0.gguf", "tiny-Q4_K_M.gguf", "mmproj-tiny.gguf")
+    hub.repos["org/quants"] = Repo({name: b"GGUF" * len(name) for name in names})
+    code, rows, _ = command("models", "info", "org/quants")
+    assert (code, [f["path"] for f in rows[0]["choice"]]) == (0, ["tiny-Q8_0.gguf", "tiny-Q4_K_M.gguf"])
+    assert rows[0]["choice"][0]["bytes"] == 4 * len(names[0])

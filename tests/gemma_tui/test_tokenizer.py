@@ -138,9 +138,40 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 def test_a_file_too_large_to_be_a_tokenizer_is_not_read(tmp_path: Path) -> None:
     with (tmp_path / "tokenizer.json").open("wb") as file:
-        file.truncate(201 << 20)
-    with pytest.raises(GemmaTuiError, match="over 200 MiB"):
+        file.truncate(65 << 20)
+    with pytest.raises(GemmaTuiError, match="over 64 MiB"):
         read_tokenizer(tmp_path)
+
+
+def replacing(times: int) -> dict:
+    double = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
+    return {"normalizer": {"type": "Sequence", "normalizers": [double] * times}}
+
+
+SPLIT = {"type": "Split", "behavior": "Isolated", "invert": False}
+TROUBLE = {
+    "a regular expression": ({"pre_tokenizer": {**SPLIT, "pattern": {"Regex": "(a+)+$"}}}, "regular expression"),
+    "one inside": (
+        {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [{**SPLIT, "pattern": {"Regex": "(a|a)*$"}}]}},
+        "regular expression",
+    ),
+    "one of a normalizer": (
+        {"normalizer": {"type": "Replace", "pattern": {"Regex": "(a+)+$"}, "content": ""}},
+        "regular expression",
+    ),
+    "replacements of replacements": (replacing(30), "1,073,741,824 times as long"),
+    "what the library panics at": (
+        {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AA=="}},
+        "is no tok",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", TROUBLE)
+def test_a_tokenizer_that_could_take_all_time_or_memory_is_refused(tmp_path: Path, kind: str) -> None:
+    terms, reason = TROUBLE[kind]
+    with pytest.raises(GemmaTuiError, match=reason):
+        read_tokenizer(saved(tmp_path, lambda described: described.update(terms)))
 
 
 @pytest.mark.parametrize(("name", "other"), [("<bos>", "<mask>"), ("<eos>", "<pad>"), ("<pad>", "<unk>")])

@@ -7,7 +7,7 @@ import threading
 from queue import SimpleQueue
 
 import pytest
-from stand_in_hub import Repo, StandInHub, partial_files
+from stand_in_hub import COMMIT, Repo, StandInHub, partial_files
 from textual.widgets import DataTable, Input
 
 from gemma_tui.hub import cache, remote
@@ -48,12 +48,12 @@ async def test_a_model_is_found_looked_at_and_fetched(opened: Open, hub: StandIn
         await it.until(lambda: it.sees(TINY, "repository"), "the table")
         await it.press("enter")
         await it.until(lambda: it.sees("to fetch", "memory"), "the details")
-        asked = hub.count("GET", "model.safetensors")
+        assert it.sees("stored as F32")
+        assert not cache.repo_folder(TINY).exists()
         await it.press("c")
         await it.until(lambda: isinstance(it.app.screen, Reading), "the command")
         assert it.app.clipboard == f"gemma-tui models download {TINY}"
         await it.press("escape", "d", "escape")
-        assert asked == 0
         await it.until(lambda: it.sees("done"), "the end")
         table = await it.table()
         await it.until(lambda: TINY in [str(key.value) for key in table.rows], "the model in the list")
@@ -113,10 +113,33 @@ async def test_a_late_answer_does_not_overwrite_a_newer_one(
 
 async def test_what_is_not_in_float32_is_not_called_so(opened: Open, hub: StandInHub) -> None:
     packed = {"parameters": {"U32": 125_000_000, "BF16": 10**6}, "total": 10**9}
-    hub.repos = {"org/gemma-3-4bit": Repo({}, info={"tags": ["mlx"], "safetensors": packed})}
+    hub.repos = {"org/gemma-3-4bit": Repo({}, info={"tags": ["mlx", "gemma3"], "safetensors": packed})}
     async with opened((120, 40), model="") as it:
         await searched(it)
         assert "as it is stored: inference" in it.static("#about")
+
+
+async def test_a_file_of_gguf_is_chosen_and_fetched(opened: Open, hub: StandInHub, size: Size) -> None:
+    files = {"tiny-Q8_0.gguf": b"GGUF" * 9, "tiny-Q4_K_M.gguf": b"GGUF"}
+    hub.repos = {"org/gemma-3-gguf": Repo(files, info={"gguf": {"total": 7, "architecture": "gemma3"}})}
+    async with opened(size, model="") as it:
+        await searched(it)
+        await it.press("enter")
+        await it.until(lambda: it.sees("one of these files", "tiny-Q8_0.gguf"), "the files")
+        await it.press("d")
+        await it.until(lambda: isinstance(it.app.screen, Question), "the question")
+        await it.until(lambda: it.sees("1 4 B tiny-Q4_K_M.gguf"), "the smallest file")
+        await it.press("1", "escape")
+        await it.until(lambda: it.sees("done"), "the end")
+        folder = cache.repo_folder("org/gemma-3-gguf") / "snapshots" / COMMIT
+        assert [path.name for path in folder.iterdir()] == ["tiny-Q4_K_M.gguf"]
+        await it.until(lambda: "has the command for it" in it.told(), "what to do with it")
+        rows = it.app.screen.query_one(DownloadList)
+        await it.until(lambda: rows.focus().has_focus, "the focus")
+        await it.until(lambda: "done, " in it.static(".detail"), "all of the row")
+        await it.press("c")
+        await it.until(lambda: isinstance(it.app.screen, Reading), "the command")
+        assert it.app.clipboard == f"gemma-tui models import {folder / 'tiny-Q4_K_M.gguf'}"
 
 
 async def test_a_download_is_paused_goes_on_and_is_cancelled(opened: Open, hub: StandInHub) -> None:
@@ -129,8 +152,16 @@ async def test_a_download_is_paused_goes_on_and_is_cancelled(opened: Open, hub: 
         await it.until(lambda: it.sees("paused"), "the pause")
         await it.press("space")
         await it.until(lambda: it.sees("running"), "the end of the pause")
+        await it.until(lambda: "running, " in it.static(".detail") and TINY in it.static(".detail"), "all of the row")
         await it.press("x")
         await it.until(lambda: it.sees("cancelled") and not partial_files(TINY), "the cancel")
+        assert it.app.downloads is not None
+        assert "begins again" in it.static(".detail")
+        assert it.app.downloads.items[0].rate == 0
+        hub.faults.slow = 0
+        await it.press("space")
+        await it.until(lambda: it.sees("done"), "the end of the second try")
+        assert len(it.app.downloads.items) == 1
 
 
 async def test_a_second_waits_and_the_same_twice_is_refused(opened: Open, hub: StandInHub) -> None:
@@ -149,9 +180,11 @@ async def test_leaving_asks_and_leaves_no_part(opened: Open, hub: StandInHub) ->
     hub.faults.slow, hub.faults.piece = 0.3, 4096
     async with opened(model="") as it:
         await queued(it)
+        it.app.fetch("org/gemma-3-next")
         await it.until(lambda: partial_files(TINY), "the first bytes")
         await it.press("q")
         await it.until(lambda: isinstance(it.app.screen, Question), "the question")
+        await it.until(lambda: it.sees(f"{TINY} is being fetched, 1 more wait."), "how many")
         await it.press("s")
         downloads = it.app.downloads
         assert downloads is not None
@@ -170,7 +203,7 @@ async def test_a_hub_that_refuses_is_told(opened: Open, hub: StandInHub) -> None
         # The message lies over the list.
         await it.until(lambda: "log in with" in it.told(), "the failure")
         row = it.app.screen.query_one(DownloadList).get_row_at(0)
-        assert row[-1].plain.startswith("failed: ")
+        assert (row[1].plain, "log in with" in row[-1].plain) == ("failed", True)
 
 
 @pytest.fixture

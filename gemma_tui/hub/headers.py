@@ -1,0 +1,89 @@
+"""What a repository holds, by its config and by its weights' headers, which come alone: known before it is fetched."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+from engines.checkpoints import MAX_HEADER_BYTES, StoredTensor, header_length, tensors_of, text_tensors
+from engines.gemma3 import Gemma3Config
+from engines.quantization import check_parameters
+from gemma_tui import VERSION
+from gemma_tui.hub.refusals import explained
+from gemma_tui.hub.remote import Remote, RemoteFile, check_access, gguf_files, look, remote_config, wanted
+
+
+@dataclass(frozen=True)
+class Inside:
+    """What a repository holds.
+
+    Attributes:
+        files: what is fetched; of GGUF, whose headers stay where they are, one is chosen.
+        config: None of GGUF.
+        dtypes: numbers that are stored, by safetensors dtype, the most frequent first.
+    """
+
+    remote: Remote
+    files: tuple[RemoteFile, ...]
+    config: Gemma3Config | None = None
+    dtypes: Mapping[str, int] | None = None
+
+
+def look_inside(repo: str, revision: str = "main") -> Inside:
+    """What a repository holds, and whether it could be had and computed with; of weights nothing comes but headers.
+
+    Raises:
+        EngineError: it could not, or the hub cannot be asked.
+    """
+    remote = look(repo, revision)
+    check_access(remote)
+    if choice := gguf_files(remote):
+        return Inside(remote, choice)
+    files, config = wanted(remote), remote_config(remote)
+    counts: Counter[str] = Counter()
+    for tensor in remote_tensors(remote, files, config).values():
+        counts[tensor.dtype] += prod(tensor.shape)
+    return Inside(remote, files, config, dict(counts.most_common()))
+
+
+def remote_tensors(remote: Remote, files: Iterable[RemoteFile], config: Gemma3Config) -> dict[str, StoredTensor]:
+    """The tensors of the safetensors among ``files``, held against the config.
+
+    Raises:
+        CheckpointError: a header is not safe, or the tensors are not those that the config asks for.
+        GemmaTuiError: a header cannot be had.
+    """
+    tensors: dict[str, StoredTensor] = {}
+    for file in files:
+        if file.path.endswith(".safetensors"):
+            with explained(remote.repo, gated=remote.gated):
+                header = _header(remote, file)
+            tensors |= tensors_of(_where(remote, file), header, file.size)
+    check_parameters(remote.repo, text_tensors(tensors), config)
+    return tensors
+
+
+def _header(remote: Remote, file: RemoteFile) -> bytes:
+    """What a file begins with, without the length; a server that knows no ranges is left when it has said enough."""
+    from huggingface_hub import constants, get_session, hf_hub_url, hf_raise_for_status
+    from huggingface_hub.utils import build_hf_headers
+
+    headers = {"Range": f"bytes=0-{MAX_HEADER_BYTES + 7}", "Accept-Encoding": "identity"}
+    asked = build_hf_headers(library_name="gemma-tui", library_version=VERSION, headers=headers)
+    url = hf_hub_url(remote.repo, file.path, revision=remote.commit)
+    came, end = bytearray(), 8
+    with get_session().stream("GET", url, headers=asked, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT) as response:
+        hf_raise_for_status(response)
+        pieces = response.iter_bytes()
+        while len(came) < end and (piece := next(pieces, b"")):
+            came += piece
+            if end == 8 and len(came) >= 8:
+                end += header_length(_where(remote, file), bytes(came[:8]), file.size)
+    return bytes(came[8:end])
+
+
+def _where(remote: Remote, file: RemoteFile) -> Path:
+    return Path(remote.repo, file.path)
