@@ -22,22 +22,24 @@ if TYPE_CHECKING:
     from gemma_tui.runs.store import RunStore
     from gemma_tui.studies.attention.looking import Board, Desk
     from gemma_tui.studies.attention.plan import AttentionPlan
-    from gemma_tui.studies.attention.survey import HeadStudyPlan
-    from gemma_tui.studies.bench.plan import BenchPlan
-    from gemma_tui.studies.capacity.plan import CapacityPlan, MoreCells
+    from gemma_tui.studies.capacity.plan import MoreCells
     from gemma_tui.studies.conversion import ConversionPlan
-    from gemma_tui.studies.curve.plan import CurvePlan
-    from gemma_tui.studies.memorization.plan import MemorizationPlan
-    from gemma_tui.studies.memorization.where import WherePlan
     from gemma_tui.studies.pass_times import PassTimes, RooflinePlan
     from gemma_tui.studies.recording import Recorded
     from gemma_tui.studies.side_by_side import SideBySide
-    from gemma_tui.studies.training_plan import TrainingPlan
 
 Progress = Callable[[float, str], None]
 
 Begin = Callable[["Engine", "Control", "RunStore"], "Recorded"]
 """Registers a run, or takes one over; runs on the engine's thread."""
+
+MEASURED = {
+    "memorization": ("measure", "memorization", "sequences"),
+    "where": ("where", "memorization", "parts"),
+    "curve": ("curve", "decoding", "rows"),
+    "bench": ("bench", "benchmark", "cells"),
+}
+"""Of studies that measure: the kind of job, its label, and what its steps are."""
 
 NO_MODEL = "no model is loaded: press 1, choose one and press enter"
 
@@ -187,36 +189,53 @@ class Session:
 
         return self._start(Job("load", f"loading {name}", self.engine), work)
 
-    def train(self, plan: TrainingPlan) -> Job:
-        """Start a training run on the chosen engine; the tuned model stays loaded there.
+    def begin(self, study: str, plan: Any) -> Job:
+        """Begin a study as a run, on the chosen engine.
+
+        Args:
+            study: its name, as ``gemma_tui.studies.registry`` has it.
+            plan: the study's own.
 
         Raises:
-            UnsupportedError: the engine is busy.
+            UnsupportedError: the engine is busy, or the heads of the loaded model are to be studied and there is none.
         """
+        if study == "heads" and not plan.over:
+            self._loaded()
 
         def begin(engine: Engine, control: Control, store: RunStore) -> Recorded:
-            from gemma_tui.studies.recording import record_training
+            from gemma_tui.studies import registry
 
-            return record_training(engine, plan, control, store)
+            return registry.begin(study, plan, engine, control, store)
 
-        return self._record(begin)
+        return self._course(study, begin)
 
-    def resume(self, run: str) -> Job:
+    def resume(self, study: str, run: str, more: MoreCells | None = None) -> Job:
         """Go on with a run that ended before its last step, on the chosen engine.
 
+        Args:
+            more: what a sweep over capacity gets.
+
         Raises:
             UnsupportedError: the engine is busy.
         """
 
         def begin(engine: Engine, control: Control, store: RunStore) -> Recorded:
-            from gemma_tui.studies.recording import resume_training
+            from gemma_tui.studies import registry
 
-            return resume_training(engine, store.run(run), control, store)
+            return registry.resume(store.run(run), engine, control, store, more)
 
-        return self._record(begin)
+        return self._course(study, begin)
 
-    def _record(self, begin: Begin) -> Job:
-        """Let a run take its course; what it has trained stays loaded."""
+    def _course(self, study: str, begin: Begin) -> Job:
+        """Let a run take its course."""
+        busy = next((job for job in self.jobs if not job.future.done()), None)
+        if study == "bench" and busy:
+            raise UnsupportedError(f"{busy.label} runs, which would slow what is measured: stop it first")
+        courses = {"training": self._train, "heads": self._study, "capacity": self._sweep}
+        return courses[study](begin) if study in courses else self._measure(begin, *MEASURED[study])
+
+    def _train(self, begin: Begin) -> Job:
+        """Train; what was trained stays loaded."""
         place = self.place
 
         def work(engine: Engine, job: Job) -> None:
@@ -286,40 +305,8 @@ class Session:
 
         return self._start(Job("look", plan.view, self.engine), work)
 
-    def study(self, plan: HeadStudyPlan) -> Job:
-        """Study the heads of the loaded model, or of a run's checkpoints, over many texts, as a run.
-
-        The model that is loaded is so afterwards, too.
-
-        Raises:
-            UnsupportedError: the engine is busy, or no model is loaded and no run is named.
-        """
-        if not plan.over:
-            self._loaded()
-
-        def begin(engine: Engine, control: Control, store: RunStore) -> Recorded:
-            from gemma_tui.studies.attention.survey import record_heads
-
-            return record_heads(engine, plan, control, store)
-
-        return self._study(begin)
-
-    def resume_study(self, run: str) -> Job:
-        """Go on with a study of heads on the chosen engine; the model that it is of stays loaded.
-
-        Raises:
-            UnsupportedError: the engine is busy.
-        """
-
-        def begin(engine: Engine, control: Control, store: RunStore) -> Recorded:
-            from gemma_tui.studies.attention.survey import resume_heads
-
-            return resume_heads(engine, store.run(run), control, store)
-
-        return self._study(begin)
-
     def _study(self, begin: Begin) -> Job:
-        """Let a study of heads take its course."""
+        """Study heads over many texts; the model that is loaded is so afterwards, too."""
         place = self.place
 
         def work(engine: Engine, job: Job) -> None:
@@ -341,39 +328,8 @@ class Session:
 
         return self._start(Job("study", "heads", self.engine), work)
 
-    def sweep(self, plan: CapacityPlan) -> Job:
-        """Sweep over the capacity of small networks, as a run; the loaded model is left alone.
-
-        Raises:
-            UnsupportedError: the engine is busy.
-        """
-
-        def begin(engine: Engine, control: Control, store: RunStore) -> Recorded:
-            from gemma_tui.studies.capacity.sweep import record_capacity
-
-            return record_capacity(engine, plan, control, store)
-
-        return self._sweep(begin)
-
-    def resume_sweep(self, run: str, more: MoreCells | None = None) -> Job:
-        """Go on with a sweep on the chosen engine.
-
-        Args:
-            more: what is added to it.
-
-        Raises:
-            UnsupportedError: the engine is busy.
-        """
-
-        def begin(engine: Engine, control: Control, store: RunStore) -> Recorded:
-            from gemma_tui.studies.capacity.sweep import resume_capacity
-
-            return resume_capacity(engine, store.run(run), control, store, more)
-
-        return self._sweep(begin)
-
     def _sweep(self, begin: Begin) -> Job:
-        """Let a sweep take its course."""
+        """Sweep over the capacity of small networks; the loaded model is left alone."""
         place = self.place
 
         def work(engine: Engine, job: Job) -> None:
@@ -388,90 +344,6 @@ class Session:
                     place.memory = engine.memory()
 
         return self._start(Job("sweep", "capacity", self.engine), work)
-
-    def measure(self, plan: MemorizationPlan) -> Job:
-        """Measure what a model has memorised, as a run; the model that is loaded is so afterwards, too.
-
-        Raises:
-            UnsupportedError: the engine is busy.
-        """
-
-        def begin(engine: Engine, control: Control, store: RunStore) -> Recorded:
-            from gemma_tui.studies.memorization.meter import record_memorization
-
-            return record_memorization(engine, plan, control, store)
-
-        return self._measure(begin, "measure", "memorization", "sequences")
-
-    def resume_measure(self, run: str) -> Job:
-        """Go on with a measurement on the chosen engine.
-
-        Raises:
-            UnsupportedError: the engine is busy.
-        """
-
-        def begin(engine: Engine, control: Control, store: RunStore) -> Recorded:
-            from gemma_tui.studies.memorization.meter import resume_memorization
-
-            return resume_memorization(engine, store.run(run), control, store)
-
-        return self._measure(begin, "measure", "memorization", "sequences")
-
-    def where(self, plan: WherePlan) -> Job:
-        """Take parts of a measured model away in turn, as a run; the model that is loaded is so afterwards, too.
-
-        Raises:
-            UnsupportedError: the engine is busy.
-        """
-
-        def begin(engine: Engine, control: Control, store: RunStore) -> Recorded:
-            from gemma_tui.studies.memorization.where import record_where
-
-            return record_where(engine, plan, control, store)
-
-        return self._measure(begin, "where", "memorization", "parts")
-
-    def resume_where(self, run: str) -> Job:
-        """Go on with a study of parts on the chosen engine.
-
-        Raises:
-            UnsupportedError: the engine is busy.
-        """
-
-        def begin(engine: Engine, control: Control, store: RunStore) -> Recorded:
-            from gemma_tui.studies.memorization.where import resume_where
-
-            return resume_where(engine, store.run(run), control, store)
-
-        return self._measure(begin, "where", "memorization", "parts")
-
-    def curve(self, plan: CurvePlan) -> Job:
-        """Decode rows in several ways, as a run; the model that is loaded is so afterwards, too.
-
-        Raises:
-            UnsupportedError: the engine is busy.
-        """
-
-        def begin(engine: Engine, control: Control, store: RunStore) -> Recorded:
-            from gemma_tui.studies.curve.measure import record_curve
-
-            return record_curve(engine, plan, control, store)
-
-        return self._measure(begin, "curve", "decoding", "rows")
-
-    def resume_curve(self, run: str) -> Job:
-        """Go on with a curve on the chosen engine.
-
-        Raises:
-            UnsupportedError: the engine is busy.
-        """
-
-        def begin(engine: Engine, control: Control, store: RunStore) -> Recorded:
-            from gemma_tui.studies.curve.measure import resume_curve
-
-            return resume_curve(engine, store.run(run), control, store)
-
-        return self._measure(begin, "curve", "decoding", "rows")
 
     def roofline(self, plan: RooflinePlan, found: list[PassTimes]) -> Job:
         """Time forward passes of the loaded model; ``found`` gets what is measured.
@@ -491,10 +363,10 @@ class Session:
         return self._start(Job("roofline", "timing passes", self.engine), work)
 
     def _measure(self, begin: Begin, kind: str, label: str, unit: str) -> Job:
-        """Let a run over rows of data take its course, and load again what was there before.
+        """Measure in steps; the model that is loaded is so afterwards, too.
 
         Args:
-            unit: what its steps are.
+            unit: what the steps are.
         """
         place = self.place
 
@@ -509,40 +381,6 @@ class Session:
                     place.info, place.memory = engine.model(), engine.memory()
 
         return self._start(Job(kind, label, self.engine), work)
-
-    def measure_speed(self, plan: BenchPlan) -> Job:
-        """Measure how fast a model is on both engines, as a run; the loaded model is left alone.
-
-        Raises:
-            UnsupportedError: an engine is busy.
-        """
-
-        def begin(engine: Engine, control: Control, store: RunStore) -> Recorded:
-            from gemma_tui.studies.bench.measuring import record_bench
-
-            return record_bench(plan, control, store)
-
-        return self._bench(begin)
-
-    def resume_speed(self, run: str) -> Job:
-        """Go on with a benchmark.
-
-        Raises:
-            UnsupportedError: an engine is busy.
-        """
-
-        def begin(engine: Engine, control: Control, store: RunStore) -> Recorded:
-            from gemma_tui.studies.bench.measuring import resume_bench
-
-            return resume_bench(store.run(run), control, store)
-
-        return self._bench(begin)
-
-    def _bench(self, begin: Begin) -> Job:
-        """Let a benchmark take its course; beside anything else it would tell too little."""
-        if busy := next((job for job in self.jobs if not job.future.done()), None):
-            raise UnsupportedError(f"{busy.label} runs, which would slow what is measured: stop it first")
-        return self._measure(begin, "bench", "benchmark", "cells")
 
     def convert(self, plan: ConversionPlan) -> Job:
         """Make another model of one, on the chosen engine or, quantised, on MLX.

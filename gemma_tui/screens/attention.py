@@ -230,11 +230,11 @@ class AttentionScreen(Workbench):
 
         def begin(texts: str, over: str) -> None:
             if not is_study(texts):
-                self._begin_to_follow(session.study(small_plan(session.place.model, texts, over)))
+                self._begin_to_follow(session.begin("heads", small_plan(session.place.model, texts, over)))
             elif over:
                 raise UsageError(f"over: {texts} goes on as it was begun: leave the run out")
             else:
-                self._begin_to_follow(session.resume_study(texts))
+                self._begin_to_follow(session.resume("heads", texts))
 
         self.app.push_screen(StudyDialog(), named)
 

@@ -92,7 +92,7 @@ class BenchScreen(FollowingScreen):
 
     def action_start(self) -> None:
         """Measure what the form says."""
-        self.bench.attempt(lambda: self._await(self.bench.session.measure_speed(self._form.build())))
+        self.bench.attempt(lambda: self._await(self.bench.session.begin(BENCH, self._form.build())))
 
     def action_resume(self) -> None:
         """Measure what is left of a benchmark that was stopped."""
@@ -103,7 +103,7 @@ class BenchScreen(FollowingScreen):
             check_idle(run)
             if run.state == "done":
                 raise UsageError(f"{run.run_id} is done")
-            self._await(self.bench.session.resume_speed(run.run_id))
+            self._await(self.bench.session.resume(run.study, run.run_id))
 
         self.bench.attempt(go_on)
 

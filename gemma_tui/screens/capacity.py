@@ -121,11 +121,11 @@ class CapacityScreen(FollowingScreen):
             plan, session = self._plans.plan(), self.bench.session
             match plan:
                 case CapacityPlan():
-                    self._follow(session.sweep(plan))
+                    self._follow(session.begin(SWEEP, plan))
                 case MemorizationPlan():
-                    self._follow(session.measure(plan))
+                    self._follow(session.begin(MEASUREMENT, plan))
                 case WherePlan():
-                    self._follow(session.where(plan))
+                    self._follow(session.begin(WHERE, plan))
                 case MoreCells():
                     self._follow(self._add(plan))
                 case CanaryPlan():
@@ -153,8 +153,7 @@ class CapacityScreen(FollowingScreen):
             if run.state == "done":
                 more = ": a adds cells to it" if run.study == SWEEP else ""
                 raise UsageError(f"{run.run_id} is done{more}")
-            resume = {SWEEP: session.resume_sweep, MEASUREMENT: session.resume_measure, WHERE: session.resume_where}
-            return resume[run.study](run.run_id)
+            return session.resume(run.study, run.run_id)
 
         self.bench.attempt(lambda: self._follow(go_on()))
 
@@ -181,7 +180,7 @@ class CapacityScreen(FollowingScreen):
         run = self._store.run(more.add)
         check_idle(run, session.engine)
         cells_of(extended(sweep_plan(run), more))
-        return session.resume_sweep(run.run_id, more)
+        return session.resume(SWEEP, run.run_id, more)
 
     @property
     def _plans(self) -> CapacityPlans:

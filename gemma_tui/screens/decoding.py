@@ -118,7 +118,7 @@ class DecodingScreen(FollowingScreen):
             check_idle(run, self.bench.session.engine)
             if run.state == "done":
                 raise UsageError(f"{run.run_id} is done")
-            self._await(self.bench.session.resume_curve(run.run_id))
+            self._await(self.bench.session.resume(run.study, run.run_id))
 
         self.bench.attempt(go_on)
 
@@ -140,7 +140,7 @@ class DecodingScreen(FollowingScreen):
     def _start_curve(self) -> None:
         plan = self._form(CURVE).build()
         ways_of(plan)
-        self._await(self.bench.session.curve(plan))
+        self._await(self.bench.session.begin(CURVE, plan))
 
     def _start_roofline(self) -> None:
         found: list[PassTimes] = []

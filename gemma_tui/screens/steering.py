@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 SAVING = ("train", "study", "sweep", "measure", "where")
 """Jobs that finish the step in hand and keep it; the others leave what they are at."""
 
+FOLLOWED = {"heads": "attention", "capacity": "capacity", "memorization": "capacity", "where": "capacity"}
+"""The screen that follows runs of a study, which are not of training."""
+
 
 def pause(bench: GemmaTui, job: Job | None, run: Run | None, store: RunStore | None) -> None:
     """Pause a run, or let it go on.
@@ -52,18 +55,10 @@ def go_on_elsewhere(bench: GemmaTui, run: Run) -> None:
         UnsupportedError: the engine is busy.
         UsageError: no screen shows it.
     """
-    session = bench.session
-    places = {
-        "heads": (session.resume_study, "attention"),
-        "capacity": (session.resume_sweep, "capacity"),
-        "memorization": (session.resume_measure, "capacity"),
-        "where": (session.resume_where, "capacity"),
-    }
-    if run.study not in places:
+    if run.study not in FOLLOWED:
         raise UsageError(what_else(run))
-    resume, mode = places[run.study]
-    resume(run.run_id)
-    bench.call_later(bench.action_switch_mode, mode)  # which follows it
+    bench.session.resume(run.study, run.run_id)
+    bench.call_later(bench.action_switch_mode, FOLLOWED[run.study])
 
 
 def _ask(bench: GemmaTui, store: RunStore, run: Run, what: str) -> None:

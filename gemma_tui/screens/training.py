@@ -150,7 +150,7 @@ class TrainingScreen(Workbench):
         """Train as the form says."""
 
         def start_here() -> None:
-            self._started = self.bench.session.train(self.query_one(PlanPane).plan())
+            self._started = self.bench.session.begin("training", self.query_one(PlanPane).plan())
             self._await_run()
 
         self.bench.attempt(start_here)
@@ -165,7 +165,7 @@ class TrainingScreen(Workbench):
             if (run := store.run(name)).study != "training":
                 steering.go_on_elsewhere(self.bench, run)
                 return
-            self._started = self.bench.session.resume(name)
+            self._started = self.bench.session.resume(run.study, name)
             self._await_run()
 
         self.bench.attempt(go_on)

@@ -285,7 +285,7 @@ async def test_progress_and_status(opened: Open, tiny: str, monkeypatch: pytest.
         while texts:
             it.app.load(tiny)
             await it.until(lambda: it.app.session.jobs[0].detail and WORD in it.rows()[1], "the status")
-            it.app.attempt(lambda: it.app.session.train(plan))
+            it.app.attempt(lambda: it.app.session.begin("training", plan))
             await it.until(lambda: f"torch is busy with {WORD}" in it.told(), "the refusal")
             await it.until(lambda: nothing_foreign(it).count(WORD) > 2, "the message")
             texts.pop(0)

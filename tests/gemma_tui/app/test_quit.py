@@ -153,7 +153,7 @@ plan = TrainingPlan(model={tiny!r}, data={str(corpus)!r}, steps={steps}, batch_s
 make, mount = app.GemmaTui.__init__, app.GemmaTui.on_mount
 def on_mount(self):
     mount(self)
-    self.set_timer(0.3, lambda: self.session.train(plan))
+    self.set_timer(0.3, lambda: self.session.begin("training", plan))
 app.GemmaTui.__init__ = lambda self: make(self, model="", engine={available_engines()[-1]!r})
 app.GemmaTui.on_mount = on_mount
 sys.exit(app.run())
