@@ -8,10 +8,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from engines.base import LINEARS, LoRASettings
 from engines.errors import CheckpointError, UnsupportedError
 from engines.foreign_json import read_file
 from engines.gemma3 import MAX_CONFIG_BYTES, Gemma3Config
+from engines.training import LINEARS, LoRASettings
 
 CONFIG = "adapter_config.json"
 MAX_RANK = 65536

@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 
 from engines.adapter_configs import CONFIG, mlx_config, mlx_settings, peft_config, peft_settings, read_config_file
-from engines.base import LoRASettings
 from engines.checkpoints import (
     StoredTensor,
     as_float32,
@@ -25,6 +24,7 @@ from engines.checkpoints import (
 )
 from engines.errors import CheckpointError, UnsupportedError
 from engines.gemma3 import Gemma3Config
+from engines.training import LoRASettings
 
 PEFT_PREFIX = "base_model.model."
 PEFT_WEIGHTS = "adapter_model.safetensors"

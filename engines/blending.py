@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 
 from engines.adapters import Factors, LowRank, target_modules
-from engines.base import LINEARS, LoRASettings, Progress
+from engines.base import Progress
 from engines.checkpoints import as_bfloat16, as_float32, write_json, write_safetensors
 from engines.errors import CheckpointError, UnsupportedError
 from engines.gemma3 import Gemma3Config, read_config
 from engines.quantization import iterate_dense
+from engines.training import LINEARS, LoRASettings
 
 WAYS = ("linear", "svd", "cat")
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 from engines.errors import EngineError
 
 if TYPE_CHECKING:
-    from engines.base import TrainingSettings
     from engines.gemma3 import Gemma3Config
+    from engines.training import TrainingSettings
 
 STATUS = Path("/proc/self/status")
 

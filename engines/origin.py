@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 
 from engines.adapters import Factors
-from engines.base import LoRASettings, ModelInfo
+from engines.base import ModelInfo
 from engines.blending import merged
 from engines.checkpoints import as_bfloat16, as_float32
 from engines.initialisation import gemma3_weights
 from engines.quantization import iterate_dense
+from engines.training import LoRASettings
 
 
 def first_weights(

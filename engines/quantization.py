@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 
-from engines.base import TrainingSettings
 from engines.checkpoints import (
     FLOATS,
     StoredTensor,
@@ -26,6 +25,7 @@ from engines.checkpoints import (
 )
 from engines.errors import CheckpointError, UnsupportedError
 from engines.gemma3 import Gemma3Config, Quantization
+from engines.training import TrainingSettings
 
 PARTS = ("weight", "scales", "biases")
 PACKED = ("U32",)

@@ -7,9 +7,9 @@ import mlx.nn as nn
 import numpy as np
 
 from engines.adapters import Factors, LowRank, target_modules
-from engines.base import LINEARS, LoRASettings
 from engines.initialisation import lora_factors
 from engines.mlx.model import Gemma3, Linear
+from engines.training import LINEARS, LoRASettings
 
 
 class LoRALinear(Linear):

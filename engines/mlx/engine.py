@@ -14,20 +14,7 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 from engines.adapters import Factors, read_adapter, target_modules, write_adapter
-from engines.base import (
-    LINEARS,
-    Batch,
-    Capabilities,
-    DeviceInfo,
-    LoRASettings,
-    Merge,
-    ModelInfo,
-    Progress,
-    Sampling,
-    StepResult,
-    TokenScores,
-    TrainingSettings,
-)
+from engines.base import Capabilities, DeviceInfo, ModelInfo, Progress, Sampling, TokenScores
 from engines.blocks import BlockDecoding, DecodingPass
 from engines.checkpoints import as_bfloat16, write_json, write_safetensors
 from engines.decoding import decode, prompt_lengths
@@ -47,6 +34,7 @@ from engines.origin import first_weights
 from engines.peak import Peak
 from engines.quantization import Packed, check_adapted, check_trainable, iterate_quantized
 from engines.removal import Removal, taken_away
+from engines.training import LINEARS, Batch, LoRASettings, Merge, StepResult, TrainingSettings
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16}

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 import mlx.core as mx
 import numpy as np
 
-from engines.base import Merge
 from engines.errors import UnsupportedError
 from engines.initialisation import lora_factors
 from engines.mlx.adapters import DoRALinear, LoRALinear, lora_layers
@@ -16,6 +15,7 @@ from engines.mlx.model import Gemma3, Linear
 from engines.mlx.observing import unit
 from engines.mlx.rank1 import Rank1Linear, rank1_layers
 from engines.pruning import check_reset
+from engines.training import Merge
 
 
 def keep_masters(model: Gemma3) -> None:

@@ -9,9 +9,9 @@ from typing import Any
 
 import mlx.core as mx
 
-from engines.base import GradientFacts
 from engines.mlx.device import number
 from engines.mlx.model import Gemma3, Linear
+from engines.training import GradientFacts
 
 See = Callable[[mx.array, mx.array], tuple[mx.array, ...]]
 """Called on the way back with the inputs X ``[n, in]`` and the gradients Δ ``[n, out]`` of the outputs; G = Δᵀ X.

@@ -12,9 +12,9 @@ from mlx.nn import Module
 from mlx.optimizers import SGD, Adafactor, AdamW, MultiOptimizer, Muon, Optimizer
 from mlx.utils import tree_flatten, tree_unflatten
 
-from engines.base import OptimizerSettings
 from engines.errors import UnsupportedError
 from engines.pruning import pruned_state
+from engines.training import OptimizerSettings
 
 EMBEDDING = "model.embed_tokens.weight"
 MOMENTS = "m", "v"

@@ -10,10 +10,10 @@ import mlx.nn as nn
 import numpy as np
 
 from engines.adapters import target_modules
-from engines.base import LINEARS, Rank1Settings
 from engines.initialisation import unit_vector
 from engines.mlx.model import Gemma3, Linear
 from engines.mlx.observing import unit, watched
+from engines.training import LINEARS, Rank1Settings
 
 Times = Callable[[mx.array], mx.array]
 

@@ -13,7 +13,6 @@ import numpy as np
 from mlx.optimizers import Optimizer
 from mlx.utils import tree_flatten
 
-from engines.base import IGNORED, Batch, StepResult, TrainingSettings
 from engines.blocks import Noise
 from engines.mlx import merging, optimizers
 from engines.mlx.adapters import add_lora, lora_layers
@@ -23,6 +22,7 @@ from engines.mlx.model import Embedding, Gemma3
 from engines.mlx.observing import observed
 from engines.mlx.rank1 import draw, put_rank1, rank1_layers
 from engines.packing import document_positions
+from engines.training import IGNORED, Batch, StepResult, TrainingSettings
 
 LOGITS_BYTES = 8 << 20
 """Logits are made for as many tokens of the vocabulary at a time as fit in this; all of them would be gigabytes."""

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engines.adapters import Factors, LowRank, target_modules
-from engines.base import LoRASettings
 from engines.initialisation import lora_factors
 from engines.torch.model import Gemma3, Linear
+from engines.training import LoRASettings
 
 
 class LoRALinear(Linear):

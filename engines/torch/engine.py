@@ -13,20 +13,7 @@ import torch
 from torch import Tensor
 
 from engines.adapters import Factors, read_adapter, target_modules, write_adapter
-from engines.base import (
-    LINEARS,
-    Batch,
-    Capabilities,
-    DeviceInfo,
-    LoRASettings,
-    Merge,
-    ModelInfo,
-    Progress,
-    Sampling,
-    StepResult,
-    TokenScores,
-    TrainingSettings,
-)
+from engines.base import Capabilities, DeviceInfo, ModelInfo, Progress, Sampling, TokenScores
 from engines.blocks import BlockDecoding, DecodingPass
 from engines.checkpoints import as_bfloat16, iterate_model, write_json, write_safetensors
 from engines.decoding import decode, prompt_lengths
@@ -44,6 +31,7 @@ from engines.torch import adapters, decoding, device, merging, optimizers, rank1
 from engines.torch.inspection import TorchInspection
 from engines.torch.model import Gemma3
 from engines.torch.networks import TorchNetworks
+from engines.training import LINEARS, Batch, LoRASettings, Merge, StepResult, TrainingSettings
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from engines.base import Merge
 from engines.errors import UnsupportedError
 from engines.initialisation import lora_factors
 from engines.pruning import check_reset
@@ -17,6 +16,7 @@ from engines.torch.adapters import DoRALinear, LoRALinear, lora_layers
 from engines.torch.model import Gemma3, Linear
 from engines.torch.observing import unit
 from engines.torch.rank1 import Rank1Linear, rank1_layers
+from engines.training import Merge
 
 
 def keep_masters(model: Gemma3) -> None:

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engines.base import GradientFacts
 from engines.torch.model import Gemma3, Linear
+from engines.training import GradientFacts
 
 See = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
 """Called on the way back with the inputs X ``[n, in]`` and the gradients Δ ``[n, out]`` of the outputs; G = Δᵀ X.

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adafactor, AdamW, Muon, Optimizer
 
-from engines.base import OptimizerSettings
 from engines.errors import UnsupportedError
 from engines.pruning import pruned_state
+from engines.training import OptimizerSettings
 
 EMBEDDING = "model.embed_tokens.weight"
 MOMENTS = "exp_avg", "exp_avg_sq"

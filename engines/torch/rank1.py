@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engines.adapters import target_modules
-from engines.base import Rank1Settings
 from engines.initialisation import unit_vector
 from engines.torch.model import Gemma3, Linear
 from engines.torch.observing import unit, watched
+from engines.training import Rank1Settings
 
 Times = Callable[[Tensor], Tensor]
 

@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engines.base import IGNORED, Batch, StepResult, TrainingSettings
 from engines.blocks import Noise
 from engines.packing import document_positions
 from engines.torch import merging, optimizers
@@ -21,6 +20,7 @@ from engines.torch.attention import Layout, doubled, packed
 from engines.torch.model import Gemma3
 from engines.torch.observing import observed
 from engines.torch.rank1 import draw, put_rank1, rank1_layers
+from engines.training import IGNORED, Batch, StepResult, TrainingSettings
 
 LOGITS_BYTES = 8 << 20
 """Logits are made for as many tokens of the vocabulary at a time as fit in this; all of them would be gigabytes."""

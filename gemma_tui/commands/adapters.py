@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from engines.base import LoRASettings
+from engines.training import LoRASettings
 from gemma_tui.hub import adapters
 from gemma_tui.output import Output, bytes_text
 

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engines.adapters import Factors, read_adapter, read_settings, write_adapter, write_mlx, write_peft
-from engines.base import LoRASettings, Progress
+from engines.base import Progress
 from engines.blending import WAYS, Blend, blend, fuse
 from engines.errors import EngineError
+from engines.training import LoRASettings
 from gemma_tui import paths
 from gemma_tui.errors import GemmaTuiError, UsageError
 from gemma_tui.hub.convert import MODEL_NAME, ensure_space, staging

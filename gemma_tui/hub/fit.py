@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import psutil
 
-from engines.base import LINEARS
 from engines.gemma3 import Gemma3Config
+from engines.training import LINEARS
 from gemma_tui.hub.demo import packaged
 from gemma_tui.hub.models import REAL, Summary
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from engines.base import LINEARS
+from engines.training import LINEARS
 from gemma_tui.heat import Heat
 from gemma_tui.runs.store import Run, RunStore
 

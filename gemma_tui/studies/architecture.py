@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from engines.base import LINEARS
 from engines.gemma3 import Gemma3Config
+from engines.training import LINEARS
 from gemma_tui.errors import UsageError
 from gemma_tui.figure import Figure, Table
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from engines.base import IGNORED, Batch
+from engines.training import IGNORED, Batch
 from gemma_tui.errors import GemmaTuiError
 from gemma_tui.rows import Row, RowSplits, TextRow, read_sources
 from gemma_tui.studies.turns import Window, in_turns, render, texts

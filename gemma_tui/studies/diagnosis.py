@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from engines.adapters import target_modules
-from engines.base import LINEARS, Batch, Engine, GradientFacts, StepResult
+from engines.base import Engine
 from engines.gemma3 import Gemma3Config
+from engines.training import LINEARS, Batch, GradientFacts, StepResult
 
 SHARE = 0.02
 """Of the time since the diagnosis before: what spectra may take. They go round the matrices, some at each diagnosis."""

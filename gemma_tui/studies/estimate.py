@@ -18,8 +18,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from engines.adapters import target_modules
-from engines.base import DeviceInfo, OptimizerSettings, TrainingSettings
+from engines.base import DeviceInfo
 from engines.gemma3 import Gemma3Config
+from engines.training import OptimizerSettings, TrainingSettings
 from gemma_tui.hub.fit import FULL, TIGHT
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2}

@@ -7,11 +7,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from engines import available_engines, open_engine
-from engines.base import DeviceInfo, LoRASettings, Rank1Settings, TrainingSettings
+from engines.base import DeviceInfo
 from engines.errors import EngineError, UnsupportedError
 from engines.gemma3 import Gemma3Config, read_config
 from engines.official import OFFICIAL, official_config
 from engines.quantization import check_trainable
+from engines.training import LoRASettings, Rank1Settings, TrainingSettings
 from gemma_tui.errors import UsageError
 from gemma_tui.figure import Figure, Table
 from gemma_tui.hub.fit import band

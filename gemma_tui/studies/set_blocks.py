@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from engines.base import IGNORED, Batch, Engine, Sampling
+from engines.base import Engine, Sampling
 from engines.blocks import BlockDecoding, Noise
+from engines.training import IGNORED, Batch
 from gemma_tui.errors import UsageError
 from gemma_tui.hub.models import Model
 from gemma_tui.hub.set_blocks import set_blocks_of

@@ -8,8 +8,9 @@ from collections.abc import Generator, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from engines.base import Batch, Engine, StepResult, TrainingSettings
+from engines.base import Engine
 from engines.memory import is_out_of_memory
+from engines.training import Batch, StepResult, TrainingSettings
 from gemma_tui.errors import GemmaTuiError, UsageError
 from gemma_tui.hub.models import Model, copy_tokenizer, resolve
 from gemma_tui.hub.set_blocks import SetBlocks, write_set_blocks

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from engines.base import LINEARS, LoRASettings, OptimizerSettings, Rank1Settings, TrainingSettings
 from engines.blocks import MASK
 from engines.gemma3 import GLOBAL, LOCAL, Gemma3Config
 from engines.pruning import PRUNINGS
+from engines.training import LINEARS, LoRASettings, OptimizerSettings, Rank1Settings, TrainingSettings
 from gemma_tui.errors import UsageError
 from gemma_tui.studies.plan import build, option
 from gemma_tui.studies.schedules import SCHEDULES, jagged, learning_rate

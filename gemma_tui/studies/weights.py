@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 
 from engines.adapters import read_adapter
-from engines.base import LINEARS, Progress
+from engines.base import Progress
 from engines.blending import merged
 from engines.checkpoints import as_float32
 from engines.gemma3 import Gemma3Config
 from engines.quantization import iterate_dense
+from engines.training import LINEARS
 from gemma_tui.errors import GemmaTuiError, UsageError
 from gemma_tui.figure import Figure, LineChart, Table
 from gemma_tui.heat import Heat

@@ -26,7 +26,7 @@ def tokens(steps: int, batch: int = BATCH) -> np.ndarray:
 def gemma_tui(steps: int) -> None:
     """This program's torch engine."""
     from engines import open_engine
-    from engines.base import Batch, LoRASettings, TrainingSettings
+    from engines.training import Batch, LoRASettings, TrainingSettings
     from gemma_tui.hub.models import resolve
 
     engine = open_engine("torch")

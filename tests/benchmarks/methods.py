@@ -18,7 +18,7 @@ from tests.benchmarks.measure import compare, report
 def run(method: str, steps: int) -> None:
     """One method; seconds are those of all steps but the first, with all that belongs to them."""
     from engines import open_engine
-    from engines.base import Batch, LoRASettings, Rank1Settings, TrainingSettings
+    from engines.training import Batch, LoRASettings, Rank1Settings, TrainingSettings
     from gemma_tui.hub.models import resolve
     from gemma_tui.studies.diagnosis import Diagnoses, matrices_of, measured_decrease
 

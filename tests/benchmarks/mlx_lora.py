@@ -40,7 +40,7 @@ def finish(seconds: list[float]) -> None:
 def gemma_tui(steps: int) -> None:
     """This program's MLX engine."""
     from engines import open_engine
-    from engines.base import Batch, LoRASettings, TrainingSettings
+    from engines.training import Batch, LoRASettings, TrainingSettings
 
     engine = open_engine("mlx")
     engine.initialise(config(), 0, "float32")

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from engines.base import Batch, Engine
+from engines.base import Engine
+from engines.training import Batch
 
 
 def module(engine: Engine, name: str) -> ModuleType:

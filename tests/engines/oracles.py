@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from engines.adapters import Factors, LowRank, read_adapter, target_modules
-from engines.base import IGNORED, Batch, Engine, GradientFacts, LoRASettings, StepResult
+from engines.base import Engine
 from engines.errors import EngineError
 from engines.gemma3 import Gemma3Config
+from engines.training import IGNORED, Batch, GradientFacts, LoRASettings, StepResult
 
 LORA = LoRASettings(rank=3, alpha=5.0)
 

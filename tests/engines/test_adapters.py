@@ -22,10 +22,11 @@ from engines.adapters import (
     write_mlx,
     write_peft,
 )
-from engines.base import Batch, Engine, LoRASettings, TrainingSettings
+from engines.base import Engine
 from engines.checkpoints import read_array, read_header, write_arrays
 from engines.errors import UnsupportedError
 from engines.gemma3 import Gemma3Config
+from engines.training import Batch, LoRASettings, TrainingSettings
 
 TinyFolder = Callable[..., Path]
 Tokens = Callable[..., np.ndarray]

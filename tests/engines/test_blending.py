@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 
 from engines.adapters import Factors, LowRank, read_adapter, target_modules, write_peft
-from engines.base import Engine, LoRASettings
+from engines.base import Engine
 from engines.blending import Blend, blend, fuse
 from engines.checkpoints import as_float32, read_array, read_header
 from engines.errors import CheckpointError, UnsupportedError
 from engines.gemma3 import Gemma3Config, read_config
+from engines.training import LoRASettings
 
 TinyFolder = Callable[..., Path]
 Tokens = Callable[..., np.ndarray]

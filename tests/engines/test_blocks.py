@@ -16,10 +16,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracles import close
 
-from engines.base import IGNORED, Batch, Engine, LoRASettings, OptimizerSettings, Sampling, TrainingSettings
+from engines.base import Engine, Sampling
 from engines.blocks import MASK, ORDERS, BlockDecoding, DecodingPass, Noise, Predictions, sure
 from engines.errors import UnsupportedError
 from engines.gemma3 import Gemma3Config
+from engines.training import IGNORED, Batch, LoRASettings, OptimizerSettings, TrainingSettings
 
 LENGTH, BLOCK, WINDOW = 23, 5, 8
 PROMPTS = ([2, 9, 30, 31, 7, 7, 12, 40, 5, 33, 21, 2, 60], [2, 17, 50], [2, 3, 3, 9, 41, 28, 8])

@@ -14,18 +14,10 @@ import pytest
 from safetensors import safe_open
 
 from engines import UnsupportedError, open_engine
-from engines.base import (
-    IGNORED,
-    Batch,
-    Engine,
-    LoRASettings,
-    OptimizerSettings,
-    Sampling,
-    StepResult,
-    TrainingSettings,
-)
+from engines.base import Engine, Sampling
 from engines.checkpoints import iterate_model, write_arrays
 from engines.gemma3 import Gemma3Config
+from engines.training import IGNORED, Batch, LoRASettings, OptimizerSettings, StepResult, TrainingSettings
 
 TinyFolder = Callable[..., Path]
 Tokens = Callable[..., np.ndarray]

@@ -13,11 +13,12 @@ from oracles import LORA, batch, random_factors
 
 from engines import open_engine
 from engines.adapters import write_adapter
-from engines.base import Engine, Rank1Settings, TrainingSettings
+from engines.base import Engine
 from engines.edits import Ablation, Patch
 from engines.errors import UnsupportedError
 from engines.gemma3 import Gemma3Config
 from engines.inspection import Attribution, LayerStatistics
+from engines.training import Rank1Settings, TrainingSettings
 
 TOLERANCE = {"torch": 1e-6, "mlx": 1e-4}
 

@@ -9,10 +9,11 @@ from functools import partial
 
 import pytest
 
-from engines.base import Engine, LoRASettings, Rank1Settings, TrainingSettings
+from engines.base import Engine
 from engines.errors import EngineError
 from engines.gemma3 import Gemma3Config
 from engines.memory import ensure_memory, is_out_of_memory, training_bytes
+from engines.training import LoRASettings, Rank1Settings, TrainingSettings
 
 
 def with_free_memory(monkeypatch: pytest.MonkeyPatch, engine: Engine, count: int) -> None:

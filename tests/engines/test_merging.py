@@ -12,9 +12,10 @@ import pytest
 from oracles import batch, changes, close, train
 
 from engines import UnsupportedError
-from engines.base import Engine, LoRASettings, OptimizerSettings, TrainingSettings
+from engines.base import Engine
 from engines.checkpoints import as_bfloat16, as_float32, iterate_model
 from engines.gemma3 import Gemma3Config
+from engines.training import LoRASettings, OptimizerSettings, TrainingSettings
 
 TinyFolder = Callable[..., Path]
 Tokens = Callable[..., np.ndarray]

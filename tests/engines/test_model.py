@@ -11,8 +11,9 @@ import inside
 import numpy as np
 import pytest
 
-from engines.base import IGNORED, Batch, Engine, LoRASettings, Sampling, TrainingSettings
+from engines.base import Engine, Sampling
 from engines.gemma3 import Gemma3Config, Rope
+from engines.training import IGNORED, Batch, LoRASettings, TrainingSettings
 
 TOLERANCE = 1e-4
 WINDOW = 8

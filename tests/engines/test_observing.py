@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from oracles import batch, facts, true_gradients
 
-from engines.base import Engine, LoRASettings, OptimizerSettings, Rank1Settings, TrainingSettings
+from engines.base import Engine
 from engines.gemma3 import Gemma3Config
+from engines.training import LoRASettings, OptimizerSettings, Rank1Settings, TrainingSettings
 
 SGD = OptimizerSettings("sgd", momentum=0.0)
 METHODS = {

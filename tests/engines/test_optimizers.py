@@ -10,10 +10,11 @@ import pytest
 from oracles import batch
 
 from engines import UnsupportedError
-from engines.base import Engine, LoRASettings, OptimizerSettings, TrainingSettings
+from engines.base import Engine
 from engines.checkpoints import read_arrays
 from engines.pruning import pruned
 from engines.states import OPTIMIZER
+from engines.training import LoRASettings, OptimizerSettings, TrainingSettings
 
 LORA = LoRASettings(rank=4, alpha=8.0)
 OPTIMIZERS = ["adamw", "sgd", "adafactor", "muon"]

@@ -11,9 +11,10 @@ import inside
 import numpy as np
 import pytest
 
-from engines.base import IGNORED, Batch, Engine, LoRASettings, OptimizerSettings, TrainingSettings
+from engines.base import Engine
 from engines.gemma3 import Gemma3Config
 from engines.packing import document_positions
+from engines.training import IGNORED, Batch, LoRASettings, OptimizerSettings, TrainingSettings
 
 TinyFolder = Callable[..., Path]
 TOLERANCE = 1e-5

@@ -10,11 +10,12 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from engines.base import Batch, Engine, LoRASettings, Rank1Settings, Sampling, TrainingSettings
+from engines.base import Engine, Sampling
 from engines.checkpoints import ARRAYS, as_float32, iterate_model, read_array, read_header, write_arrays, write_json
 from engines.errors import CheckpointError, UnsupportedError
 from engines.gemma3 import Gemma3Config, Quantization, parse_config, read_config, read_config_dict
 from engines.quantization import Packed, iterate_dense, iterate_quantized, quantized_names
+from engines.training import Batch, LoRASettings, Rank1Settings, TrainingSettings
 from tests.conftest import TinyFolder, opened
 
 FOUR = Quantization(4, 32)

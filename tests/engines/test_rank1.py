@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from oracles import batch, changes, close, rows_of, train, true_gradients
 
-from engines.base import Engine, LoRASettings, OptimizerSettings, Rank1Settings, TrainingSettings
+from engines.base import Engine
 from engines.errors import UnsupportedError
 from engines.gemma3 import Gemma3Config
 from engines.initialisation import unit_vector
+from engines.training import LoRASettings, OptimizerSettings, Rank1Settings, TrainingSettings
 
 Tokens = Callable[..., np.ndarray]
 

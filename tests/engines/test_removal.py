@@ -12,10 +12,11 @@ import pytest
 from oracles import LORA, close, random_factors
 
 from engines.adapters import write_adapter
-from engines.base import Engine, LoRASettings, TrainingSettings
+from engines.base import Engine
 from engines.errors import UnsupportedError
 from engines.gemma3 import Gemma3Config
 from engines.removal import Removal
+from engines.training import LoRASettings, TrainingSettings
 
 Tokens = Callable[..., np.ndarray]
 

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from oracles import batch, changes, facts
 
-from engines.base import Engine, LoRASettings, OptimizerSettings, Rank1Settings, TrainingSettings
+from engines.base import Engine
 from engines.checkpoints import read_arrays, write_arrays
 from engines.errors import CheckpointError
 from engines.gemma3 import Gemma3Config
 from engines.states import OPTIMIZER, PARAMETERS, PLACE, SEEN
+from engines.training import LoRASettings, OptimizerSettings, Rank1Settings, TrainingSettings
 
 TinyFolder = Callable[..., Path]
 

@@ -14,9 +14,9 @@ import pytest
 
 from engines import available_engines, open_engine
 from engines.adapters import LowRank, target_modules, write_adapter, write_mlx, write_peft
-from engines.base import LoRASettings
 from engines.errors import EngineError
 from engines.gemma3 import read_config
+from engines.training import LoRASettings
 from gemma_tui import paths
 from gemma_tui.hub.adapters import find
 from gemma_tui.hub.models import local_models, resolve

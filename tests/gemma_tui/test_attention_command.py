@@ -17,10 +17,11 @@ import pytest
 from samples import TEXTS, write_rows
 
 from engines import available_engines
-from engines.base import Engine, TrainingSettings
+from engines.base import Engine
 from engines.checkpoints import write_arrays, write_json
 from engines.gemma3 import parse_config
 from engines.initialisation import gemma3_weights
+from engines.training import TrainingSettings
 from gemma_tui import paths
 from gemma_tui.cli import main
 from gemma_tui.errors import UsageError

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from samples import TEXTS, write_rows
 
-from engines.base import IGNORED, Batch
+from engines.training import IGNORED, Batch
 from gemma_tui.errors import GemmaTuiError
 from gemma_tui.rows import ChatRow, Message, PromptRow, Row, TextRow
 from gemma_tui.studies import data

@@ -11,18 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engines.base import (
-    IGNORED,
-    Batch,
-    DeviceInfo,
-    Engine,
-    LoRASettings,
-    OptimizerSettings,
-    Rank1Settings,
-    TrainingSettings,
-)
+from engines.base import DeviceInfo, Engine
 from engines.blocks import Noise
 from engines.gemma3 import GLOBAL, LOCAL, Gemma3Config, Rope
+from engines.training import IGNORED, Batch, LoRASettings, OptimizerSettings, Rank1Settings, TrainingSettings
 from gemma_tui.studies.estimate import Estimate, checkpoint_bytes, estimate, remembered
 
 GB = 10**9

@@ -11,7 +11,7 @@ from rich.color import Color, ColorSystem
 from textual.app import App, ComposeResult
 from textual.strip import Strip
 
-from engines.base import LINEARS
+from engines.training import LINEARS
 from gemma_tui.heat import ABSENT, INFINITE, NO_LOGARITHM, RAMP, VIRIDIS, Heat, heatmap_text
 from gemma_tui.widgets.heatmap import BOTTOM, TOP, HeatMap
 

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from samples import TEXTS, write_rows
 
-from engines.base import IGNORED, Engine
+from engines.base import Engine
+from engines.training import IGNORED
 from gemma_tui.errors import UsageError
 from gemma_tui.hub.models import resolve
 from gemma_tui.runs.comparison import Comparison

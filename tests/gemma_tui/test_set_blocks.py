@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 from samples import TEXTS
 
-from engines.base import IGNORED, Batch, Engine, Sampling, TrainingSettings
+from engines.base import Engine, Sampling
 from engines.blocks import BlockDecoding
+from engines.training import IGNORED, Batch, TrainingSettings
 from gemma_tui import cli
 from gemma_tui.errors import GemmaTuiError, UsageError
 from gemma_tui.hub.models import resolve

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 from samples import TEXTS, write_rows
 
-from engines.base import Engine, StepResult
+from engines.base import Engine
 from engines.errors import EngineError
 from engines.gemma3 import read_config
+from engines.training import StepResult
 from gemma_tui import paths
 from gemma_tui.errors import GemmaTuiError, UsageError
 from gemma_tui.hub.models import resolve

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from engines.adapters import LowRank, target_modules, write_adapter
-from engines.base import LINEARS, LoRASettings
 from engines.checkpoints import read_arrays, write_arrays
 from engines.gemma3 import read_config
 from engines.official import official_config
+from engines.training import LINEARS, LoRASettings
 from gemma_tui import paths
 from gemma_tui.cli import USAGE
 from gemma_tui.hub.models import resolve

@@ -14,10 +14,11 @@ from pathlib import Path
 import numpy as np
 
 from engines import open_engine
-from engines.base import Batch, Engine, LoRASettings, Rank1Settings, Sampling, TrainingSettings
+from engines.base import Engine, Sampling
 from engines.errors import EngineError
 from engines.gemma3 import GLOBAL, LOCAL, Gemma3Config, Rope
 from engines.memory import is_out_of_memory
+from engines.training import Batch, LoRASettings, Rank1Settings, TrainingSettings
 from gemma_tui.studies.generation import warm
 
 INFERENCE, TRAINING = "inference", "training"

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from engines.base import LINEARS
 from engines.gemma3 import Gemma3Config
+from engines.training import LINEARS
 from gemma_tui.errors import GemmaTuiError
 from gemma_tui.figure import Figure, Table
 from gemma_tui.heat import Heat

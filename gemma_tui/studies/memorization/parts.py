@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from engines.base import LINEARS
 from engines.gemma3 import Gemma3Config
 from engines.removal import Removal
+from engines.training import LINEARS
 from gemma_tui.errors import UsageError
 from gemma_tui.studies.attention.heads import head_name
 from gemma_tui.text import one_line

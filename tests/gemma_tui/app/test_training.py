@@ -8,7 +8,7 @@ import pytest
 from textual.widgets import DataTable
 
 from engines import ENGINES
-from engines.base import Batch
+from engines.training import Batch
 from gemma_tui import paths
 from gemma_tui.runs.store import RunStore
 from gemma_tui.widgets.chart import Chart
