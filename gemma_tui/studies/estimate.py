@@ -95,7 +95,7 @@ class Estimate:
 def estimate(
     config: Gemma3Config,
     settings: TrainingSettings,
-    batch_size: int,
+    rows: int,
     sequence_length: int,
     dtype: str,
     device: DeviceInfo,
@@ -105,14 +105,14 @@ def estimate(
     """What a training run will need at its peak.
 
     Args:
-        batch_size, sequence_length: of one micro-batch.
+        rows, sequence_length: of one micro-batch; a masked copy of a row counts as a row.
         dtype: what the model is loaded in and computes in, ``float32`` or ``bfloat16``, whatever its file has.
         device: where it will run, and what is there.
         accumulate: micro-batches in a step; rank-1 updates form their gradients where there are several.
         ratio: what ``remembered`` makes of earlier runs.
     """
     item, parts = ITEM_BYTES[dtype], _parts(config, settings)
-    tokens = batch_size * sequence_length
+    tokens = rows * sequence_length
     rank1 = settings.rank1 if settings.lora is None else None
     formed = rank1 is not None and (rank1.buffered or accumulate > 1)
     layers = 1 if settings.checkpoint_activations else config.num_hidden_layers

@@ -30,6 +30,6 @@ def forecast(plan: TrainingPlan, engine: str, device: DeviceInfo | None) -> str:
     with closing(RunStore()) as store:
         ratio = remembered(experience(store, plan, engine))
     return estimate(
-        config, settings(plan), plan.batch_size, plan.row_length, plan.dtype or device.dtypes[0], device,
+        config, settings(plan), plan.rows, plan.sequence_length, plan.dtype or device.dtypes[0], device,
         plan.accumulate, ratio,
     ).text  # fmt: skip

@@ -365,7 +365,7 @@ def _facts(
     info = engine.model()
     config = plan_config(plan, model)
     guess = estimate(
-        config, settings(plan), plan.batch_size, plan.row_length, info.dtype if info else "float32", device,
+        config, settings(plan), plan.rows, plan.sequence_length, info.dtype if info else "float32", device,
         plan.accumulate, memory_ratio,
     )  # fmt: skip
     return {

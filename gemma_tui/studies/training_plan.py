@@ -227,9 +227,9 @@ class TrainingPlan:
         return self.method in BLOCKWISE and self.masked_weight > 0
 
     @property
-    def row_length(self) -> int:
-        """Tokens of a row that go through the model, of its masked copy too."""
-        return 2 * self.sequence_length if self.masked else self.sequence_length
+    def rows(self) -> int:
+        """Rows of a micro-batch that go through the model, masked copies included."""
+        return 2 * self.batch_size if self.masked else self.batch_size
 
     @property
     def warmup_steps(self) -> int:

@@ -11,7 +11,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engines.base import Batch, DeviceInfo, Engine, LoRASettings, OptimizerSettings, Rank1Settings, TrainingSettings
+from engines.base import (
+    IGNORED,
+    Batch,
+    DeviceInfo,
+    Engine,
+    LoRASettings,
+    OptimizerSettings,
+    Rank1Settings,
+    TrainingSettings,
+)
+from engines.blocks import Noise
 from engines.gemma3 import GLOBAL, LOCAL, Gemma3Config, Rope
 from gemma_tui.studies.estimate import Estimate, checkpoint_bytes, estimate, remembered
 
@@ -47,7 +57,7 @@ def on(engine: str, device: str = "cpu") -> DeviceInfo:
 
 
 def of(config: Gemma3Config, settings: TrainingSettings, dtype: str = "float32", **changes: Any) -> Estimate:
-    arguments = {"batch_size": 2, "sequence_length": 32, "device": on("torch"), **changes}
+    arguments = {"rows": 2, "sequence_length": 32, "device": on("torch"), **changes}
     return estimate(config, settings, dtype=dtype, **arguments)
 
 
@@ -109,7 +119,7 @@ def test_the_real_270m_by_hand() -> None:
     real = Gemma3Config(
         262_144, 640, 2048, 18, 4, 1, 256, 512, (*([LOCAL] * 5 + [GLOBAL]) * 3,), Rope(1e6), Rope(1e4), 256
     )
-    found = of(real, FULL, "bfloat16", batch_size=4, sequence_length=512)
+    found = of(real, FULL, "bfloat16", rows=4, sequence_length=512)
     assert real.parameter_count() == 268_098_176
     # 16 bytes each: float32 with its gradient and two moments.
     assert found.weights + found.masters + found.gradients + found.optimizer == 16 * 268_098_176
@@ -247,6 +257,30 @@ def test_the_total_is_about_the_peak_of_a_step(wide: Gemma3Config, settings: Tra
     assert 0.7 < peak.most / found.total < 1.1
 
 
+def a_noised_batch(config: Gemma3Config, rows: int, length: int) -> Batch:
+    """Half of the tokens of the copy are masked, in blocks of 8."""
+    plain = a_batch(config, rows, length)
+    masked = np.random.default_rng(1).random(plain.tokens.shape) < 0.5
+    tokens, labels = np.where(masked, 4, plain.tokens), np.where(masked, plain.tokens, IGNORED)
+    return replace(plain, noise=Noise(tokens.astype(np.int32), labels.astype(np.int32), 8))
+
+
+@pytest.mark.parametrize("settings", [LORA, FULL], ids=["lora", "full"])
+def test_a_masked_copy_counts_as_a_row(wide: Gemma3Config, settings: TrainingSettings, peak: Any) -> None:
+    from engines.torch.engine import TorchEngine
+
+    engine = TorchEngine()
+    with peak:
+        engine.initialise(wide, 0, "float32")
+        for parameter in engine._loaded().parameters():
+            peak.add(parameter)
+        engine.start_training(settings)
+        for _ in range(2):
+            engine.train_step([a_noised_batch(wide, 2, 128)], 1e-3)
+    found = of(wide, settings, rows=4, sequence_length=128)
+    assert 0.85 < peak.most / found.total < 1.15
+
+
 @pytest.mark.parametrize("settings", [LORA, FULL, SETTINGS["lora checkpointing"]], ids=["lora", "full", "less"])
 def test_the_total_is_about_the_peak_of_mlx(wide: Gemma3Config, settings: TrainingSettings) -> None:
     mx = pytest.importorskip("mlx.core")
@@ -262,6 +296,23 @@ def test_the_total_is_about_the_peak_of_mlx(wide: Gemma3Config, settings: Traini
     engine.unload()
     found = of(wide, settings, sequence_length=length, device=on("mlx"))
     assert 0.75 < peak / found.total < 1.3
+
+
+@pytest.mark.parametrize("settings", [LORA, FULL], ids=["lora", "full"])
+def test_a_masked_copy_counts_as_a_row_of_mlx(wide: Gemma3Config, settings: TrainingSettings) -> None:
+    mx = pytest.importorskip("mlx.core")
+    from engines.mlx.engine import MLXEngine
+
+    engine, batch = MLXEngine(), a_noised_batch(wide, 2, 256)
+    engine.initialise(wide, 0, "float32")
+    engine.start_training(settings)
+    engine.train_step([batch], 1e-3)
+    mx.reset_peak_memory()
+    engine.train_step([batch], 1e-3)
+    peak = mx.get_peak_memory()
+    engine.unload()
+    found = of(wide, settings, rows=4, sequence_length=256, device=on("mlx"))
+    assert 0.85 < peak / found.total < 1.15
 
 
 @pytest.mark.parametrize(("total", "verdict"), [(143, "fits"), (142, "tight"), (118, "tight"), (117, "will not fit")])

@@ -24,7 +24,9 @@ from gemma_tui.hub.set_blocks import SetBlocks, set_blocks_of
 from gemma_tui.rows import read_sources
 from gemma_tui.runs.store import RunStore
 from gemma_tui.studies.data import make_batch, training_batches
+from gemma_tui.studies.estimate import estimate
 from gemma_tui.studies.events import Control, Event
+from gemma_tui.studies.forecast import forecast
 from gemma_tui.studies.generation import GenerationPlan, settled
 from gemma_tui.studies.recording import record_training
 from gemma_tui.studies.set_blocks import WATCHED_TOKENS, Watching, batch_maker, masked_batch, tokens_per_pass
@@ -134,6 +136,19 @@ def test_a_run_tells_the_masked_loss_and_keeps_what_it_was_trained_for(
     assert last["masked_valid_loss"] == pytest.approx(np.mean(losses))
     assert 0 < last["tokens_per_pass"] <= 8
     assert set_blocks_of(resolve(run_id)) == SetBlocks(6, 8)
+
+
+@pytest.mark.parametrize(("values", "rows"), [({}, 4), ({"masked_weight": 0.0}, 2), ({"method": "full"}, 2)])
+def test_masked_copies_are_foreseen_as_rows(
+    torch_engine: Engine, plan: Plan, store: RunStore, values: dict[str, Any], rows: int
+) -> None:
+    chosen = plan(**{"method": "sbd", **SHORT, **values})
+    told = forecast(chosen, "torch", torch_engine.device())
+    start = next(event.values for event in run(torch_engine, chosen, store)[1] if event.kind == "start")
+    config = resolve(chosen.model).config()
+    wanted = estimate(config, settings(chosen), rows, 32, start["dtype"], torch_engine.device())
+    assert start["estimate"] == sum(wanted.parts.values())
+    assert start["estimated"] == told == wanted.text
 
 
 def test_the_masked_loss_falls(torch_engine: Engine, plan: Plan, store: RunStore) -> None:
