@@ -144,11 +144,12 @@ def test_masked_copies_are_foreseen_as_rows(
     torch_engine: Engine, plan: Plan, store: RunStore, values: dict[str, Any], rows: int
 ) -> None:
     chosen = plan(**{"method": "sbd", **SHORT, **values})
+    told = forecast(chosen, "torch", torch_engine.device())
     start = next(event.values for event in run(torch_engine, chosen, store)[1] if event.kind == "start")
     config = resolve(chosen.model).config()
     wanted = estimate(config, settings(chosen), rows, 32, start["dtype"], torch_engine.device())
     assert start["estimate"] == sum(wanted.parts.values())
-    assert start["estimated"] == forecast(chosen, "torch", torch_engine.device())
+    assert start["estimated"] == told
 
 
 def test_the_masked_loss_falls(torch_engine: Engine, plan: Plan, store: RunStore) -> None:
