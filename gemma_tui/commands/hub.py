@@ -49,7 +49,10 @@ def search(args: argparse.Namespace, output: Output) -> int:
             licence=item.licence, gated=item.gated, downloads=item.downloads, modified=item.modified, fits=fits,
         )  # fmt: skip
         rows.append(found_cells(item))
-    output.table(FOUND, rows)
+    if found:
+        output.table(FOUND, rows, unbroken=True)
+    else:
+        output.say("nothing of Gemma-3 was found: try other words")
     output.row("end", status="done", found=len(found))
     return 0
 
