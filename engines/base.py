@@ -366,6 +366,13 @@ class Engine(Protocol):
             UnsupportedError: the dtype is not offered.
         """
 
+    def peak_memory(self, reset: bool = False) -> int:
+        """The most bytes in use at once, counted as ``memory`` counts; of MPS what its allocator has taken.
+
+        Args:
+            reset: whether to count from now on afterwards. A CPU's process forgets its peak on Linux only.
+        """
+
     def model(self) -> ModelInfo | None:
         """The loaded model, if there is one."""
 

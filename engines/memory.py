@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from engines.errors import EngineError
@@ -9,6 +12,8 @@ from engines.errors import EngineError
 if TYPE_CHECKING:
     from engines.base import TrainingSettings
     from engines.gemma3 import Gemma3Config
+
+STATUS = Path("/proc/self/status")
 
 TRAINED_BYTES = 16
 """Of a trained parameter: float32 master, gradient and AdamW's two moments."""
@@ -32,6 +37,22 @@ def training_bytes(config: Gemma3Config, settings: TrainingSettings, item: int) 
     masters = (4 - item) * size if rank1 or settings.merging else 0
     buffers = 8 * size if rank1 and rank1.buffered else 0
     return TRAINED_BYTES * (adapters + rest) + masters + buffers
+
+
+def process_peak() -> int:
+    """The most bytes of this process that were in memory at once, since it began or ``reset_process_peak``."""
+    if STATUS.exists():  # what getrusage tells on Linux counts the process before exec as well
+        lines = STATUS.read_text().splitlines()
+        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM"))
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def reset_process_peak() -> None:
+    """Count from what is in memory now, where the system lets one: on Linux."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def ensure_memory(what: str, needed: int, free: int) -> None:

@@ -39,8 +39,16 @@ GOES_ON = {
     "sweep": "u on the capacity screen",
     "measure": "u on the capacity screen",
     "curve": "u among the curves of the generation screen",
+    "bench": "u among the benchmarks of the models screen",
 }
 """Jobs that are runs beside training, and the key that goes on with one that was stopped."""
+
+LATER = (
+    "screens.training", "screens.generation", "screens.attention", "screens.capacity", "studies.forecast",
+    "screens.model_figures", "studies.fitting", "studies.architecture", "studies.weights", "screens.bench",
+    "screens.conversion",
+)  # fmt: skip
+"""Modules that are imported once the first frame is there: on the event loop it would be felt."""
 
 HUNG_UP = 129
 STDIN = 0
@@ -224,14 +232,11 @@ class GemmaTui(App[None]):
                 yield command
 
     def _import_screens(self) -> None:
-        """Import what the other screens need before a key asks for it: on the event loop it would be felt."""
+        """Import what the other screens need before a key asks for it."""
 
         def imports() -> None:
-            importlib.import_module("gemma_tui.screens.training")
-            importlib.import_module("gemma_tui.screens.generation")
-            importlib.import_module("gemma_tui.screens.attention")
-            importlib.import_module("gemma_tui.screens.capacity")
-            importlib.import_module("gemma_tui.studies.forecast")
+            for name in LATER:
+                importlib.import_module(f"gemma_tui.{name}")
 
         threading.Thread(target=imports, daemon=True).start()  # no worker: leaving would wait for one
 
@@ -257,6 +262,8 @@ class GemmaTui(App[None]):
             again = f"; {GOES_ON[job.kind]}, or `gemma-tui runs resume {job.run}`, goes on with it"
             stopped = again if job.control.stop.is_set() else ""
             self.tell(f"{job.run} has ended and is kept{stopped}")
+        elif job.kind == "convert":
+            self.tell(job.detail)
 
     def _answered(self, answer: str | None) -> None:
         if answer == "s":

@@ -33,7 +33,7 @@ EXPORTS = (
 )
 COMMANDS = (
     "models list, generate, roofline, data, train, attention, capacity sweep, memorization, canaries, adapters list, "
-    "runs list, doctor"
+    "runs list, bench, doctor"
 )
 
 
@@ -123,6 +123,7 @@ def _parser(given: Sequence[str]) -> Parser:
     _runs(groups)
     _queue(groups)
     _sweep(groups)
+    _bench(groups, wanted="bench" in given)
     _command(groups, "doctor", "engines, devices, memory, versions, store health", "doctor:doctor")
     return parser
 
@@ -153,6 +154,25 @@ def _models(groups: argparse._SubParsersAction, wanted: bool) -> None:
     )
     imported.add_argument("--name", help="the model's name; the file's name without .gguf if left out")
     _hub(group)
+    fit = _command(group, "fit", "what a model needs here, from its config alone", "models:fit_model")
+    fit.add_argument(
+        "model", metavar="M", help="gemma-3-270m, -1b, -4b, -12b or -27b, a config.json, or a model's name"
+    )
+    tree = _command(group, "tree", "the architecture: shapes, parameters, what LoRA would add", "inspect:tree")
+    tree.add_argument("model", metavar="M", help="name, folder, run, hub id or an official size")
+    tree.add_argument("--rank", type=int, default=8, metavar="R", help="of the LoRA that is counted (default 8)")
+    weights = _command(
+        group, "weights", "each matrix in numbers, or how it differs from another model's", "inspect:weights"
+    )
+    weights.add_argument("model", metavar="M", help="name, folder, run or hub id")
+    weights.add_argument(
+        "--against", default="", metavar="N", help="a model of the same shape, as the one it was tuned from"
+    )
+    weights.add_argument(
+        "--spectrum", default="", metavar="NAME", help="singular values of one matrix, as 3.self_attn.q_proj"
+    )
+    for name, what in EXPORTS:
+        weights.add_argument(f"--{name}", metavar="FILE", help=f"write them as {what}")
     convert = _command(group, "convert", "quantise a model for MLX, or change its dtype", "models:convert_model")
     convert.add_argument("model", metavar="M", help="name, folder, run or hub id")
     _engine_option(convert)
@@ -399,6 +419,18 @@ def _runs(groups: argparse._SubParsersAction) -> None:
     export.add_argument("run_name", metavar="R", help="the run's name, or enough of it")
     export.add_argument("--format", default="csv", choices=("csv", "json"), help="the format (default csv)")
     export.add_argument("--output", metavar="FILE", help="where to; the run's name in this folder if left out")
+
+
+def _bench(groups: argparse._SubParsersAction, wanted: bool) -> None:
+    command = _command(groups, "bench", "both engines side by side on this machine: speed and memory", "bench:bench")
+    command.add_argument("model", metavar="M", help="name, folder, run or hub id")
+    for name, what in EXPORTS:
+        command.add_argument(f"--{name}", metavar="FILE", help=f"write the result as {what}")
+    if wanted:
+        from gemma_tui.commands.plans import add_options
+        from gemma_tui.studies.bench.plan import BenchPlan
+
+        add_options(command, BenchPlan, ("model",))
 
 
 def _queue(groups: argparse._SubParsersAction) -> None:

@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from gemma_tui.studies.attention.looking import Board, Desk
     from gemma_tui.studies.attention.plan import AttentionPlan
     from gemma_tui.studies.attention.survey import HeadStudyPlan
+    from gemma_tui.studies.bench.plan import BenchPlan
     from gemma_tui.studies.capacity.plan import CapacityPlan
+    from gemma_tui.studies.conversion import ConversionPlan
     from gemma_tui.studies.curve.plan import CurvePlan
     from gemma_tui.studies.memorization.plan import MemorizationPlan
     from gemma_tui.studies.pass_times import PassTimes, RooflinePlan
@@ -44,7 +46,8 @@ class Job:
     """Something an engine is doing.
 
     Attributes:
-        kind: ``load``, ``train``, ``generate``, ``look``, ``study``, ``sweep``, ``measure``, ``curve`` or ``roofline``.
+        kind: ``load``, ``train``, ``generate``, ``look``, ``study``, ``sweep``, ``measure``, ``curve``, ``roofline``,
+            ``bench`` or ``convert``.
         label: a few words for the status line.
         share: how much of it is done, 0 to 1.
         detail: what is being done now.
@@ -177,13 +180,8 @@ class Session:
         def work(engine: Engine, job: Job) -> None:
             from gemma_tui.studies.loading import load
 
-            def progress(share: float, text: str) -> None:
-                if job.control.stop.is_set():
-                    raise UnsupportedError("loading was stopped")
-                job.share, job.detail = share, text
-
             place.model, place.info, place.desk = "", None, None
-            load(engine, name, None, progress)
+            load(engine, name, None, _progress(job, "loading was stopped"))
             place.model, place.info = name, engine.model()
 
         return self._start(Job("load", f"loading {name}", self.engine), work)
@@ -472,24 +470,70 @@ class Session:
         place = self.place
 
         def work(engine: Engine, job: Job) -> None:
-            held, name = engine.model(), place.model
-            with _registered(engine, job, begin) as recorded:
+            with _registered(engine, job, begin) as recorded, _kept(engine, place):
                 total = max(1, recorded.run.steps)
-                try:
-                    for event in recorded.events:
-                        if event.kind == "load":
-                            place.model = event.values["model"]
-                        job.share, job.passing = event.step / total, passing(event)
-                        job.detail = f"{event.step:,}/{total:,} {unit}"
-                        place.info, place.memory = engine.model(), engine.memory()
-                finally:
-                    if engine.model() is held:
-                        place.model = name
-                    else:
-                        place.model, place.info = "", None
-                        place.settle(engine, name, anew=True)
+                for event in recorded.events:
+                    if event.kind == "load":
+                        place.model = event.values["model"]
+                    job.share, job.passing = event.step / total, passing(event)
+                    job.detail = f"{event.step:,}/{total:,} {unit}"
+                    place.info, place.memory = engine.model(), engine.memory()
 
         return self._start(Job(kind, label, self.engine), work)
+
+    def measure_speed(self, plan: BenchPlan) -> Job:
+        """Measure how fast a model is on both engines, as a run; the loaded model is left alone.
+
+        Raises:
+            UnsupportedError: an engine is busy.
+        """
+
+        def begin(engine: Engine, control: Control, store: RunStore) -> Recorded:
+            from gemma_tui.studies.bench.measuring import record_bench
+
+            return record_bench(plan, control, store)
+
+        return self._bench(begin)
+
+    def resume_speed(self, run: str) -> Job:
+        """Go on with a benchmark.
+
+        Raises:
+            UnsupportedError: an engine is busy.
+        """
+
+        def begin(engine: Engine, control: Control, store: RunStore) -> Recorded:
+            from gemma_tui.studies.bench.measuring import resume_bench
+
+            return resume_bench(store.run(run), control, store)
+
+        return self._bench(begin)
+
+    def _bench(self, begin: Begin) -> Job:
+        """Let a benchmark take its course; beside anything else it would tell too little."""
+        if busy := next((job for job in self.jobs if not job.future.done()), None):
+            raise UnsupportedError(f"{busy.label} runs, which would slow what is measured: stop it first")
+        return self._measure(begin, "bench", "benchmark", "cells")
+
+    def convert(self, plan: ConversionPlan) -> Job:
+        """Make another model of one, on the chosen engine or, quantised, on MLX.
+
+        The model that is loaded there is so afterwards, too; the job's detail tells what was made.
+
+        Raises:
+            UnsupportedError: the engine is busy.
+        """
+        name = "mlx" if plan.bits is not None else self.engine
+        place = self._at(name)
+
+        def work(engine: Engine, job: Job) -> None:
+            from gemma_tui.studies.conversion import convert, in_words
+
+            with _kept(engine, place):
+                made = convert(plan, lambda: engine, _progress(job, "converting was stopped; nothing is left of it"))
+            job.detail = in_words(plan, made)
+
+        return self._start(Job("convert", f"converting {plan.model}", name), work)
 
     def stop(self) -> None:
         """Ask everything that runs to end; training saves first."""
@@ -538,3 +582,32 @@ def _registered(engine: Engine, job: Job, begin: Begin) -> Iterator[Recorded]:
         recorded = begin(engine, job.control, store)
         job.run = job.label = recorded.run.run_id
         yield recorded
+
+
+@contextmanager
+def _kept(engine: Engine, place: Place) -> Iterator[None]:
+    """The model that is loaded is so afterwards, too; runs on the engine's thread."""
+    held, name = engine.model(), place.model
+    try:
+        yield
+    finally:
+        if engine.model() is held:
+            place.model = name
+        else:
+            place.model, place.info = "", None
+            place.settle(engine, name, anew=True)
+
+
+def _progress(job: Job, stopped: str) -> Progress:
+    """Tells how far a job is, and ends it once that was asked for.
+
+    Args:
+        stopped: what is said then.
+    """
+
+    def progress(share: float, text: str) -> None:
+        if job.control.stop.is_set():
+            raise UnsupportedError(stopped)
+        job.share, job.detail = share, text
+
+    return progress

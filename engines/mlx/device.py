@@ -9,6 +9,7 @@ import mlx.core as mx
 import psutil
 
 from engines.base import DeviceInfo
+from engines.memory import process_peak, reset_process_peak
 from engines.peak import COPIED, Peak, peak, side_of
 
 CACHE_LIMIT = 2 << 30
@@ -50,6 +51,19 @@ def used(device: mx.Device) -> int:
     if device.type == mx.cpu:
         return int(psutil.Process().memory_info().rss)
     return mx.get_active_memory()
+
+
+def peak_memory(device: mx.Device) -> int:
+    """The most bytes that were in use at once."""
+    return process_peak() if device.type == mx.cpu else mx.get_peak_memory()
+
+
+def reset_peak_memory(device: mx.Device) -> None:
+    """Count from now on."""
+    if device.type == mx.cpu:
+        reset_process_peak()
+    else:
+        mx.reset_peak_memory()
 
 
 def free(device: mx.Device) -> int:

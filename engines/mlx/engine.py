@@ -80,6 +80,12 @@ class MLXEngine:
     def peak(self, dtype: str) -> Peak:
         return device.measure(self._device, _dtype(dtype))
 
+    def peak_memory(self, reset: bool = False) -> int:
+        peak = device.peak_memory(self._device)
+        if reset:
+            device.reset_peak_memory(self._device)
+        return peak
+
     def model(self) -> ModelInfo | None:
         return self._info
 
@@ -271,6 +277,8 @@ class MLXEngine:
             done += math.prod(shapes[name])
             if progress is not None:
                 progress(done / total, name)
+        # What was read is cached in blocks of the files' sizes, which nothing asks for again.
+        device.release()
         model.freeze()
         self._model = model.eval()
         self._info = ModelInfo(folder, config, chosen, total)

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from engines.base import DeviceInfo
+from engines.memory import process_peak, reset_process_peak
 from engines.peak import COPIED, Peak, peak, side_of
 
 FEW_ROWS = 16
@@ -34,6 +35,25 @@ def used(device: torch.device) -> int:
     if device.type == "mps":
         return torch.mps.current_allocated_memory()
     return int(psutil.Process().memory_info().rss)
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes that were in use at once; MPS tells what its allocator holds, which seldom shrinks."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory()
+    return process_peak()
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Count from now on."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif device.type == "mps":
+        torch.mps.empty_cache()
+    else:
+        reset_process_peak()
 
 
 def free(device: torch.device) -> int:

@@ -77,6 +77,12 @@ class TorchEngine:
     def peak(self, dtype: str) -> Peak:
         return device.measure(self._device, _dtype(dtype))
 
+    def peak_memory(self, reset: bool = False) -> int:
+        peak = device.peak_memory(self._device)
+        if reset:
+            device.reset_peak_memory(self._device)
+        return peak
+
     def model(self) -> ModelInfo | None:
         return self._info
 

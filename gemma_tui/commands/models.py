@@ -6,6 +6,7 @@ import argparse
 from dataclasses import asdict
 
 from engines import open_engine
+from gemma_tui.commands.figures import tell
 from gemma_tui.commands.hub import about_remote, disk_use
 from gemma_tui.commands.plans import plan_from
 from gemma_tui.errors import UsageError
@@ -15,7 +16,8 @@ from gemma_tui.hub.facts import about, facts
 from gemma_tui.hub.models import REAL, Model, Summary, is_only_remote, local_models, resolve, summary
 from gemma_tui.output import Output, bytes_text, count_text
 from gemma_tui.rows import data_path
-from gemma_tui.studies.conversion import ConversionPlan, convert
+from gemma_tui.studies.conversion import ConversionPlan, convert, in_words
+from gemma_tui.studies.fitting import config_named, devices, needs_figure
 
 
 def list_models(args: argparse.Namespace, output: Output) -> int:
@@ -84,6 +86,22 @@ def import_model(args: argparse.Namespace, output: Output) -> int:
     return 0
 
 
+def fit_model(args: argparse.Namespace, output: Output) -> int:
+    """What a model needs on this machine, from its config alone."""
+    config = config_named(args.model)
+    bare = config.parameter_count(embeddings=False)
+    count, stored = config.parameter_count(), config.weight_bytes(2)
+    output.row("model", name=args.model, parameters=count, embeddings=count - bare, bytes=stored,
+               bits=config.quantization.bits if config.quantization else 16, config=config.to_dict())  # fmt: skip
+    figure = needs_figure(args.model, config, devices())
+    for need in figure.facts["needs"]:
+        output.row("need", **need)
+    if not output.as_json:
+        tell(figure, output, [])
+    output.row("end", status="done", parameters=count)
+    return 0
+
+
 def convert_model(args: argparse.Namespace, output: Output) -> int:
     """Quantise a model for MLX, or change its dtype."""
     plan = plan_from(ConversionPlan, args, {}, "models convert")
@@ -91,12 +109,10 @@ def convert_model(args: argparse.Namespace, output: Output) -> int:
     with output.progress("converting") as progress:
         made = convert(plan, lambda: open_engine(wanted), progress)
     name = made.folder.name
-    output.say(f"{name}: {bytes_text(made.bytes_after)}, before {bytes_text(made.bytes_before)}; {made.folder}")
+    output.say(f"{in_words(plan, made)}; {made.folder}")
     found = {}
     if made.before is not None and made.after is not None:
         found = {"perplexity_before": made.before.value, "perplexity_after": made.after.value}
-        output.say(f"perplexity over {made.after.tokens:,} tokens of {plan.text}: {made.before.value:.3f} before, "
-                   f"{made.after.value:.3f} after ({made.after.value / made.before.value - 1:+.1%})")  # fmt: skip
     engine = " --engine mlx" if plan.bits is not None else ""
     output.say(f"`gemma-tui generate {name}{engine} --prompt ...` lets it write")
     output.row("end", status="done", model=name, folder=str(made.folder), bytes_before=made.bytes_before,

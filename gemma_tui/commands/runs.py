@@ -41,7 +41,7 @@ def show(args: argparse.Namespace, output: Output) -> int:
         if run.error:
             output.say(f"error: {run.error}")
         if not output.as_json:
-            show_chart(run.run_id)
+            _show_result(run, output)
         for event in store.events(run.run_id):
             output.row("event", event=event.kind, step=event.step, time=event.time, values=dict(event.values))
             if event.kind in ("checkpoint", "warning"):
@@ -121,6 +121,10 @@ def resume_run(run: Run, output: Output) -> int:
         from gemma_tui.commands import curve
 
         return curve.resume(run.run_id, output)
+    if run.study == "bench":
+        from gemma_tui.commands import bench
+
+        return bench.resume(run.run_id, output)
     if run.study != "training":
         raise UsageError(f"{run.run_id} is no training run: start it again with `{run.command}`")
     control = Control()
@@ -138,6 +142,15 @@ def _ask(store: RunStore, run: Run, what: str, then: str, output: Output) -> Non
 def _already(run: Run, output: Output) -> None:
     output.say(f"{run.run_id} is {run.state} already")
     output.row("end", status="done", run=run.run_id, asked=False)
+
+
+def _show_result(run: Run, output: Output) -> None:
+    if run.study == "bench":
+        from gemma_tui.commands import bench
+
+        bench.show(run.run_id, output)
+    else:
+        show_chart(run.run_id)
 
 
 def show_chart(run_id: str) -> None:

@@ -129,7 +129,7 @@ def start(arguments: Sequence[str], sign: str, folder: str = "") -> Detached:
                 # -P: a folder where it works could hold modules of the same names.
                 [sys.executable, "-P", "-m", "gemma_tui", *arguments, "--json"],
                 stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
-                cwd=folder or None, env=_environment(),
+                cwd=folder or None, env=environment(),
             )  # fmt: skip
     except OSError as error:
         raise GemmaTuiError(f"{error.filename or folder}: {error.strerror}, so no process was started") from None
@@ -138,7 +138,7 @@ def start(arguments: Sequence[str], sign: str, folder: str = "") -> Detached:
     return Detached(process, log, sign)
 
 
-def _environment() -> dict[str, str]:
+def environment() -> dict[str, str]:
     """Ours, such that it means the same in another folder."""
     environment = dict(os.environ)
     if "GEMMA_TUI_HOME" in environment:

@@ -1,4 +1,4 @@
-"""A sweep, a measurement of memorization or a speed-quality curve, as a screen follows it while it grows."""
+"""A sweep, a measurement of memorization, a curve or a benchmark, as a screen follows it while it grows."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from gemma_tui.errors import UsageError
 from gemma_tui.figure import Figure
 from gemma_tui.runs.store import Run, RunStore
 from gemma_tui.runs.tail import Tail
+from gemma_tui.studies.bench.measuring import STUDY as BENCH
+from gemma_tui.studies.bench.results import read_bench
 from gemma_tui.studies.capacity.results import Sweep, sweep_figure
 from gemma_tui.studies.capacity.sweep import STUDY as SWEEP
 from gemma_tui.studies.capacity.sweep import sweep_plan
@@ -23,7 +25,7 @@ from gemma_tui.studies.memorization.inquiry import FURTHER
 from gemma_tui.studies.memorization.meter import STUDY as MEASUREMENT
 from gemma_tui.studies.memorization.results import memorization_figure, read_measured
 
-COUNTED = {SWEEP: "cells", MEASUREMENT: "sequences", CURVE: "rows"}
+COUNTED = {SWEEP: "cells", MEASUREMENT: "sequences", CURVE: "rows", BENCH: "cells"}
 """What the steps of a run are, by its study."""
 
 LISTED = 200
@@ -82,6 +84,10 @@ class FollowedRun:
                 if any(row.kind in (MEASUREMENT, *FURTHER) for row in rows):
                     self.figure = memorization_figure(read_measured(store, run))
                 return
+            if run.study == BENCH:
+                if any(row.kind == "cell" for row in rows):
+                    self.figure = read_bench(store, run)
+                return
         if run.study == CURVE:
             curve = self._curve = self._curve or Curve(curve_plan(run))
             curve.add(rows)
@@ -100,13 +106,16 @@ def in_words(run: Run) -> str:
     return f"{run.run_id} · {run.state} · {run.step:,}/{run.steps:,} {COUNTED[run.study]}"
 
 
-def check_idle(run: Run, engine: str) -> None:
+def check_idle(run: Run, engine: str = "") -> None:
     """Refuse to go on with a run that goes on already, or that another engine computed.
+
+    Args:
+        engine: that is chosen; empty if it makes no difference.
 
     Raises:
         UsageError: it is so.
     """
     if run.active:
         raise UsageError(f"{run.run_id} is {run.state}: x stops it")
-    if run.engine != engine:
+    if engine and run.engine != engine:
         raise UsageError(f"{run.run_id} was computed with {run.engine}: e switches to it")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from rich.text import Text
@@ -38,9 +38,19 @@ class ModelTable(DataTable[Text]):
     BINDINGS = [
         Binding("enter", "select_cursor", "Load", id="models.load"),
         Binding("i", "screen.about", "About", id="models.about", tooltip="Origin, chat template and card of a model"),
-        Binding("v", "screen.verify", "Verify", id="models.verify", tooltip="Hold a model against its checksums"),
-        Binding("delete,backspace", "screen.remove", "Remove", id="models.remove", tooltip="Delete, after a look"),
-    ]
+        Binding("f", "screen.fit", "Fit", id="models.fit",
+                tooltip="What a model needs here, to be read with and to be trained, on each engine"),
+        Binding("b", "screen.bench", "Bench", id="models.bench", tooltip="How fast a model is on this machine"),
+        Binding("n", "screen.convert", "Convert", id="models.convert",
+                tooltip="Make a new model of one: quantised for MLX, or in another dtype"),
+        Binding("t", "screen.tree", "Tree", id="models.tree", show=False, tooltip="The architecture of a model"),
+        Binding("w", "screen.weights", "Weights", id="models.weights", show=False,
+                tooltip="Each matrix of a model in numbers"),
+        Binding("v", "screen.verify", "Verify", id="models.verify", show=False,
+                tooltip="Hold a model against its checksums"),
+        Binding("delete,backspace", "screen.remove", "Remove", id="models.remove", show=False,
+                tooltip="Delete, after a look"),
+    ]  # fmt: skip
 
 
 class ModelsScreen(Workbench):
@@ -121,6 +131,41 @@ class ModelsScreen(Workbench):
     def action_clean(self) -> None:
         """Show what broken downloads have left, and ask."""
         self._preview("")
+
+    def action_fit(self) -> None:
+        """What the model under the cursor needs here."""
+        from gemma_tui.screens.model_figures import fit_screen
+
+        self._enter(fit_screen)
+
+    def action_tree(self) -> None:
+        """The architecture of the model under the cursor."""
+        from gemma_tui.screens.model_figures import tree_screen
+
+        self._enter(tree_screen)
+
+    def action_weights(self) -> None:
+        """The matrices of the model under the cursor."""
+        from gemma_tui.screens.model_figures import weights_screen
+
+        self._enter(weights_screen)
+
+    def action_bench(self) -> None:
+        """How fast the model under the cursor is here."""
+        from gemma_tui.screens.bench import BenchScreen
+
+        self._enter(BenchScreen)
+
+    def action_convert(self) -> None:
+        """A new model of the one under the cursor."""
+        from gemma_tui.screens.conversion import ConversionScreen
+
+        self._enter(ConversionScreen)
+
+    def _enter(self, screen: Callable[[str], Workbench]) -> None:
+        """Go to a screen of the model under the cursor."""
+        if name := self._chosen():
+            self.app.push_screen(screen(name))
 
     def on_data_table_row_selected(self, event: DataTable.RowSelected) -> None:
         """Load the model under the cursor."""

@@ -173,6 +173,7 @@ def what_else(run: Run) -> str:
         "memorization": ("measurement of memorization", "press 3, where it is listed"),
         "where": ("study of which parts hold what was memorised", resumed),
         "curve": ("speed-quality curve of block decoding", "press 5, then k, where it is listed"),
+        "bench": ("benchmark of both engines", "press 1, then b, where it is listed"),
         "capacity": ("capacity sweep", "press 3, where it is listed"),
     }
     kind, again = known.get(run.study, (run.study, f"`gemma-tui runs show {run.run_id}` tells of it"))

@@ -19,9 +19,10 @@ from gemma_tui.hub.adapters import ITEM_BYTES, free_name
 from gemma_tui.hub.convert import ensure_space, name_from, staging
 from gemma_tui.hub.models import Model, copy_tokenizer, resolve, summary
 from gemma_tui.hub.set_blocks import set_blocks_of, write_set_blocks
+from gemma_tui.output import bytes_text
 from gemma_tui.rows import data_path
 from gemma_tui.studies.perplexity import TOKENS, Perplexity, perplexity
-from gemma_tui.studies.plan import option
+from gemma_tui.studies.plan import command, option
 from gemma_tui.tokenizer import read_tokenizer
 
 TEXT_CHARACTERS = 64 * TOKENS
@@ -57,6 +58,28 @@ class Converted:
     after: Perplexity | None = None
 
 
+def in_words(plan: ConversionPlan, made: Converted) -> str:
+    """What was made, for a person."""
+    line = f"{made.folder.name}: {bytes_text(made.bytes_after)}, before {bytes_text(made.bytes_before)}"
+    if made.before is None or made.after is None:
+        return line
+    before, after = made.before.value, made.after.value
+    return (
+        f"{line}; perplexity over {made.after.tokens:,} tokens of {plan.text}: {before:.3f} before, {after:.3f} after "
+        f"({after / before - 1:+.1%})"
+    )
+
+
+def command_of(plan: ConversionPlan, engine: str) -> str:
+    """What does the same on the command line.
+
+    Args:
+        engine: that is chosen; quantising is MLX's in any case.
+    """
+    verb = ("models", "convert", plan.model, "--engine", "mlx" if plan.bits is not None else engine)
+    return command(verb, replace(plan, model=ConversionPlan.model))
+
+
 def check(plan: ConversionPlan) -> None:
     """Refuse what cannot be meant.
 
@@ -83,7 +106,7 @@ def convert(plan: ConversionPlan, engine: Callable[[], Engine], progress: Progre
         EngineError: the plan or the model is refused, the name is taken, or the disk is too small.
     """
     check(plan)
-    model = resolve(plan.model)
+    model = resolve(plan.model, _part(progress, 0.0, 0.0))
     if model.adapter is not None:
         raise GemmaTuiError(f"{model.name} is an adapter: make a model of it with `gemma-tui adapters fuse` first")
     item, config = summary(model), model.config()

@@ -4,6 +4,8 @@ Parameters, gradients and the optimizer are counted one by one. Activations foll
 ``engines/torch/model.py`` keep for the way back, and the workspace is a bound. On a CPU, the program itself (some
 hundred MB) comes on top.
 
+What the allocator of a CPU's process keeps of freed blocks is measured, not derived.
+
 Gradients grow while activations go; both are counted in full, as they are there together once several micro-batches
 make a step. So one micro-batch of full training needs up to a quarter less.
 """
@@ -21,11 +23,22 @@ from engines.gemma3 import Gemma3Config
 from gemma_tui.hub.fit import FULL, TIGHT
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2}
+DISTANCE_BYTES = {"torch": 8, "mlx": 4}
+"""Of the distance of a query and a key, from which a mask is made."""
+PREFILL, ROOM = 512, 256
+"""Tokens of a prompt that the engines read at a time, and by which a cache grows."""
+ALLOCATOR = {"torch": (0.35, 8_000_000), "mlx": (0.40, 2_000_000)}
+"""Of what comes and goes, the share that a CPU's process holds beyond it since freed blocks do not fit the next ones,
+and the bytes it holds in any case; measured with nano (``tests/benchmarks/memory.py``)."""
+SCORES_COPIES = 3
+"""Of attention that is not fused: scores, what a mask leaves of them, and weights."""
+LOGITS_COPIES = 3
+"""Of the last position: the logits in the model's dtype and in float32, and their softmax."""
 LOGITS_BYTES = 8 << 20
 """The engines make logits for as much of the vocabulary at a time as fit in this."""
 EMBEDDING = "model.embed_tokens.weight"
 PARTS = (
-    "weights", "masters", "trainables", "gradients", "optimizer", "activations", "casts", "logits", "workspace",
+    "weights", "masters", "trainables", "gradients", "optimizer", "activations", "casts", "logits", "workspace", "kept",
 )  # fmt: skip
 
 Shapes = dict[str, tuple[int, ...]]
@@ -45,6 +58,7 @@ class Estimate:
         casts: copies of float32 matrices in the dtype of the activations, kept as long.
         logits: the tile of the vocabulary that is in hand.
         workspace: the largest temporaries: of one layer's way back, or of the largest matrix that is trained.
+        kept: what the allocator of a CPU does not give back; see ``ALLOCATOR``.
         available: of the device, for a model and its training.
         ratio: measured over estimated in earlier runs; see ``remembered``.
     """
@@ -58,6 +72,7 @@ class Estimate:
     casts: int
     logits: int
     workspace: int
+    kept: int
     available: int
     ratio: float = 1.0
 
@@ -120,21 +135,62 @@ def estimate(
     layer = _layer_bytes(config, settings, parts, item) + scores
     inputs = item * config.hidden_size * config.num_hidden_layers if settings.checkpoint_activations else 0
     masks = 0 if sequence_length <= config.sliding_window else item * sequence_length**2 * _locals(config)
+    trained = _count(parts.trained)
     float32 = _linear_count(parts.float32)
     largest = max(map(math.prod, ((parts.merged if formed else {}) | parts.rest).values()), default=0)
+    activations = tokens * (layers * layer + inputs + _ends(config, parts, item)) + masks
+    logits = min(max(LOGITS_BYTES, 4 * tokens), 4 * tokens * config.vocab_size)
+    workspace = max(tokens * max(5 * item * config.intermediate_size, scores), 4 * largest)
     return Estimate(
         weights=config.weight_bytes(item),
         masters=(4 - item) * _count(parts.float32),
         trainables=4 * _count(parts.adapters),
         gradients=4 * (_count(parts.trained) + _count(parts.merged if formed else parts.vectors)),
         optimizer=_optimizer_bytes(config, settings),
-        activations=tokens * (layers * layer + inputs + _ends(config, parts, item)) + masks,
+        activations=activations,
         casts=0 if item == 4 else item * float32 * layers // config.num_hidden_layers,
-        logits=min(max(LOGITS_BYTES, 4 * tokens), 4 * tokens * config.vocab_size),
-        workspace=max(tokens * max(5 * item * config.intermediate_size, scores), 4 * largest),
+        logits=logits,
+        workspace=workspace,
+        kept=_kept(device, activations + logits + workspace, trained),
         available=device.memory_total,
         ratio=ratio,
     )
+
+
+def inference_bytes(config: Gemma3Config, length: int, batch: int, dtype: str, device: DeviceInfo) -> int:
+    """What reading ``length`` tokens and decoding after them needs at its peak.
+
+    Keys and values by layer type, as far as a cache has room for them, the temporaries of the layer in hand for as many
+    tokens as are read at a time, and logits of the last position with their softmax.
+    """
+    item, rows = ITEM_BYTES[dtype], batch * min(length, PREFILL)
+    d, f, q = config.hidden_size, config.intermediate_size, config.num_attention_heads * config.head_dim
+    layer = item * max(3 * f + 2 * d, 4 * q + 2 * d) + 4 * 2 * max(d, q)
+    stored = config.num_attention_heads * length * SCORES_COPIES * item if _stores_attention(device) else 0
+    return (
+        config.weight_bytes(item) + config.cache_bytes(length + ROOM, item, batch) + rows * (layer + stored)
+        + LOGITS_COPIES * 4 * batch * config.vocab_size + _mask_bytes(config, length, item, device) + _kept(device)
+    )  # fmt: skip
+
+
+def _mask_bytes(config: Gemma3Config, length: int, item: int, device: DeviceInfo) -> int:
+    """Masks of the tokens that are read at a time: distances, two booleans, and what attention makes of them."""
+    rows, near = min(length, PREFILL), min(length, PREFILL + config.sliding_window)
+    local = rows * near * (DISTANCE_BYTES[device.engine] + 2 + item) if length > config.sliding_window else 0
+    return local + (rows * length * (1 + item) if length > PREFILL else 0)
+
+
+def _kept(device: DeviceInfo, passing: int = 0, trained: int = 0) -> int:
+    """What a CPU's process holds beyond what is in use.
+
+    Args:
+        passing: bytes that come and go.
+        trained: parameters of the optimizer; a step of MLX makes them and their gradients anew beside the old ones.
+    """
+    if device.device != "cpu":
+        return 0
+    share, least = ALLOCATOR[device.engine]
+    return round(share * passing) + least + (8 * trained if device.engine == "mlx" else 0)
 
 
 def checkpoint_bytes(config: Gemma3Config, settings: TrainingSettings) -> int:

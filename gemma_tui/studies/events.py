@@ -65,10 +65,6 @@ class Pace:
     _began: float = field(default_factory=time.monotonic)
     _told: float = field(default_factory=time.monotonic)
 
-    def begin(self) -> Event:
-        """That it begins."""
-        return Event(self.kind, self.step, {"done": 0, "total": self.total, "seconds_left": None})
-
     def advance(self, weight: float = 1.0) -> Iterator[Event]:
         """Count a part that is done; the event of it, if it is time for one."""
         self.done, self.weight = self.done + 1, self.weight + weight
@@ -76,8 +72,12 @@ class Pace:
         if now - self._told < PACE_SECONDS:
             return
         self._told = now
-        left = (now - self._began) * (self.whole / self.weight - 1)
-        yield Event(self.kind, self.step, {"done": self.done, "total": self.total, "seconds_left": left})
+        yield self.now()
+
+    def now(self) -> Event:
+        """How far it is; also that it begins."""
+        left = (time.monotonic() - self._began) * (self.whole / self.weight - 1) if self.weight else None
+        return Event(self.kind, self.step, {"done": self.done, "total": self.total, "seconds_left": left})
 
 
 @dataclass(frozen=True)

@@ -219,7 +219,7 @@ def _last_look(engine: Engine, diagnoses: Diagnoses, control: Control, step: int
     """The spectra of all matrices at the end, or of those that there was time for before a stop."""
     began, fresh, count = time.perf_counter(), dict[str, UpdateFacts](), len(diagnoses.matrices)
     pace = Pace("diagnosing", step, count, count)
-    yield pace.begin()
+    yield pace.now()
     while len(fresh) < count and not (fresh and control.stop.is_set()):
         fresh |= diagnoses.one(engine)
         yield from pace.advance()
@@ -264,7 +264,7 @@ def evaluate(
     chosen = evaluation_windows(splits.valid, batch_size, limit)
     weights = [sum(len(window) for window in windows) for windows in chosen]
     pace, total, tokens = Pace("evaluating", step, len(chosen), sum(weights)), 0.0, 0
-    yield pace.begin()
+    yield pace.now()
     for windows, weight in zip(chosen, weights, strict=True):
         if control.stop.is_set():
             return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from dataclasses import replace
 from functools import partial
 
@@ -49,6 +50,17 @@ def test_what_training_holds_is_counted(two_to_one: Gemma3Config) -> None:
     assert held(TrainingSettings(rank1=replace(rank1, error_feedback=True)), 2) == 10 * matrices
     rest = 16 * (two_to_one.parameter_count() - matrices)
     assert held(TrainingSettings(rank1=rank1, rest=True), 4) == rest
+
+
+def test_the_peak_is_what_was_in_use_for_a_moment_and_is_forgotten(engine: Engine, four_to_one: Gemma3Config) -> None:
+    wide = replace(four_to_one, vocab_size=400_000)
+    size, before = 4 * wide.parameter_count(), engine.memory()
+    engine.peak_memory(reset=True)
+    engine.initialise(wide, 0, "float32")
+    engine.unload()
+    assert engine.peak_memory(reset=True) - before > 0.9 * size
+    if engine.device().device != "cpu" or sys.platform == "linux":
+        assert engine.peak_memory() - before < 0.5 * size
 
 
 def test_what_fits_exactly_is_taken():

@@ -143,7 +143,7 @@ def study_curve(engine: Engine, prepared: Prepared, control: Control, done: int 
     yield Event("start", done, _facts(engine, prepared))
     yield from (Event("warning", done, {"text": text}) for text in prepared.warnings)
     pace = Pace("decoding", done, len(batches) * len(prepared.ways), len(batches) * len(prepared.ways))
-    yield pace.begin()
+    yield pace.now()
     widths = {way.block: way.blocks(plan.order, prepared.mask) for way in prepared.ways}
     warm(engine, [question.prompt for question in batches[0]], plan.sampling(), widths.values())
     for batch in batches:

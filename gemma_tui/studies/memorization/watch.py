@@ -125,7 +125,7 @@ class Watch:
         batches = [order[first : first + size] for first in range(0, len(order), size)]
         found = np.zeros(len(windows))
         pace = Pace("measuring", step, len(batches), sum(map(len, windows)))
-        yield pace.begin()
+        yield pace.now()
         for numbers in batches:
             yield from wait_while_paused(control, step)
             if control.stop.is_set():

@@ -1,0 +1,1 @@
+"""Speed and memory of both engines on this machine."""

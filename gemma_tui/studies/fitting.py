@@ -1,0 +1,124 @@
+"""What a model needs on this machine, from its config alone: to be read with, and to be trained by each method."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from engines import available_engines, open_engine
+from engines.base import DeviceInfo, LoRASettings, Rank1Settings, TrainingSettings
+from engines.errors import EngineError, UnsupportedError
+from engines.gemma3 import Gemma3Config, read_config
+from engines.official import OFFICIAL, official_config
+from engines.quantization import check_trainable
+from gemma_tui.errors import UsageError
+from gemma_tui.figure import Figure, Table
+from gemma_tui.hub.fit import band
+from gemma_tui.hub.models import resolve
+from gemma_tui.output import bytes_text
+from gemma_tui.studies.estimate import estimate, inference_bytes
+
+LENGTHS = (512, 2048, 8192, 32_768, 131_072)
+BATCH, WINDOW = 1, 512
+"""Of the training that is told."""
+RANK = 8
+METHODS = {
+    "lora": TrainingSettings(LoRASettings(RANK, 2.0 * RANK)),
+    "relora": TrainingSettings(LoRASettings(RANK, 2.0 * RANK), merging=True),
+    "rank1": TrainingSettings(rank1=Rank1Settings()),
+    "full": TrainingSettings(),
+    "full, recomputing": TrainingSettings(checkpoint_activations=True),
+}
+
+
+@dataclass(frozen=True)
+class Need:
+    """What one use of a model takes.
+
+    Attributes:
+        use: ``inference`` or a method of training.
+        length, batch: tokens of the context or window, and rows of it.
+        nbytes: at the peak; 0 where the use is refused.
+        verdict: ``fits``, ``tight``, ``too large``, or why it is refused.
+    """
+
+    engine: str
+    device: str
+    dtype: str
+    use: str
+    length: int
+    batch: int
+    nbytes: int
+    available: int
+    verdict: str
+
+
+def config_named(name: str) -> Gemma3Config:
+    """The config that a name means: an official size, a ``config.json``, or a model that is here.
+
+    Raises:
+        EngineError: it is none of these, or the file is broken.
+    """
+    if name in OFFICIAL:
+        return official_config(name)
+    path = Path(name).expanduser()
+    if path.name == "config.json" and path.is_file():
+        return read_config(path.parent)
+    try:
+        return resolve(name).config()
+    except EngineError as error:
+        raise UsageError(f"{error}; known by name are {', '.join(OFFICIAL)}") from None
+
+
+def devices() -> list[DeviceInfo]:
+    """Of the engines that are here."""
+    return [open_engine(name).device() for name in available_engines()]
+
+
+def needs(config: Gemma3Config, places: Sequence[DeviceInfo]) -> Iterator[Need]:
+    """Every use on every engine, in the dtype that its device takes by default and the other one."""
+    lengths = [length for length in LENGTHS if length <= config.max_position_embeddings] or [
+        config.max_position_embeddings
+    ]
+    window = min(WINDOW, config.max_position_embeddings)
+    for device in places:
+        for dtype in device.dtypes:
+            shared = (device.engine, device.device, dtype)
+            packed = config.quantization is not None and device.engine != "mlx"
+            for length in lengths:
+                nbytes = inference_bytes(config, length, BATCH, dtype, device)
+                said = "quantised weights are MLX's" if packed else band(nbytes, device.memory_total)
+                yield Need(*shared, "inference", length, BATCH, 0 if packed else nbytes, device.memory_total, said)
+            for method, settings in METHODS.items():
+                refused = "quantised weights are MLX's" if packed else _refusal(config, settings)
+                told = estimate(config, settings, BATCH, window, dtype, device)
+                said = refused or band(told.total, device.memory_total)
+                nbytes = 0 if refused else told.total
+                yield Need(*shared, method, window, BATCH, nbytes, device.memory_total, said)
+
+
+def needs_figure(name: str, config: Gemma3Config, places: Sequence[DeviceInfo]) -> Figure:
+    """A table of all uses for each engine."""
+    whole, bare = config.parameter_count(), config.parameter_count(embeddings=False)
+    kind = "bfloat16" if config.quantization is None else f"{config.quantization.bits} bits"
+    notes = [f"{whole:,} parameters, {whole - bare:,} are embeddings; {bytes_text(config.weight_bytes(2))} in {kind}"]
+    notes += [f"{d.engine} on {d.device}: {bytes_text(d.memory_total)} of memory" for d in places]
+    found = list(needs(config, places))
+    tables = [
+        Table(device.engine, ("engine", "dtype", "use", "batch x tokens", "memory", "here"), [
+            (n.engine, n.dtype, n.use, f"{n.batch} x {n.length:,}", bytes_text(n.nbytes) if n.nbytes else "", n.verdict)
+            for n in found if n.engine == device.engine
+        ])
+        for device in places
+    ]  # fmt: skip
+    facts = {"model": name, "parameters": whole, "needs": [asdict(need) for need in found]}
+    return Figure(f"what {name} needs here", notes, tables=tables, facts=facts)
+
+
+def _refusal(config: Gemma3Config, settings: TrainingSettings) -> str:
+    try:
+        check_trainable(config, settings, adapted=False)
+    except UnsupportedError:
+        return "not on quantised weights"
+    return ""
