@@ -134,6 +134,8 @@ def about_remote(name: str, output: Output) -> int:
                    fits={use: fit.here(size) for use, size in memory.items()}, config=config.to_dict())  # fmt: skip
     output.table(("", f"{repo}, not here"), inside_lines(inside))
     request = Request(repo, revision or "main", () if config else (files[0].path,))
+    if config is not None:
+        output.say(f"`gemma-tui models fit {name}` tells what each method of training needs, on each engine")
     output.say(f"`{fetching_command(request)}` fetches it")
     output.row("end", status="done")
     return 0

@@ -49,6 +49,10 @@ async def test_a_model_is_found_looked_at_and_fetched(opened: Open, hub: StandIn
         await it.press("enter")
         await it.until(lambda: it.sees("to fetch", "memory"), "the details")
         assert it.sees("stored as F32")
+        await it.press("f")
+        await it.until(lambda: it.sees("what org/gemma-3-tiny needs here", "relora"), "the needs")
+        await it.press("escape")
+        await it.until(lambda: isinstance(it.app.screen, HubSearch), "the search")
         assert not cache.repo_folder(TINY).exists()
         await it.press("c")
         await it.until(lambda: isinstance(it.app.screen, Reading), "the command")
@@ -279,7 +283,7 @@ async def test_what_the_hub_says_is_foreign(opened: Open, hub: StandInHub) -> No
         hub.repos[f"org/gemma-3-{number}"] = Repo({"config.json": config, "model.safetensors": b""}, info=info)
     async with opened((120, 40), model="") as it:
         await searched(it)
-        assert f"gemma-3-{len(TEXTS) - 1}" in nothing_foreign(it)
+        await it.until(lambda: f"gemma-3-{len(TEXTS) - 1}" in nothing_foreign(it), "the table")
         for _ in TEXTS:
             await it.press("enter")
             await it.until(lambda: "model_type" in it.static("#about"), "the refusal")
