@@ -56,7 +56,7 @@ def inside_lines(inside: Inside) -> list[tuple[str, str]]:
         ("to fetch", f"{len(inside.files)} files, {bytes_text(sum(f.size for f in inside.files))}"),
         ("stored as", ", ".join(inside.dtypes or ())),
         *([("left out", left_out)] if left_out else []),
-        *((f"memory, {use}", f"{bytes_text(n)}, {fit.here(n)}") for use, n in fit.estimates(config).items()),
+        *(("memory", f"{bytes_text(n)} for {use}, {fit.here(n)}") for use, n in fit.estimates(config).items()),
     ]
 
 
