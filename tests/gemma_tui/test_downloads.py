@@ -84,6 +84,7 @@ def test_a_cancel_takes_less_than_a_second_and_leaves_no_part(hub: StandInHub) -
     assert "retry" not in [event["kind"] for event in ended(item)]
     assert item.state == CANCELLED
     assert "begins again" in item.detail
+    assert item.done == cache.finished_bytes(TINY) < item.total
     assert not partial_files(TINY)
     hub.faults.slow = 0
     again = begun()
