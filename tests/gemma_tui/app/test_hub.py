@@ -188,7 +188,7 @@ async def test_leaving_asks_and_leaves_no_part(opened: Open, hub: StandInHub) ->
         await it.until(lambda: partial_files(TINY), "the first bytes")
         await it.press("q")
         await it.until(lambda: isinstance(it.app.screen, Question), "the question")
-        await it.until(lambda: it.sees(f"{TINY} is being fetched, 1 more wait."), "how many")
+        await it.until(lambda: it.sees(f"{TINY} is being fetched, 1 more in the queue."), "how many")
         await it.press("s")
         downloads = it.app.downloads
         assert downloads is not None
