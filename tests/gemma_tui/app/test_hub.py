@@ -246,7 +246,7 @@ async def test_a_model_is_removed_after_a_look(opened: Open, cached: str, size: 
         await on_the_model(it)
         await it.press("delete")
         await it.until(lambda: isinstance(it.app.screen, Question), "the question")
-        await it.until(lambda: it.sees(f"{TINY}: frees", "commit aaaaaaaaaaaa"), "what goes")
+        await it.until(lambda: it.sees(f"{TINY}: frees", f"commit aaaaaaaaaaaa of {TINY}"), "what goes")
         await it.press("escape")
         assert cache.repo_folder(TINY).exists()
         await on_the_model(it)
