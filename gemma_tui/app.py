@@ -211,7 +211,7 @@ class GemmaTui(App[None]):
             return
         if not training:
             waiting = sum(item.state == "waiting" for item in self.downloads.items) if self.downloads is not None else 0
-            text = f"{fetching[0].request.repo} is being fetched{f', {waiting} more wait' if waiting else ''}."
+            text = f"{fetching[0].request.repo} is being fetched{f', {waiting} more in the queue' if waiting else ''}."
             self.push_screen(Question(text, {"s": "stop it and quit; finished files are kept"}), self._answered)
             return
         answers = {"s": "save and quit", "d": "quit at once; finished steps and the last save stay"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import shutil
@@ -55,20 +56,33 @@ class Output:
         if not self.as_json:
             print(clean(text), end="", flush=True)
 
-    def table(self, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-        """A table for a person; nothing in JSON."""
+    def table(self, columns: Sequence[str], rows: Sequence[Sequence[object]], unbroken: bool = False) -> None:
+        """A table for a person; nothing in JSON.
+
+        Args:
+            unbroken: no cell goes over several lines; on a terminal the last columns that do not fit are left out.
+        """
         if self.as_json:
             return
+        from rich.cells import cell_len
         from rich.console import Console
         from rich.table import Table
         from rich.text import Text
 
+        cells = [[one_line(str(cell)) for cell in row] for row in rows]
         table = Table(box=None, pad_edge=False, header_style="bold")
+        console = Console()
+        if unbroken:
+            widths = (max(map(cell_len, column)) for column in zip(columns, *cells, strict=True))
+            ends = list(itertools.accumulate(width + 2 for width in widths))
+            fitting = sum(end - 2 <= console.width for end in ends) if sys.stdout.isatty() else len(columns)
+            columns, cells = columns[:fitting], [row[:fitting] for row in cells]
+            console.width = max(console.width, ends[-1])
         for column in columns:
-            table.add_column(column, overflow="fold")
-        for row in rows:
-            table.add_row(*(Text(one_line(str(cell))) for cell in row))
-        Console().print(table)
+            table.add_column(column, overflow="fold", no_wrap=unbroken)
+        for row in cells:
+            table.add_row(*map(Text, row))
+        console.print(table)
 
     @contextmanager
     def progress(self, title: str) -> Iterator[Progress]:

@@ -49,7 +49,10 @@ def search(args: argparse.Namespace, output: Output) -> int:
             licence=item.licence, gated=item.gated, downloads=item.downloads, modified=item.modified, fits=fits,
         )  # fmt: skip
         rows.append(found_cells(item))
-    output.table(FOUND, rows)
+    if found:
+        output.table(FOUND, rows, unbroken=True)
+    else:
+        output.say("nothing of Gemma-3 was found: try other words")
     output.row("end", status="done", found=len(found))
     return 0
 
@@ -131,6 +134,8 @@ def about_remote(name: str, output: Output) -> int:
                    fits={use: fit.here(size) for use, size in memory.items()}, config=config.to_dict())  # fmt: skip
     output.table(("", f"{repo}, not here"), inside_lines(inside))
     request = Request(repo, revision or "main", () if config else (files[0].path,))
+    if config is not None:
+        output.say(f"`gemma-tui models fit {name}` tells what each method of training needs, on each engine")
     output.say(f"`{fetching_command(request)}` fetches it")
     output.row("end", status="done")
     return 0

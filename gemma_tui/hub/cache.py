@@ -99,6 +99,11 @@ def repo_folder(repo: str) -> Path:
     return cache_folder() / ("models--" + repo.replace("/", "--"))
 
 
+def repo_of(snapshot: Path) -> str:
+    """The repository of a commit's folder in the cache."""
+    return snapshot.parent.parent.name.removeprefix("models--").replace("--", "/", 1)
+
+
 def snapshot(repo: str, revision: str = "main") -> Path | None:
     """The folder of a commit in the cache, named by a ref, by a commit or by the first digits of one."""
     folder = repo_folder(repo)

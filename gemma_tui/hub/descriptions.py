@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from gemma_tui.hub import fit
-from gemma_tui.hub.cache import Removal
+from gemma_tui.hub.cache import Removal, repo_of
 from gemma_tui.hub.downloads import Download
 from gemma_tui.hub.fetching import Request
 from gemma_tui.hub.headers import Inside
@@ -56,7 +56,7 @@ def inside_lines(inside: Inside) -> list[tuple[str, str]]:
         ("to fetch", f"{len(inside.files)} files, {bytes_text(sum(f.size for f in inside.files))}"),
         ("stored as", ", ".join(inside.dtypes or ())),
         *([("left out", left_out)] if left_out else []),
-        *((f"memory, {use}", f"{bytes_text(n)}, {fit.here(n)}") for use, n in fit.estimates(config).items()),
+        *(("memory", f"{bytes_text(n)} for {use}, {fit.here(n)}") for use, n in fit.estimates(config).items()),
     ]
 
 
@@ -84,7 +84,7 @@ def preview(found: Removal, adapters: Iterable[str]) -> list[str]:
     """What a deletion takes away."""
     standing = ", ".join(adapters)
     lines = [f"{found.what}: frees {bytes_text(found.frees)}"]
-    lines += [f"  commit {commit[:12]}" for commit in found.commits]
+    lines += [f"  commit {folder.name[:12]} of {repo_of(folder)}" for folder in found.snapshots]
     lines += [f"  {path}" for path in (*found.folders, *found.files)]
     lines += [f"  the link {path}; what it points to stays" for path in found.links]
     return lines + ([f"  adapters that stand on it: {standing}"] if standing else [])

@@ -125,6 +125,8 @@ class Download:
                     process.stdin.close()
             with suppress(OSError):  # what stays is no harm: `models clean` takes it
                 cache.tidy(self.request.repo)
+            if self.state != DONE:
+                self.done = min(self.done, cache.finished_bytes(self.request.repo))
             if self.active:
                 self.state, self.detail = FAILED, f"the download's process ended ({code}); try again: {KEPT}"
                 self._put({"kind": "failed", "error": self.detail})

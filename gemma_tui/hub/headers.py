@@ -11,8 +11,7 @@ from pathlib import Path
 from engines.checkpoints import MAX_HEADER_BYTES, StoredTensor, header_length, tensors_of, text_tensors
 from engines.gemma3 import Gemma3Config
 from engines.quantization import check_parameters
-from gemma_tui import VERSION
-from gemma_tui.hub.refusals import explained
+from gemma_tui.hub.refusals import AGENT, explained
 from gemma_tui.hub.remote import Remote, RemoteFile, check_access, gguf_files, look, remote_config, wanted
 
 
@@ -72,7 +71,7 @@ def _header(remote: Remote, file: RemoteFile) -> bytes:
     from huggingface_hub.utils import build_hf_headers
 
     headers = {"Range": f"bytes=0-{MAX_HEADER_BYTES + 7}", "Accept-Encoding": "identity"}
-    asked = build_hf_headers(library_name="gemma-tui", library_version=VERSION, headers=headers)
+    asked = build_hf_headers(**AGENT, headers=headers)
     url = hf_hub_url(remote.repo, file.path, revision=remote.commit)
     came, end = bytearray(), 8
     with get_session().stream("GET", url, headers=asked, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT) as response:

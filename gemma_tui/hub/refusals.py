@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gemma_tui import VERSION
 from gemma_tui.errors import GemmaTuiError
@@ -17,6 +17,10 @@ AWAITS, NOT_ASKED = "is awaiting a review", "not in the authorized list"
 """Of the hub's own words for a gated model: a request was made, or none."""
 
 
+AGENT: dict[str, Any] = {"library_name": "gemma-tui", "library_version": VERSION}
+"""What the hub is told of who asks."""
+
+
 class AccessError(GemmaTuiError):
     """The hub does not let this user have a repository."""
 
@@ -25,7 +29,7 @@ def client() -> HfApi:
     """The hub's client; endpoint and token are the library's own."""
     from huggingface_hub import HfApi
 
-    return HfApi(library_name="gemma-tui", library_version=VERSION)
+    return HfApi(**AGENT)
 
 
 def endpoint() -> str:

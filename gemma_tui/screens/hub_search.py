@@ -34,13 +34,15 @@ class FoundTable(DataTable[Text]):
 
     BINDINGS = [
         Binding("enter", "select_cursor", "Details", id="hub.details"),
+        Binding("f", "screen.fit", "Fit", id="hub.fit",
+                tooltip="What a model would need here, to be read with and to be trained, on each engine"),
         Binding("d", "screen.download", "Download", id="hub.download"),
         Binding("slash", "screen.words", "Search", id="hub.words", key_display="/"),
-    ]
+    ]  # fmt: skip
 
 
 class HubSearch(ModalScreen[None]):
-    """Gemma-3 models on the hub. Nothing of a model is fetched before d is pressed, but for its config on enter."""
+    """Gemma-3 models on the hub. Of a model nothing is fetched before d is pressed, but its config and headers."""
 
     DEFAULT_CSS = """
     HubSearch { align: center middle; }
@@ -102,6 +104,13 @@ class HubSearch(ModalScreen[None]):
         """Search again."""
         self.query_one(Input).focus()
 
+    def action_fit(self) -> None:
+        """What the model under the cursor would need here; of its weights nothing comes but headers."""
+        from gemma_tui.screens.model_figures import fit_screen
+
+        if (item := self._chosen()) is not None:
+            self.app.push_screen(fit_screen(item.repo))
+
     def action_download(self) -> None:
         """Queue the model under the cursor."""
         item = self._chosen()
@@ -129,7 +138,8 @@ class HubSearch(ModalScreen[None]):
         from gemma_tui.hub.descriptions import found_cells
         from gemma_tui.hub.remote import search
 
-        importlib.import_module("gemma_tui.hub.downloads")  # before a key asks for it on the event loop
+        for name in ("gemma_tui.hub.downloads", "gemma_tui.studies.fitting"):
+            importlib.import_module(name)  # before a key asks for it on the event loop
         try:
             found = search(words)
         except EngineError as error:

@@ -16,7 +16,8 @@ from engines.training import LoRASettings, Rank1Settings, TrainingSettings
 from gemma_tui.errors import UsageError
 from gemma_tui.figure import Figure, Table
 from gemma_tui.hub.fit import band
-from gemma_tui.hub.models import resolve
+from gemma_tui.hub.headers import look_inside
+from gemma_tui.hub.models import is_only_remote, resolve
 from gemma_tui.output import bytes_text
 from gemma_tui.studies.estimate import estimate, inference_bytes
 
@@ -56,7 +57,7 @@ class Need:
 
 
 def config_named(name: str) -> Gemma3Config:
-    """The config that a name means: an official size, a ``config.json``, or a model that is here.
+    """The config that a name means: an official size, a ``config.json``, or a model that is here or on the hub.
 
     Raises:
         EngineError: it is none of these, or the file is broken.
@@ -66,10 +67,20 @@ def config_named(name: str) -> Gemma3Config:
     path = Path(name).expanduser()
     if path.name == "config.json" and path.is_file():
         return read_config(path.parent)
+    if is_only_remote(name):
+        return _remote_config(name)
     try:
         return resolve(name).config()
     except EngineError as error:
         raise UsageError(f"{error}; known by name are {', '.join(OFFICIAL)}") from None
+
+
+def _remote_config(name: str) -> Gemma3Config:
+    repo, _, revision = name.partition("@")
+    inside = look_inside(repo, revision or "main")
+    if inside.config is None:
+        raise UsageError(f"{repo} has GGUF, whose shape is known once it is here: name an official size")
+    return inside.config
 
 
 def devices() -> list[DeviceInfo]:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import socket
+import struct
 import threading
 import time
 from collections.abc import Iterator
@@ -59,6 +61,7 @@ class Faults:
         slow: seconds between two pieces of a body.
         piece: bytes of a piece.
         cut: how many bodies are cut in the middle.
+        reset: whether a line that is cut is reset, so that what is on its way is lost.
         stall: how many bodies of whole files say no more from the middle on, while the line stays.
         elsewhere: the address of another server that has the files.
         flip: names of files that come with another byte than they should.
@@ -73,6 +76,7 @@ class Faults:
     slow: float = 0.0
     piece: int = 1 << 16
     cut: int = 0
+    reset: bool = False
     stall: int = 0
     elsewhere: str = ""
     flip: set[str] = field(default_factory=set)
@@ -309,6 +313,8 @@ def _body(hub: StandInHub, it: Any, path: str, data: bytes, headers: dict[str, s
         if (cut or stall) and start >= len(data) // 2:
             if stall:
                 hub.closing.wait(STALL_SECONDS)
+            if faults.reset:
+                it.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             it.close_connection = True
             it.connection.close()
             return

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import shlex
 import shutil
 import signal
@@ -83,6 +84,7 @@ def test_a_cancel_takes_less_than_a_second_and_leaves_no_part(hub: StandInHub) -
     assert "retry" not in [event["kind"] for event in ended(item)]
     assert item.state == CANCELLED
     assert "begins again" in item.detail
+    assert item.done == cache.finished_bytes(TINY) < item.total
     assert not partial_files(TINY)
     hub.faults.slow = 0
     again = begun()
@@ -189,6 +191,24 @@ def test_search_lists_gemma_3_with_what_one_must_know(hub: StandInHub, command: 
     mlx = found["mlx-community/gemma-3-1b-4bit"]
     assert (mlx["format"], mlx["dtype"], mlx["bytes"]) == ("MLX", "quantised", 502_000_000)
     assert [found[name]["format"] for name in ("someone/tuned", "quants/gemma-3-1b-gguf")] == ["weights", "GGUF"]
+
+
+def test_a_search_on_a_narrow_terminal_leaves_out_its_last_columns(
+    hub: StandInHub, spoken: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "mlx-community/gemma-3-27b-it-4bit-of-a-long-name"
+    info = {"tags": ["gemma3", "license:gemma"], "downloads": 1_999_999}
+    hub.repos = {name: Repo({}, info={**info, "safetensors": {"parameters": {"BF16": 999_999_999}, "total": 1}})}
+    whole = spoken("models", "search")[1].splitlines()
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    narrow = spoken("models", "search")[1].splitlines()
+    assert [len(whole), len(narrow)] == [2, 2]
+    assert ("downloads" in whole[0], "2M" in whole[1], "downloads" in narrow[0]) == (True, True, False)
+    assert name in narrow[1]
+    assert " 1B " in narrow[1]
+    assert max(map(len, re.sub(r"\x1b\[\d*m", "", "\n".join(narrow)).splitlines())) <= 80
+    assert "nothing of Gemma-3" in spoken("models", "search", "no-such-words")[1]
 
 
 def test_what_a_search_brings_is_foreign(

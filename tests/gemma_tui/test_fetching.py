@@ -219,12 +219,18 @@ def cut(hub: StandInHub) -> None:
     hub.faults.cut, hub.faults.piece = 2, 4096
 
 
+def reset(hub: StandInHub) -> None:
+    cut(hub)
+    hub.faults.reset = True
+
+
 def statuses(part: str, *given: int) -> Callable[[StandInHub], None]:
     return lambda hub: hub.faults.statuses.update({part: list(given)})
 
 
 PASSING = {
     "a dropped line": cut,
+    "a line that is reset": reset,
     "500 at the first question": statuses("/revision/main", 500, 503),
     "429 at the tree": statuses("/tree/", 429),
     "500 at a header": statuses("/model.safetensors", 500),

@@ -134,6 +134,12 @@ import contextlib, io, json, os, resource, sys
 from pathlib import Path
 from gemma_tui.cli import main
 
+def peak():
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux counts in ru_maxrss what the process was before it began this program
+        return 1024 * int(status.read_text().split("VmHWM:")[1].split()[0])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
 wrong = ("os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen", "pickle.find_class", "socket.connect")
 seen = []
 sys.addaudithook(lambda event, given: seen.append(event) if event.startswith(wrong) else None)
@@ -144,8 +150,7 @@ for command in json.load(sys.stdin):
             code = main(command)
         except SystemExit as left:
             code = left.code
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    print(json.dumps({"code": code, "out": out.getvalue(), "err": err.getvalue(), "peak": peak, "seen": seen}))
+    print(json.dumps({"code": code, "out": out.getvalue(), "err": err.getvalue(), "peak": peak(), "seen": seen}))
 """
 
 

@@ -148,6 +148,18 @@ def test_info_of_a_model_on_the_hub_tells_what_it_would_need(hub: StandInHub, co
     assert not cache.repo_folder(TINY).exists()
 
 
+def test_fit_and_tree_of_a_model_on_the_hub_come_before_it(hub: StandInHub, command: Commands) -> None:
+    code, rows, _ = command("models", "fit", TINY)
+    needs = [row for row in rows if row["kind"] == "need"]
+    assert (code, {row["engine"] for row in needs}) == (0, {"torch", "mlx"})
+    assert {row["use"] for row in needs} >= {"inference", "lora", "relora", "rank1", "full"}
+    assert command("models", "tree", TINY)[0] == 0
+    assert not cache.repo_folder(TINY).exists()
+    hub.repos["org/quants"] = Repo({"tiny-Q8_0.gguf": b"GGUF"})
+    code, _, said = command("models", "fit", "org/quants")
+    assert (code, "has GGUF" in said) == (2, True)
+
+
 def test_info_of_gguf_on_the_hub_lists_its_files(hub: StandInHub, command: Commands) -> None:
     names = ("tiny-Q8_0.gguf", "tiny-Q4_K_M.gguf", "mmproj-tiny.gguf")
     hub.repos["org/quants"] = Repo({name: b"GGUF" * len(name) for name in names})

@@ -49,6 +49,10 @@ async def test_a_model_is_found_looked_at_and_fetched(opened: Open, hub: StandIn
         await it.press("enter")
         await it.until(lambda: it.sees("to fetch", "memory"), "the details")
         assert it.sees("stored as F32")
+        await it.press("f")
+        await it.until(lambda: it.sees("what org/gemma-3-tiny needs here", "relora"), "the needs")
+        await it.press("escape")
+        await it.until(lambda: isinstance(it.app.screen, HubSearch), "the search")
         assert not cache.repo_folder(TINY).exists()
         await it.press("c")
         await it.until(lambda: isinstance(it.app.screen, Reading), "the command")
@@ -184,7 +188,7 @@ async def test_leaving_asks_and_leaves_no_part(opened: Open, hub: StandInHub) ->
         await it.until(lambda: partial_files(TINY), "the first bytes")
         await it.press("q")
         await it.until(lambda: isinstance(it.app.screen, Question), "the question")
-        await it.until(lambda: it.sees(f"{TINY} is being fetched, 1 more wait."), "how many")
+        await it.until(lambda: it.sees(f"{TINY} is being fetched, 1 more in the queue."), "how many")
         await it.press("s")
         downloads = it.app.downloads
         assert downloads is not None
@@ -242,7 +246,7 @@ async def test_a_model_is_removed_after_a_look(opened: Open, cached: str, size: 
         await on_the_model(it)
         await it.press("delete")
         await it.until(lambda: isinstance(it.app.screen, Question), "the question")
-        await it.until(lambda: it.sees(f"{TINY}: frees", "commit aaaaaaaaaaaa"), "what goes")
+        await it.until(lambda: it.sees(f"{TINY}: frees", f"commit aaaaaaaaaaaa of {TINY}"), "what goes")
         await it.press("escape")
         assert cache.repo_folder(TINY).exists()
         await on_the_model(it)
@@ -279,7 +283,7 @@ async def test_what_the_hub_says_is_foreign(opened: Open, hub: StandInHub) -> No
         hub.repos[f"org/gemma-3-{number}"] = Repo({"config.json": config, "model.safetensors": b""}, info=info)
     async with opened((120, 40), model="") as it:
         await searched(it)
-        assert f"gemma-3-{len(TEXTS) - 1}" in nothing_foreign(it)
+        await it.until(lambda: f"gemma-3-{len(TEXTS) - 1}" in nothing_foreign(it), "the table")
         for _ in TEXTS:
             await it.press("enter")
             await it.until(lambda: "model_type" in it.static("#about"), "the refusal")
