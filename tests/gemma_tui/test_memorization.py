@@ -274,7 +274,9 @@ def test_new_weights_have_no_reference_of_their_own(
     fresh = plan(data=data, method="full", fresh=True, steps=1, evaluate_every=0)
     found = measured(torch_engine, replace(measured_plan, model=trained(torch_engine, fresh, store)), store)
     assert found.facts["reference"] is None
-    assert "uniform code" in memorization_figure(found).notes[0]
+    notes = memorization_figure(found).notes
+    assert "uniform code" in notes[0]
+    assert notes[1].startswith("warning: without a reference bits are against log2 V a token"), "also where it is read"
 
 
 def test_what_cannot_be_measured_is_refused_before_a_run_is_made(
@@ -290,7 +292,11 @@ def test_what_cannot_be_measured_is_refused_before_a_run_is_made(
         ({"data": str(empty)}, GemmaTuiError, "holds no text: name a file with some$"),
         ({"data": str(prompts), "max_tokens": 8}, GemmaTuiError, "whose supervised part"),
         ({"held_out": str(empty)}, GemmaTuiError, "holds no text"),
-        ({"held_out": str(Path(measured_plan.data) / "train.jsonl")}, GemmaTuiError, "no text but what the training set has"),
+        (
+            {"held_out": str(Path(measured_plan.data) / "train.jsonl")},
+            GemmaTuiError,
+            "no text but what the training set has",
+        ),
         ({"reference": "other"}, UsageError, "another vocabulary"),
         ({"reference": "tiny"}, UsageError, "against itself"),
         ({"reference": "nobody"}, GemmaTuiError, "no model 'nobody'"),
