@@ -11,7 +11,7 @@ from rich.cells import cell_len, set_cell_size
 
 from gemma_tui.figure import Figure, LineChart, Table
 from gemma_tui.heat import heatmap_text
-from gemma_tui.plots import draw, legend
+from gemma_tui.plots import draw, legend, number_text
 from gemma_tui.text import one_line
 
 HEIGHT = 16
@@ -43,11 +43,11 @@ def is_number(value: Any) -> bool:
 
 
 def cell_text(value: Any) -> str:
-    """A cell: whole numbers in full, others with four digits, nothing for None and NaN; text on one line."""
+    """A cell: whole numbers in full, others with four digits as ``number_text``, nothing for None and NaN; text."""
     if value is None or (is_number(value) and value != value):
         return ""
     if is_number(value):
-        return str(value) if isinstance(value, int | np.integer) else f"{float(value):.4g}"
+        return str(value) if isinstance(value, int | np.integer) else number_text(float(value))
     return one_line(str(value))
 
 

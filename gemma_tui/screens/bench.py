@@ -154,7 +154,8 @@ class BenchScreen(FollowingScreen):
         elif job is not None:
             line = "did not start" if job.future.done() else f"starting {job.label}…"
         elif run is not None:
-            line = " · ".join(part for part in (in_words(run), place, run.error) if part)
+            words = in_words(run, self.bench.session.job_of(run.run_id))
+            line = " · ".join(part for part in (words, place, run.error) if part)
         else:
             line = f"no benchmark of {self._model} yet: n plans one, which takes a minute or more"
         self.query_one("#looked", Static).update(one_line(line, 200), layout=False)

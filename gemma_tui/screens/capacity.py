@@ -20,6 +20,7 @@ from gemma_tui.studies.memorization.plan import MemorizationPlan
 from gemma_tui.studies.memorization.planting import CanaryPlan, plant_files
 from gemma_tui.studies.memorization.where import WherePlan
 from gemma_tui.text import one_line
+from gemma_tui.widgets.dialogs import Reading
 from gemma_tui.widgets.figure_view import FigureView
 from gemma_tui.widgets.run_table import RunTable
 
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 JOBS = ("sweep", "measure", "where")
 """The kinds of the jobs that compute the runs."""
 
-NOTHING = "no run yet: n plans a sweep, m measures what a model has memorised"
+NOTHING = "enter opens a run, n plans a sweep, m measures what a model has memorised"
 
 
 class CapacityScreen(FollowingScreen):
@@ -55,6 +56,8 @@ class CapacityScreen(FollowingScreen):
         Binding("u", "resume", "Resume", id="capacity.resume", show=False,
                 tooltip="Go on with the run under the cursor, or the one that is shown"),
         Binding("v", "turn", "Part", id="capacity.part", tooltip="The next chart or table"),
+        Binding("i", "notes", "Notes", id="capacity.notes", show=False,
+                tooltip="All notes: how it was measured, against what, and warnings"),
         Binding("y", "log_axis", "Log", id="capacity.log", show=False, tooltip="Logarithmic or linear x axis"),
         Binding("o", "export", "Export", id="capacity.export", show=False, tooltip="Write the figure to a file"),
     ]  # fmt: skip
@@ -68,7 +71,7 @@ class CapacityScreen(FollowingScreen):
         """The runs, one line on the one that is shown, its figure, and the plans, which are hidden at first."""
         yield RunTable("studies")
         yield Static(NOTHING, id="looked", markup=False)
-        yield FigureView(id="figure", grabs=False)
+        yield FigureView(id="figure", grabs=False, notes_key="i")
         yield CapacityPlans()
 
     def on_mount(self) -> None:
@@ -95,7 +98,7 @@ class CapacityScreen(FollowingScreen):
             return kind == "sweep"
         if action in ("start", "close"):
             return bool(kind)
-        return not (kind and action in ("pause", "stop", "turn", "add", "resume", "log_axis", "export"))
+        return not (kind and action in ("pause", "stop", "turn", "add", "resume", "log_axis", "notes", "export"))
 
     def action_plan(self, kind: str) -> None:
         """Open a form, or close it."""
@@ -157,6 +160,13 @@ class CapacityScreen(FollowingScreen):
 
         self.bench.attempt(lambda: self._follow(go_on()))
 
+    def action_notes(self) -> None:
+        """All that is said of the figure, to scroll."""
+        if (figure := self._figure.figure).notes and self.run_shown is not None:
+            self.app.push_screen(Reading(f"{self.run_shown.run_id}: notes", "\n\n".join(figure.notes)))
+        else:
+            self.bench.tell("nothing is shown yet", "warning")
+
     def action_log_axis(self) -> None:
         """Draw charts against a logarithmic x axis, or a linear one."""
         self._figure.switch_axis()
@@ -211,5 +221,6 @@ class CapacityScreen(FollowingScreen):
         elif run is None:
             line = NOTHING
         else:
-            line = " · ".join(part for part in (in_words(run), self._figure.place, run.error) if part)
+            words = in_words(run, self.bench.session.job_of(run.run_id))
+            line = " · ".join(part for part in (words, self._figure.place, run.error) if part)
         self.query_one("#looked", Static).update(one_line(line, 200), layout=False)

@@ -91,6 +91,7 @@ class CapacityPlans(Vertical):
         form = self.form(MORE)
         for name, value in (("add", run.run_id), ("sizes", ""), ("seeds", run.plan.get("seeds"))):
             form.set(name, value)
+        form.move_cursor(row=list(form.options).index("sizes"))
 
     def turn_preset(self) -> None:
         """Fill the sweep's form with the next preset, or with its defaults."""

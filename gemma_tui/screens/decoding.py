@@ -195,7 +195,8 @@ class DecodingScreen(FollowingScreen):
         elif job is not None:
             line = "did not start" if job.future.done() else f"starting {job.label}…"
         elif run is not None:
-            line = " · ".join(part for part in (in_words(run), place, run.error) if part)
+            words = in_words(run, self.bench.session.job_of(run.run_id))
+            line = " · ".join(part for part in (words, place, run.error) if part)
         elif self._times or self._timing is not None:
             line = " · ".join(part for part in ("roofline of the loaded model", place) if part)
         else:

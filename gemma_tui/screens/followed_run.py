@@ -7,12 +7,14 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from engines.errors import EngineError
 from gemma_tui.errors import UsageError
 from gemma_tui.figure import Figure
+from gemma_tui.output import duration
 from gemma_tui.runs.store import Row, Run, RunStore
 from gemma_tui.runs.tail import Tail
 from gemma_tui.studies.bench.measuring import STUDY as BENCH
@@ -29,6 +31,9 @@ from gemma_tui.studies.memorization.meter import STUDY as MEASUREMENT
 from gemma_tui.studies.memorization.results import memorization_figure, read_measured
 from gemma_tui.studies.memorization.where import STUDY as WHERE
 from gemma_tui.studies.memorization.where import Search, parts_in, prepare, where_plan
+
+if TYPE_CHECKING:
+    from gemma_tui.session import Job
 
 COUNTED = {SWEEP: "cells", MEASUREMENT: "sequences", WHERE: "parts", CURVE: "rows", BENCH: "cells"}
 """What the steps of a run are, by its study."""
@@ -123,9 +128,16 @@ class FollowedRun:
             self.figure = sweep_figure(sweep)
 
 
-def in_words(run: Run) -> str:
-    """A run and how far it is, for a person."""
-    return f"{run.run_id} · {run.state} · {run.step:,}/{run.steps:,} {COUNTED[run.study]}"
+def in_words(run: Run, job: Job | None) -> str:
+    """A run and how far it is, for a person: what its job is at, or its state.
+
+    Args:
+        job: its own, if it is of this app.
+    """
+    left = job.seconds_left if job is not None and job.share < 1 else None
+    at = (job.passing if job is not None else "") or ("" if left is None else f"{duration(left)} left")
+    state = at if at and run.state == "running" else run.state
+    return f"{run.run_id} · {state} · {run.step:,}/{run.steps:,} {COUNTED[run.study]}"
 
 
 def check_idle(run: Run, engine: str = "") -> None:

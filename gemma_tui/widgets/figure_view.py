@@ -35,6 +35,7 @@ class FigureView(Vertical):
 
     Args:
         grabs: whether the part that is seen takes the keys by itself, also from widgets beside.
+        notes_key: of the screen, which shows all notes where there is no room for them.
     """
 
     DEFAULT_CSS = """
@@ -44,9 +45,10 @@ class FigureView(Vertical):
     FigureView DataTable { width: 1fr; }
     """
 
-    def __init__(self, id: str | None = None, grabs: bool = True) -> None:
+    def __init__(self, id: str | None = None, grabs: bool = True, notes_key: str = "") -> None:
         super().__init__(id=id)
         self.grabs = grabs
+        self.notes_key = notes_key
         self.figure = Figure("")
         self.part = 0
         self._pairs: PairGrid | None = None
@@ -79,7 +81,8 @@ class FigureView(Vertical):
         self.figure, self._pairs = figure, pairs
         self.part = self.part % self.count if same and self.count else 0
         self._other_axis = self._other_axis and same
-        notes = "\n".join(one_line(note, 240) for note in figure.notes)
+        hint = f"{self.notes_key}: all {len(figure.notes)} notes · " if self.notes_key and figure.notes else ""
+        notes = hint + "\n".join(one_line(note, 240) for note in figure.notes)
         if notes != self._notes:  # an update lays out the whole screen
             self._notes = notes
             self.query_one("#notes", Static).update(notes)

@@ -274,7 +274,9 @@ def test_new_weights_have_no_reference_of_their_own(
     fresh = plan(data=data, method="full", fresh=True, steps=1, evaluate_every=0)
     found = measured(torch_engine, replace(measured_plan, model=trained(torch_engine, fresh, store)), store)
     assert found.facts["reference"] is None
-    assert "uniform code" in memorization_figure(found).notes[0]
+    notes = memorization_figure(found).notes
+    assert "uniform code" in notes[0]
+    assert notes[1].startswith("warning: without a reference bits are against log2 V a token"), "also where it is read"
 
 
 def test_what_cannot_be_measured_is_refused_before_a_run_is_made(

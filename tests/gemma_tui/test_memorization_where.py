@@ -235,6 +235,8 @@ def test_the_command_tells_the_cost_prints_and_writes(
     assert (start["parts"], start["passes"], start["sequences"]) == (4, 5, {"train": 2, "held_out": 2})
     assert len([row for row in rows if row["kind"] == "part"]) == 4
     assert rows[-1] == {"kind": "end", "status": "done", "run": "where-1"}
+    notes = next(row for row in rows if row["kind"] == "figure")["notes"]
+    assert any(note.startswith("warning: the measurement has no reference") for note in notes)
     code, rows, _ = command(*words, "--csv", str(tmp_path / "parts.csv"), "--svg", str(tmp_path / "parts.svg"))
     assert (code, [row["path"] for row in rows if row["kind"] == "written"]) == (
         0, [str(tmp_path / "parts.svg"), str(tmp_path / "parts.csv")],

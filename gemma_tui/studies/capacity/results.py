@@ -174,7 +174,8 @@ def _data_lines(sweep: Sweep, models: dict[str, list[Cell]]) -> list[Series]:
         summaries = [summary(n, found) for n, found in known]
         x = [data_bits(s.sequences, plan.length, plan.vocab) for s in summaries]
         lines.append(Series(model, x, [s.bits for s in summaries]))
-        if (best := plateau_of(sweep, cells)) is not None and len(rows) > 1:
+        best, done = plateau_of(sweep, cells), {cell.sequences for cell in cells if cell.name in sweep.cells}
+        if best is not None and len(done) > 1:
             ends = [data_bits(n, plan.length, plan.vocab) for n in (rows[0], rows[-1])]
             lines.append(Series(f"{model} plateau", ends, [best.bits, best.bits]))
         if any(s.half for s in summaries):

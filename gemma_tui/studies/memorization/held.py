@@ -17,7 +17,7 @@ from gemma_tui.runs.store import Run, RunStore
 from gemma_tui.studies.attention.heads import grid
 from gemma_tui.studies.memorization.bits import sequence_bits, totals
 from gemma_tui.studies.memorization.parts import BRANCHES, INTACT, Part
-from gemma_tui.studies.memorization.where import Chosen, Search, kept_parts, prepare, where_plan
+from gemma_tui.studies.memorization.where import Chosen, Search, kept_parts, prepare, warnings, where_plan
 
 COLUMNS = ("part", "what", "signed_change", "clipped_change", "loss_change", "held_out_loss_change", "ratio")
 TITLES = {
@@ -138,6 +138,7 @@ def _notes(search: Search, intact: np.ndarray) -> list[str]:
         loss = _loss(intact[trained:], tokens[trained:])
         notes.append(f"{held} held-out sequences, {loss:.4f} nats per token; ratio: loss change over theirs")
         notes.append("a part without a ratio costs held-out text nothing")
+    notes += [f"warning: {text}" for text in warnings(search)]
     return [*notes, "parts work together: what is lost without each does not add up to what is held"]
 
 

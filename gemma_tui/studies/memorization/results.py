@@ -58,6 +58,7 @@ class Measured:
 
     Attributes:
         facts: what its start told.
+        warnings: what a person should know before believing the numbers.
         summaries: of the target, or of each checkpoint; the last one is shown in full.
         sequences: as they were scored.
         rows: of ``sequences.jsonl``: each sequence under the last target.
@@ -76,6 +77,7 @@ class Measured:
     further: dict[str, dict[str, Any]] = field(default_factory=dict)
     extracted: list[dict[str, Any]] = field(default_factory=list)
     curves: dict[str, np.ndarray] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
 
     @property
     def models(self) -> list[str]:
@@ -120,6 +122,7 @@ def read_measured(store: RunStore, run: Run) -> Measured:
         further,
         _read_rows(run.folder / EXTRACTED_FILE) if EXTRACTION in further else [],
         curves,
+        list(dict.fromkeys(str(event.values["text"]) for event in events if event.kind == "warning")),
     )
 
 
@@ -140,7 +143,8 @@ def memorization_figure(measured: Measured) -> Figure:
         for measure, words in MEASURES.items()
         if last[TRAIN].get(measure) is not None
     ]
-    notes = [_against(facts), "bits are of whole sequences; their sum is a lower bound of what is held of the set"]
+    notes = [_against(facts), *(f"warning: {text}" for text in measured.warnings)]
+    notes += ["bits are of whole sequences; their sum is a lower bound of what is held of the set"]
     if "gap" in last:
         notes.append(f"generalisation gap: {last['gap']:.4f} nats per token (held-out loss less training loss)")
     charts, moved = _history(measured.summaries, notes) if facts["checkpoints"] else ([], [])

@@ -24,6 +24,7 @@ from gemma_tui.studies.memorization import where as parts
 from gemma_tui.studies.memorization.held import where_figure
 from gemma_tui.studies.memorization.results import memorization_figure, read_measured
 from gemma_tui.widgets.chart import Chart
+from gemma_tui.widgets.dialogs import Reading
 from gemma_tui.widgets.figure_view import FigureView
 from gemma_tui.widgets.plan_form import PlanForm
 
@@ -173,9 +174,8 @@ async def test_x_stops_u_goes_on_and_a_adds_cells(
         await it.until(lambda: "training" in cells(it).values(), "the first bits")
         await it.press("a")
         await it.until(lambda: form(it, "more").is_on_screen, "the form")
-        await typed(it, "enter", run)
-        await it.press("down")
         await typed(it, "enter", "12")
+        assert form(it, "more").values == {"add": run, "sizes": "12", "seeds": 1}
         await it.press("s")
         await told(it, f"{run} is running: x stops it")
         await it.press("escape")
@@ -367,6 +367,11 @@ async def test_memorization_is_measured_and_the_model_comes_back(
             await it.press("v")
         await it.until(lambda: it.sees("loss, nats per token"), "the table")
         assert not _layout_faults(it)
+        assert it.sees(f"i: all {len(expected.notes)} notes · against")
+        await it.press("i")
+        assert isinstance(it.app.screen, Reading)
+        assert it.app.screen.text.split("\n\n") == list(expected.notes)
+        await it.press("escape")
         after = it.app.session.place
         assert (after.model, after.info) == (tiny, before), "it is loaded again"
         assert screen(it).command() == store.run("memorization-1").command
@@ -472,7 +477,7 @@ async def test_a_study_of_parts_grows_is_stopped_and_goes_on(
         await measured(it, tiny, corpus)
         await it.press("w", "s")
         gate.let(3)
-        await it.until(lambda: "where-1 · running · 3/5 parts" in it.static("#looked"), "three parts")
+        await it.until(lambda: "3/5 parts" in it.static("#looked"), "three parts")
         await it.until(lambda: view(it).count and len(view(it).figure.tables[0].rows) == 2, "two of them in the table")
         assert [(job.kind, job.detail) for job in it.app.session.jobs] == [("where", "3/5 parts")]
         await it.press("q")

@@ -104,7 +104,7 @@ async def test_a_curve_is_stopped_and_gone_on_with(opened: Open, tiny: str, corp
         form = screen(it)._form(CURVE)
         assert form.values["model"] == tiny
         await it.press("u")
-        await it.until(lambda: f"{name} · running" in it.static("#looked"), "that it goes on")
+        await it.until(lambda: screen(it).run_shown.state == "running", "that it goes on")
         await it.press("x")
         await it.until(lambda: f"{name} · stopped" in it.static("#looked"), "the stop")
 
