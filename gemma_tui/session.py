@@ -507,11 +507,13 @@ class Session:
                 total = max(1, recorded.run.steps)
                 try:
                     for event in recorded.events:
-                        if event.kind == "load":
-                            place.model = event.values["model"]
+                        if event.kind == "load":  # which it tells before it does it
+                            place.model, place.info = event.values["model"], None
+                        else:
+                            place.info = engine.model()
                         job.share, job.passing = event.step / total, passing(event)
                         job.detail = f"{event.step:,}/{total:,} {unit}"
-                        place.info, place.memory = engine.model(), engine.memory()
+                        place.memory = engine.memory()
                 finally:
                     if engine.model() is held:
                         place.model = name
