@@ -374,11 +374,13 @@ class Session:
             with _registered(engine, job, begin) as recorded, _kept(engine, place):
                 total = max(1, recorded.run.steps)
                 for event in recorded.events:
-                    if event.kind == "load":
-                        place.model = event.values["model"]
+                    if event.kind == "load":  # which it tells before it does it
+                        place.model, place.info = event.values["model"], None
+                    else:
+                        place.info = engine.model()
                     job.share, job.passing = event.step / total, passing(event)
                     job.detail = f"{event.step:,}/{total:,} {unit}"
-                    place.info, place.memory = engine.model(), engine.memory()
+                    place.memory = engine.memory()
 
         return self._start(Job(kind, label, self.engine), work)
 
@@ -459,7 +461,7 @@ def _kept(engine: Engine, place: Place) -> Iterator[None]:
         yield
     finally:
         if engine.model() is held:
-            place.model = name
+            place.model, place.info = name, held
         else:
             place.model, place.info = "", None
             place.settle(engine, name, anew=True)

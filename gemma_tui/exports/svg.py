@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Callable, Iterator, Sequence
+from textwrap import wrap
 from typing import BinaryIO
 
 import numpy as np
@@ -73,8 +74,10 @@ def stacked(parts: Sequence[Drawn]) -> Drawn:
 
 
 def heading(figure: Figure) -> Drawn:
-    """Title and notes."""
-    lines = [figure.title, *figure.notes]
+    """Title and notes, these no wider than a chart where words allow it."""
+    letters = int((WIDTH - 8) / LETTER)
+    wrapped = (wrap(note, letters, break_long_words=False, break_on_hyphens=False) for note in figure.notes)
+    lines = [figure.title, *(line for note in wrapped for line in note)]
     elements = [label(4, LINE * (i + 1), line, "" if i else "t") for i, line in enumerate(lines)]
     return elements, max(WIDTH, *(extent(line) + 8 for line in lines)), LINE * (len(lines) + 1)
 

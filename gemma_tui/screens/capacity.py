@@ -152,10 +152,10 @@ class CapacityScreen(FollowingScreen):
         def go_on() -> Job:
             if (run := self._chosen()) is None:
                 raise UsageError("choose a run first")
-            check_idle(run, session.engine)
             if run.state == "done":
                 more = ": a adds cells to it" if run.study == SWEEP else ""
                 raise UsageError(f"{run.run_id} is done{more}")
+            check_idle(run, session.engine)
             return session.resume(run.study, run.run_id)
 
         self.bench.attempt(lambda: self._follow(go_on()))

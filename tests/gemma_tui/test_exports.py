@@ -133,6 +133,13 @@ def test_a_picture_is_as_wide_as_its_longest_line(tmp_path: Path) -> None:
     assert float(root.get("width", "0")) > 300 * 6
     shown = [str(t.text) for t in root.iter(f"{SVG}text")]
     assert any("grey: not there" in text for text in shown)
+    notes = [" ".join(f"word{i}" for i in range(60)), "y" * 130]
+    export(figure(notes=notes), tmp_path / "f.svg")
+    root = ElementTree.parse(tmp_path / "f.svg").getroot()
+    assert float(root.get("width", "0")) == pytest.approx(130 * 6.6 + 8, abs=1), "as its longest word"
+    lines = [str(t.text) for t in root.iter(f"{SVG}text")][1:6]
+    assert " ".join(lines[:4]) == notes[0], "notes are broken between words"
+    assert lines[4] == notes[1]
     export(figure(heats=[Heat("whole", ["a"], ["b"], np.ones((1, 1)))]), tmp_path / "f.svg")
     assert "grey" not in (tmp_path / "f.svg").read_text("utf-8")
 
