@@ -74,7 +74,7 @@ class DecodingScreen(FollowingScreen):
 
     def on_mount(self) -> None:
         """The form that was asked for is open, or else the newest curve is shown."""
-        self._form(CURVE).values["model"] = self.bench.session.place.model or "nano"
+        self._form(CURVE).set("model", self.bench.session.place.model or "nano")
         self._open(self.kind)
         self.call_after_refresh(self._show_newest)
 

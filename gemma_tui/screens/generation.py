@@ -358,8 +358,9 @@ class GenerationScreen(Workbench):
         side = self.texts.sides[0]
         tokens = side.generation.prompt_tokens
         said = one_line(side.plan.prompt.replace("\n", "⏎"), 400)
+        model = f"{one_line(self.texts.model, 30)}, " if self.texts.model else ""
         facts = f", {'chat, ' * side.plan.chat}{tokens:,} tokens: " if tokens else ": "
-        line = Text.assemble((f"prompt{facts}", "dim"), (said, "bold"))
+        line = Text.assemble((f"{model}prompt{facts}", "dim"), (said, "bold"))
         self.query_one("#prompt", Static).update(line, layout=False)
 
     def _tell_plan(self) -> None:

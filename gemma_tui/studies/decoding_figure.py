@@ -46,7 +46,7 @@ def decoding_figure(texts: SideBySide) -> Figure:
         LineChart(title, [line_of(measure, name, r, r.steps) for name, r in replays.items()], X_LABELS[measure])
         for measure, title in MEASURES.items()
     ]
-    notes = [f"prompt: {texts.sides[0].plan.prompt}"]
+    notes = [f"{texts.model} on {texts.engine}, prompt: {texts.sides[0].plan.prompt}"]
     if len(texts.sides) > 1:
         found = agreement(*(side.generation.tokens for side in texts.sides))
         first = "" if found.first is None else f"; the first other one is token {found.first}"
@@ -82,7 +82,7 @@ def _row(cell: Cell | None, label: Callable[[int], str]) -> tuple[Any, ...]:
 
 
 def _facts(texts: SideBySide) -> dict[str, Any]:
-    return {
+    return {"model": texts.model, "engine": texts.engine} | {
         NAMES[side.plan.decoder]: {
             "tokens": list(side.generation.tokens), "text": side.generation.text, "block": side.plan.block,
             "gamma": side.plan.gamma, "order": side.plan.order, "prompt_tokens": side.generation.prompt_tokens,

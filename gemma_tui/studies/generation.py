@@ -131,8 +131,8 @@ def mask_of(model: Model, given: int | None, block: int) -> tuple[int, list[str]
     if trained is None:
         base = set_blocks_of(replace(model, adapter=None))
         why = (
-            f"{model.name} was not trained with a mask token, so it guesses at masked places and the text will be "
-            "poor; `gemma-tui train --method sbd` teaches it"
+            f"{model.name} was last trained without a mask token, so its blocks are guesses and poor; "
+            "`gemma-tui train --method sbd` teaches it"
         )
         mask = MASK if base is None else base.mask_token
         return mask if given is None else given, [why]

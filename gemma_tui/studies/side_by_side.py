@@ -33,10 +33,13 @@ class SideBySide:
 
     Attributes:
         tokenizer: the model's, once it is read.
+        model, engine: that write them, once they have begun.
     """
 
     sides: tuple[Side, ...] = ()
     tokenizer: Tokenizer | None = None
+    model: str = ""
+    engine: str = ""
 
     def label(self, token: int) -> str:
         """A token as it stands in the vocabulary; not cleaned."""
@@ -65,6 +68,7 @@ def write_sides(engine: Engine, model: Model, texts: SideBySide) -> Iterator[tup
         EngineError: a text cannot be written.
     """
     assert texts.tokenizer is not None
+    texts.model, texts.engine = model.name, engine.name
     plans = []
     for side in texts.sides:
         plan, side.generation.warnings = settled(side.plan, model)

@@ -238,7 +238,7 @@ def test_the_command_tells_the_points_and_the_paper_and_writes_files(
     kinds = [row["kind"] for row in rows]
     assert [row["way"] for row in rows if row["kind"] == "point"] == ["ar", "sbd-16-0.1"]
     assert kinds.count("paper") == 12
-    assert "not trained with a mask token" in next(row["text"] for row in rows if row["kind"] == "warning")
+    assert "last trained without a mask token" in next(row["text"] for row in rows if row["kind"] == "warning")
     assert (tmp_path / "curve.html").stat().st_size > 1000
     run = rows[-1]["run"]
     shown = command("runs", "show", run)[1]

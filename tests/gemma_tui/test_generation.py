@@ -248,7 +248,7 @@ def test_a_model_that_knows_no_mask_is_warned_of(tmp_path: Path) -> None:
     plan, model = GenerationPlan("a", decoder="sbd"), Model("mine", tmp_path, "folder")
     ready, warnings = settled(plan, model)
     assert ready.mask_token == MASK
-    assert "not trained with a mask token" in warnings[0]
+    assert "last trained without a mask token" in warnings[0]
 
 
 @pytest.mark.parametrize("told", ["", "[]", "{}", '{"mask_token": "4", "max_block": 16}', "[" * 100_000])

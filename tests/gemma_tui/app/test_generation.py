@@ -115,8 +115,8 @@ async def test_both_texts_are_the_ones_that_each_decoder_writes_alone(
         first = None if all(equal) else equal.index(False)
         assert (f"first difference at token {first} (≠)" in it.static("#clock")) is (first is not None)
         assert (drawn(it, AR).count("≠"), drawn(it, SBD).count("≠")) == ((1, 1) if first is not None else (0, 0))
-        assert "was not trained with a mask token" in it.static("#warning")
-        assert f"prompt, {len(prompt)} tokens: The fox" in it.static("#prompt")
+        assert "was last trained without a mask token" in it.static("#warning")
+        assert f"{tiny}, prompt, {len(prompt)} tokens: The fox" in it.static("#prompt")
         assert not _layout_faults(it)
 
 
@@ -277,6 +277,8 @@ async def test_the_texts_are_exported(opened: Open, tiny: str, tmp_path: Path) -
         tokens = {side.plan.decoder: side.generation.tokens for side in screen(it).texts.sides}
         assert str(tokens[SBD])[1:-1] in json.dumps(facts)
         assert str(tokens[AR])[1:-1] in json.dumps(facts)
+        assert (facts["facts"]["model"], facts["facts"]["engine"]) == (tiny, "torch")
+        assert facts["notes"][0].startswith(f"{tiny} on torch, prompt: ")
 
 
 async def test_without_a_model_the_way_to_one_is_told(opened: Open) -> None:
