@@ -63,7 +63,7 @@ class BenchScreen(FollowingScreen):
 
     def on_mount(self) -> None:
         """The newest benchmark of the model is shown, if there is one."""
-        self._form.values["model"] = self._model
+        self._form.set("model", self._model)
         self._open(planning=False)
         self.call_after_refresh(self._show_newest)
 

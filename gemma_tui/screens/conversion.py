@@ -43,7 +43,7 @@ class ConversionScreen(Workbench):
 
     def on_mount(self) -> None:
         """What runs already is shown."""
-        self._form.values["model"] = self._model
+        self._form.set("model", self._model)
         self._form.focus()
         self._job = next((job for job in self.bench.session.jobs if job.kind == "convert"), None)
         self.set_interval(WATCH_SECONDS, self._tell)

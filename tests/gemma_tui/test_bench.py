@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import psutil
 import pytest
 
 from engines.gemma3 import Quantization
@@ -13,6 +16,7 @@ from engines.official import official_config
 from gemma_tui import paths
 from gemma_tui.cli import USAGE
 from gemma_tui.errors import UsageError
+from gemma_tui.runs.processes import environment
 from gemma_tui.runs.store import RunStore
 from gemma_tui.studies.bench import measuring
 from gemma_tui.studies.bench.cell import INFERENCE, TRAINING, Cell, measure
@@ -126,6 +130,21 @@ def test_what_was_stopped_goes_on_with_the_cells_that_are_left(tiny: str, store:
     assert (code, [row for row in rows if row["kind"] == "cell"]) == (0, [])
 
 
+def test_a_cell_ends_when_what_started_it_is_gone() -> None:
+    cell = "from gemma_tui.studies.bench.cell import end_with_parent; end_with_parent(); print(flush=True)"
+    child = f"import time; {cell}; time.sleep(600)"
+    middle = (
+        "import subprocess, sys; "
+        f"p = subprocess.Popen([sys.executable, '-c', {child!r}], stdout=subprocess.PIPE); "
+        "p.stdout.readline(); print(p.pid, flush=True); p.wait()"
+    )
+    with subprocess.Popen([sys.executable, "-c", middle], stdout=subprocess.PIPE, env=environment()) as parent:
+        assert parent.stdout is not None
+        process = psutil.Process(int(parent.stdout.readline()))
+        parent.kill()
+    process.wait(30)
+
+
 @pytest.mark.parametrize("task", [INFERENCE, TRAINING])
 @pytest.mark.parametrize("engine", ["torch", "mlx"])
 def test_both_engines_are_measured(tiny: str, engine: str, task: str) -> None:
@@ -145,7 +164,7 @@ def test_the_cells_are_every_combination() -> None:
 
 def test_packed_weights_are_measured_on_mlx_alone() -> None:
     plan, config = BenchPlan(model="m"), replace(official_config("gemma-3-1b"), quantization=Quantization(4, 64))
-    for engines in ("", "mlx"):
+    for engines in (None, "mlx"):
         assert {cell.engine for cell in cells_of(replace(plan, engines=engines), "folder", config)} == {"mlx"}
     for engines in ("torch", "torch,mlx"):
         with pytest.raises(UsageError, match="mlx alone"):

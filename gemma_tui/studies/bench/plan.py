@@ -21,7 +21,7 @@ class BenchPlan:
     """Both engines side by side on this machine: which one, and which batch, is the fastest."""
 
     model: str = option("", "name, folder, run or hub id", required=True, group="What")
-    engines: str = option("", "engines, with commas between; empty for all that are here", group="What")
+    engines: str | None = option(None, "engines, with commas between", open_means="all that are here", group="What")
     dtypes: str = option("float32,bfloat16", "dtypes of the weights, with commas between", group="What")
     batches: str = option("1,4", "rows side by side, with commas between", group="What")
     repeats: int = option(5, "times that each is measured, after once that is not", low=1, high=1000, group="What")
@@ -83,7 +83,7 @@ def _check_context(plan: BenchPlan, context: int) -> None:
 
 def _engines(plan: BenchPlan, packed: bool) -> tuple[str, ...]:
     here = available_engines()
-    engines = _words("engines", plan.engines, ENGINES)
+    engines = _words("engines", plan.engines or "", ENGINES)
     missing = [name for name in engines if name not in here]
     if missing:
         raise UsageError(f"engines: {missing[0]} is not installed here: `gemma-tui doctor` says how to add it")

@@ -40,7 +40,7 @@ async def started(it: Opened, screen: BenchScreen, **values: Any) -> str:
     """Start a benchmark from its form; returns its name once it is shown."""
     await it.press("n")
     form = screen.query_one(PlanForm)
-    await it.until(lambda: form.row_count, "the form")
+    await it.until(lambda: it.sees(f"model {form.values['model']}", "engines (all that are here)"), "the form")
     for name, value in {**SMALL, **values}.items():
         form.set(name, value)
     await it.press("s")

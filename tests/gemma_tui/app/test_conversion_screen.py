@@ -28,7 +28,7 @@ async def entered(it: Opened, model: str, **values: Any) -> PlanForm[Any]:
     await it.press("n")
     await it.until(lambda: isinstance(it.app.screen, ConversionScreen) and it.app.screen.is_current, "the screen")
     form = it.app.screen.query_one(PlanForm)
-    await it.until(lambda: form.row_count, "the form")
+    await it.until(lambda: it.sees(f"model {model}"), "the form")
     for name, value in values.items():
         form.set(name, value)
     return form
@@ -76,7 +76,7 @@ async def test_a_stop_leaves_nothing(opened: Open, tiny: str, monkeypatch: pytes
         await it.press("x")
         go_on.set()
         await it.until(lambda: "no model was made" in it.static("#looked"), "the end")
-        assert "nothing is left" in it.told()
+        await it.until(lambda: "nothing is left" in it.told(), "the message")
         assert [path.name for path in paths.models().iterdir()] == [tiny]
 
 
