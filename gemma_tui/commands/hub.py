@@ -59,10 +59,12 @@ def search(args: argparse.Namespace, output: Output) -> int:
 
 def download(args: argparse.Namespace, output: Output) -> int:
     """Fetch models into the Hugging Face cache, one after another."""
+    from huggingface_hub import is_offline_mode
+
     requests = [Request(repo, args.revision, tuple(args.include)) for repo in args.repos]
     for request in requests:
         check_names(request.repo, request.revision)
-    if args.detach:
+    if args.detach and not is_offline_mode():  # what is here is told at once
         return _detach(requests, output)
     failed: list[str] = []
     for request in requests:

@@ -56,13 +56,20 @@ def remote_tensors(remote: Remote, files: Iterable[RemoteFile], config: Gemma3Co
         GemmaTuiError: a header cannot be had.
     """
     tensors: dict[str, StoredTensor] = {}
-    for file in files:
-        if file.path.endswith(".safetensors"):
-            with explained(remote.repo, gated=remote.gated):
-                header = _header(remote, file)
-            tensors |= tensors_of(_where(remote, file), header, file.size)
+    for file in _weights(files):
+        with explained(remote.repo, gated=remote.gated):
+            header = _header(remote, file)
+        tensors |= tensors_of(_where(remote, file), header, file.size)
     check_parameters(remote.repo, text_tensors(tensors), config)
     return tensors
+
+
+def _weights(files: Iterable[RemoteFile]) -> list[RemoteFile]:
+    """What a model's folder is read from: its one file, or the shards that an index names, of which all are taken."""
+    by_name = {file.path: file for file in files}
+    if "model.safetensors" in by_name and "model.safetensors.index.json" not in by_name:
+        return [by_name["model.safetensors"]]
+    return [file for name, file in by_name.items() if name.endswith(".safetensors")]
 
 
 def _header(remote: Remote, file: RemoteFile) -> bytes:

@@ -571,6 +571,13 @@ def test_weights_that_no_engine_may_map_are_refused_by_their_headers(hub: StandI
     nothing_is_left()
 
 
+def test_another_form_of_the_model_beside_it_is_no_part_of_it(hub: StandInHub) -> None:
+    arrays = reference.load(hub.repos[TINY].files["model.safetensors"])
+    wide = {name: array.astype(np.float64) for name, array in arrays.items()}
+    hub.repos[TINY].files["wide.safetensors"] = reference.save(wide)
+    assert look_inside(TINY).dtypes == {"F32": sum(array.size for array in arrays.values())}
+
+
 def test_a_header_of_a_server_that_knows_no_ranges_comes_alone(hub: StandInHub) -> None:
     # Behind the header are megabytes, each piece of which takes a second.
     resave(hub.repos[TINY], lambda arrays: arrays.update(more=np.zeros(MEGABYTES, np.float32)))

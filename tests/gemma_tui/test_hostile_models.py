@@ -130,15 +130,9 @@ TOKENIZERS: dict[str, Callable[[Path], object]] = {
 }
 
 WORKER = """
-import contextlib, io, json, os, resource, sys
-from pathlib import Path
+import contextlib, io, json, sys
+from engines.memory import process_peak
 from gemma_tui.cli import main
-
-def peak():
-    status = Path("/proc/self/status")
-    if status.exists():  # Linux counts in ru_maxrss what the process was before it began this program
-        return 1024 * int(status.read_text().split("VmHWM:")[1].split()[0])
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 wrong = ("os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen", "pickle.find_class", "socket.connect")
 seen = []
@@ -150,7 +144,8 @@ for command in json.load(sys.stdin):
             code = main(command)
         except SystemExit as left:
             code = left.code
-    print(json.dumps({"code": code, "out": out.getvalue(), "err": err.getvalue(), "peak": peak(), "seen": seen}))
+    said = {"out": out.getvalue(), "err": err.getvalue()}
+    print(json.dumps({**said, "code": code, "peak": process_peak(), "seen": seen}))
 """
 
 
