@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import settings
 
 from engines import ENGINES, available_engines, open_engine
 from engines.base import Engine
@@ -19,6 +20,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Read when the hub's client is imported, which may be before a test's own environment is set.
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+# How long an example takes says more about the machine than about the code.
+settings.register_profile("any machine", deadline=None)
+settings.load_profile("any machine")
 
 TinyFolder = Callable[..., Path]
 """``tiny_folder(config, seed=0, dtype="float32")``: a model folder with random weights."""

@@ -125,7 +125,7 @@ def mutable(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("mutated") / "model.safetensors"
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(data=st.data())
 def test_a_mutated_file_is_refused_or_read_as_the_reference_reads_it(mutable: Path, data: st.DataObject) -> None:
     whole = bytearray(
@@ -146,7 +146,7 @@ def test_a_mutated_file_is_refused_or_read_as_the_reference_reads_it(mutable: Pa
     same_arrays(found, reference.load_file(mutable))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(tail=st.binary(max_size=300))
 def test_noise_is_refused(mutable: Path, tail: bytes) -> None:
     mutable.write_bytes(raw_file(b"{" + tail))

@@ -417,7 +417,7 @@ def test_hostile_architecture(tiny: Path, key: str, value: object) -> None:
         gguf_gemma3.gemma3_config(file)
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_mutated_bytes_are_imported_or_refused(tiny: Path, tmp_path: Path, data: st.DataObject) -> None:
     whole = bytearray(tiny.read_bytes())
@@ -436,7 +436,7 @@ def test_mutated_bytes_are_imported_or_refused(tiny: Path, tmp_path: Path, data:
     assert not refused or "mutated.gguf" in refused
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(tail=st.binary(max_size=200))
 def test_random_bytes_are_refused(tmp_path: Path, tail: bytes) -> None:
     path = tmp_path / "noise.gguf"

@@ -56,7 +56,7 @@ def plain(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
     return found / found.sum()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     logits=distinct_logits,
     temperature=st.floats(0.2, 5),
@@ -71,7 +71,7 @@ def test_probabilities_are_those_of_the_definition(
     np.testing.assert_allclose(shares(logits, sampling), plain(logits, sampling), atol=1.01 / DRAWS)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(logits=any_logits, top_k=st.integers(1, 30))
 def test_among_ties_exactly_top_k_tokens_are_kept_and_none_better_is_left(logits: np.ndarray, top_k: int) -> None:
     kept = shares(logits * np.float32(1e-3), Sampling(temperature=1.0, top_k=top_k)) > 0
@@ -79,7 +79,7 @@ def test_among_ties_exactly_top_k_tokens_are_kept_and_none_better_is_left(logits
     assert logits[kept].min() >= logits[~kept].max(initial=-np.inf)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(logits=arrays(np.float32, st.integers(1, 12), elements=st.integers(-1, 1)), top_p=st.floats(0, 1))
 def test_among_ties_the_nucleus_is_the_smallest_that_reaches_top_p(logits: np.ndarray, top_p: float) -> None:
     probabilities = np.exp(logits.astype(np.float64))
@@ -152,7 +152,7 @@ def test_frequencies_follow_the_probabilities() -> None:
     assert ((np.bincount(drawn, minlength=10) - expected) ** 2 / expected).sum() < 27.9
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(logits=distinct_logits, min_p=st.integers(1, 49).map(lambda step: step / 49.3), temperature=st.floats(0.5, 3))
 def test_the_least_probable_are_left_out_as_transformers_does(
     logits: np.ndarray, min_p: float, temperature: float
@@ -166,7 +166,7 @@ def test_the_least_probable_are_left_out_as_transformers_does(
     np.testing.assert_allclose(found, expected, atol=1.01 / DRAWS)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(logits=distinct_logits, seen=st.sets(st.integers(0, 29)), penalty=st.floats(0.5, 3))
 def test_what_was_seen_is_penalised_as_transformers_does(logits: np.ndarray, seen: set[int], penalty: float) -> None:
     import torch

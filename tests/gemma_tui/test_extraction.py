@@ -35,7 +35,7 @@ def padded(rows: list[list[int]], width: int) -> np.ndarray:
     return np.array([row + [-1] * (width - len(row)) for row in rows])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.tuples(st.lists(st.integers(0, 3), min_size=7, max_size=7), IDS), min_size=1, max_size=4))
 def test_edit_distances_are_levenshteins(pairs: list[tuple[list[int], list[int]]]) -> None:
     found = extraction.edit_distances(np.array([a for a, _ in pairs]), padded([b for _, b in pairs], 9))

@@ -164,7 +164,7 @@ def pairs_auc(members: np.ndarray, others: np.ndarray) -> float:
     return float(np.mean([(m > o) + (m == o) / 2 for m in members for o in others]))
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.integers(0, 6), min_size=1, max_size=15), st.lists(st.integers(0, 6), min_size=1, max_size=15))
 def test_auc_counts_pairs_and_is_the_area_under_the_curve(mine: list[int], theirs: list[int]) -> None:
     members, others = np.array(mine, float), np.array(theirs, float)

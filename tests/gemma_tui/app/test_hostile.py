@@ -307,7 +307,7 @@ class Vocabulary:
         return self.text
 
 
-@settings(max_examples=2, deadline=None, suppress_health_check=list(HealthCheck), phases=[Phase.generate])
+@settings(max_examples=2, suppress_health_check=list(HealthCheck), phases=[Phase.generate])
 @given(texts=st.lists(FOREIGN, min_size=10, max_size=10))
 async def test_any_text(texts: list[str], opened: Open) -> None:
     """Each text goes through messages, windows, the form and the written text, many of them through one app."""
