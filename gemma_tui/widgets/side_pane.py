@@ -82,8 +82,8 @@ class SidePane(Vertical):
             return f"{name}: {'comes next' if running else 'not written'}"
         end = "writing" if side.state == WRITING and running else told.ended or "ended"
         return (
-            f"{name}: {len(told.tokens):,} tokens, {len(told.passes):,} passes, {told.tokens_per_pass:.2f} a pass, "
-            f"{told.tokens_per_second:.1f} tokens/s, {one_line(end)}"
+            f"{name}: {len(told.tokens):,} tokens in {len(told.passes):,} passes ({told.tokens_per_pass:.2f} each), "
+            f"{told.tokens_per_second:.1f}/s, {one_line(end)}"
         )
 
     def _under(self, other: SidePane | None) -> str:

@@ -106,8 +106,8 @@ async def test_both_texts_are_the_ones_that_each_decoder_writes_alone(
             shown = drawn(it, decoder)
             assert all(visible(tokenizer.token(cell.token)) in shown for cell in alone)
             told = numbers(it, decoder)
-            assert f"10 tokens, {len(passes)} passes, {10 / len(passes):.2f} a pass" in told
-            assert " tokens/s" in told
+            assert f"10 tokens in {len(passes)} passes ({10 / len(passes):.2f} each)" in told
+            assert "/s, " in told
         assert len(sides[SBD].generation.passes) < len(sides[AR].generation.passes) == 10
         one, other = (sides[decoder].generation.tokens for decoder in (AR, SBD))
         equal = [a == b for a, b in zip(one, other, strict=True)]
