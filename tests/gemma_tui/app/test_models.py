@@ -38,7 +38,8 @@ def broken(tiny: str) -> str:
 async def test_the_list_has_every_model_with_its_facts(opened: Open, tiny: str, size: Size) -> None:
     async with opened(size) as it:
         await choose(it, tiny)
-        assert it.sees("model", "params", "nano", "built-in", "gemma-3-270m", tiny, "data folder", "fits")
+        facts = ("model", "params", "nano", "built-in", "gemma-3-270m", tiny, "data folder", "fits")
+        await it.until(lambda: it.sees(*facts), "the list")
         await it.until(lambda: it.sees("heads 2 query heads share 1 of 16", "window 8 of 256 tokens"), "the facts")
 
 
