@@ -116,6 +116,8 @@ class Session:
         self.engine = default_engine() if engine == "auto" else engine
         self._places: dict[str, Place] = {}
         self._ended: list[Job] = []
+        self.newest: Job | None = None
+        """What was started last, whether or not it still runs."""
 
     @property
     def place(self) -> Place:
@@ -429,7 +431,7 @@ class Session:
             before.control.stop.set()  # another one was chosen meanwhile
         elif before is not None:
             raise UnsupportedError(f"{job.engine} is busy with {before.label}: stop it first, or switch the engine")
-        place.job = job
+        place.job = self.newest = job
 
         def run(engine: Engine) -> None:
             place.device = engine.device()

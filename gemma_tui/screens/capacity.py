@@ -79,9 +79,10 @@ class CapacityScreen(FollowingScreen):
         self.query_one(RunTable).focus()
 
     def on_screen_resume(self) -> None:
-        """Show at once what began elsewhere."""
-        for job in self.bench.session.jobs:
-            if job.kind in JOBS and job is not self._job:
+        """Show at once what began elsewhere, even if it has ended meanwhile."""
+        session = self.bench.session
+        for job in (*session.jobs, session.newest):
+            if job is not None and job.kind in JOBS and job is not self._job:
                 self._follow(job)
         self._look()
 

@@ -23,6 +23,7 @@ from gemma_tui.studies.memorization import desk
 from gemma_tui.studies.memorization import where as parts
 from gemma_tui.studies.memorization.held import where_figure
 from gemma_tui.studies.memorization.results import memorization_figure, read_measured
+from gemma_tui.studies.memorization.subjects import Subject
 from gemma_tui.widgets.chart import Chart
 from gemma_tui.widgets.dialogs import Reading
 from gemma_tui.widgets.figure_view import FigureView
@@ -249,6 +250,14 @@ async def test_quitting_asks_saves_and_the_sweep_goes_on(opened: Open, store: Ru
         await ended(it, run)
 
 
+async def test_a_run_that_ended_before_the_screen_was_there_is_shown(opened: Open, store: RunStore) -> None:
+    async with opened() as it:
+        it.app.session.sweep(CapacityPlan(**SMALL))
+        await it.until(lambda: not it.app.session.jobs, "its end")
+        await it.mode("3", "capacity")
+        await ended(it, "capacity-1")
+
+
 async def test_the_forms_presets_and_their_command(opened: Open, store: RunStore, size: Size) -> None:
     async with opened(size) as it:
         await it.mode("3", "capacity")
@@ -405,6 +414,32 @@ async def test_a_measurement_that_was_stopped_goes_on(
         await it.press("u")
         await ended(it, "memorization-1")
         await it.until(lambda: view(it).count > 0, "the figure")
+
+
+async def test_a_model_is_told_with_its_size_once_it_is_there(
+    opened: Open, tiny: str, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load, held, go_on = Subject.load, threading.Event(), threading.Event()
+
+    def slow(*arguments: Any) -> None:
+        held.set()
+        assert go_on.wait(30)
+        load(*arguments)
+
+    monkeypatch.setattr(Subject, "load", slow)
+    async with opened(model=tiny) as it:
+        await it.loaded(tiny)
+        await it.mode("3", "capacity")
+        await it.press("m")
+        for name, value in (("model", "nano"), ("data", str(corpus)), ("rows", 3), ("max_tokens", 8)):
+            form(it, "measure").set(name, value)
+        await it.press("s")
+        await it.until(held.is_set, "the loading")
+        place = it.app.session.place
+        assert (place.model, place.info) == ("nano", None), "not the size of the one before"
+        go_on.set()
+        await it.until(lambda: "memorization-1" in listed(it), "the run")
+        await ended(it, "memorization-1")
 
 
 async def measured(it: Opened, model: str, data: Path) -> None:
