@@ -122,8 +122,9 @@ class PlanPane(Vertical):
         self.app.call_from_thread(self._told, (plan, engine, device), text)
 
     def _told(self, asked: tuple[TrainingPlan, str, DeviceInfo | None], text: str) -> None:
-        if self.is_attached and asked == self._asked:
-            self.query_one("#need", Static).update(f"memory: {one_line(text, 300)}", layout=False)
+        if asked == self._asked:
+            for need in self.query("#need").results(Static):  # none is left while the app ends
+                need.update(f"memory: {one_line(text, 300)}", layout=False)
 
 
 def _sample_data() -> str:
