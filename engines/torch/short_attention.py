@@ -1,4 +1,4 @@
-"""Causal attention of many short sequences at once, whose weights fit the cache: what small networks are trained with.
+"""Causal attention of many short sequences at once on a CPU, whose cache holds the weights: for small networks.
 
 Fused attention takes one sequence and head after the other; with heads of a few dimensions its tiles are nearly empty.
 """
@@ -25,12 +25,14 @@ WEIGHTS_BYTES = 2 << 20
 
 
 def short_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Causal softmax attention, as ``engines.torch.attention.attention`` has it.
+    """Causal softmax attention, as ``engines.torch.attention.attention`` has it, which is taken where it is faster.
 
     Args:
         q, k, v: float32 ``[batch, heads, length, head_dim]``.
     """
-    if q.shape[3] >= WIDE or not _is_safe(q.detach(), k.detach(), scale):
+    *_, length, head_dim = q.shape
+    fits = head_dim < WIDE and 4 * length**2 <= WEIGHTS_BYTES
+    if q.device.type != "cpu" or not fits or not _is_safe(q.detach(), k.detach(), scale):
         return attention(q, k, v, scale, CAUSAL)
     turned = (x.transpose(2, 3).flatten(0, 1).contiguous() for x in (q, k, v))
     out: Any = _ShortAttention.apply(*turned, scale / math.log(2))  # 2 ** x is made faster than e ** x
