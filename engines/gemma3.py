@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 import math
-import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from engines.errors import CheckpointError
+from engines.foreign_json import read_file
 
 MAX_CONFIG_BYTES = 1 << 20
 LOCAL = "sliding_attention"
@@ -208,19 +208,14 @@ def read_config_dict(folder: Path, where: str = "") -> dict[str, Any]:
     path = folder / "config.json"
     where = where or str(path)
     try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for without an end
-            raise CheckpointError(f"{where} is no regular file: fetch the model again")
-        if status.st_size > MAX_CONFIG_BYTES:
-            raise CheckpointError(f"{where} is larger than 1 MiB, so it is no model config: take another folder")
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = json.loads(read_file(path, MAX_CONFIG_BYTES))
     except FileNotFoundError:
         raise CheckpointError(f"{where} is missing: name a folder that holds a Gemma-3 model") from None
     except OSError as error:
         raise CheckpointError(f"{where} cannot be read ({error.strerror}): check the path") from None
     except (ValueError, RecursionError) as error:
         reason = str(error).split("\n", 1)[0][:80]
-        raise CheckpointError(f"{where} is not valid JSON ({reason}): fetch it again, or take another model") from None
+        raise CheckpointError(f"{where} is no model config ({reason}): fetch it again, or take another model") from None
     if not isinstance(raw, dict):
         raise CheckpointError(f"{where} is no JSON object: fetch it again, or take another model")
     return raw

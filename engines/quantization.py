@@ -132,10 +132,9 @@ def iterate_quantized(folder: Path, config: Gemma3Config) -> Iterator[tuple[str,
         return
     stored = text_tensors(model_tensors(folder))
     plain = check_parameters(folder, stored, config)
-    whole = iterate_model(folder, plain)
     for name in config.parameter_shapes():
         if name in plain:
-            yield next(whole)
+            yield name, read_array(stored[name])
         else:
             module = name.removesuffix(".weight")
             weight, scales, biases = (read_array(stored[f"{module}.{part}"], _kinds(part)) for part in PARTS)

@@ -230,9 +230,6 @@ class Session:
 
     def _course(self, study: str, begin: Begin) -> Job:
         """Let a run take its course."""
-        busy = next((job for job in self.jobs if not job.future.done()), None)
-        if study == "bench" and busy:
-            raise UnsupportedError(f"{busy.label} runs, which would slow what is measured: stop it first")
         courses = {"training": self._train, "heads": self._study, "capacity": self._sweep}
         return courses[study](begin) if study in courses else self._measure(begin, *MEASURED[study])
 
@@ -423,6 +420,11 @@ class Session:
         return self._places[engine]
 
     def _start(self, job: Job, work: Callable[[Engine, Job], None]) -> Job:
+        for other in self.jobs:
+            if "bench" in (job.kind, other.kind) and not other.future.done():
+                raise UnsupportedError(
+                    f"{other.label} runs, and a benchmark wants the machine to itself: stop it first"
+                )
         place = self._at(job.engine)
         before = place.job
         if before is not None and before.future.done():

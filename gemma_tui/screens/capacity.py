@@ -64,8 +64,8 @@ class CapacityScreen(FollowingScreen):
 
     def __init__(self) -> None:
         super().__init__()
-        self._job: Job | None = None
-        """What was followed last."""
+        self._known: list[Job] = []
+        """What was followed, so that it is not taken for something new."""
 
     def body(self) -> Iterable[Widget]:
         """The runs, one line on the one that is shown, its figure, and the plans, which are hidden at first."""
@@ -82,7 +82,7 @@ class CapacityScreen(FollowingScreen):
         """Show at once what began elsewhere, even if it has ended meanwhile."""
         session = self.bench.session
         for job in (*session.jobs, session.newest):
-            if job is not None and job.kind in JOBS and job is not self._job:
+            if job is not None and job.kind in JOBS and all(job is not known for known in self._known):
                 self._follow(job)
         self._look()
 
@@ -199,7 +199,8 @@ class CapacityScreen(FollowingScreen):
 
     def _follow(self, job: Job) -> None:
         """Show the run of a job once it is there."""
-        self._job = self._awaited = job
+        self._known.append(job)
+        self._awaited = job
         self._open("")
 
     def _open(self, kind: str) -> None:

@@ -105,6 +105,10 @@ class ModelFigure(Workbench):
             said = str(error)
             self._call(lambda: self.say(said))
             return
+        except Exception as error:
+            said = one_line(f"{type(error).__name__}: {error}")
+            self._call(lambda: self.say(said))
+            raise
         self._call(lambda: self.show(figure))
 
     def _call(self, what: Callable[[], None]) -> None:

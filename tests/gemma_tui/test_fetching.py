@@ -498,8 +498,8 @@ REFUSED = {
     "a file of code": (config(model_file="x.py"), "model_file"),
     "another architecture": (config(model_type="llama"), "'llama' is not Gemma-3"),
     "a path for a type": (config(model_type="../../x"), "is not Gemma-3"),
-    "nested lists": (config_text(b"[" * 100_000), "not valid JSON"),
-    "5,000 digits": (config_text(b'{"model_type": ' + b"9" * 5000 + b"}"), "not valid JSON"),
+    "nested lists": (config_text(b"[" * 100_000), "is no model config"),
+    "5,000 digits": (config_text(b'{"model_type": ' + b"9" * 5000 + b"}"), "is no model config"),
     "a list": (config_text(b"[]"), "no JSON object"),
     "a large config": (config_text(b" " * (1 << 20) + b"{}"), "over the limit"),
     "pickles alone": (only_pickles, "pytorch_model.bin, which could run code"),
@@ -549,7 +549,7 @@ WEIGHTS = {
     ),
     "a header without an end": (
         lambda repo: repo.files.update({"model.safetensors": struct.pack("<Q", MEGABYTES) + b"{" * MEGABYTES}),
-        "not valid JSON",
+        "is no model config",
     ),
     "a header over the limit": (
         lambda repo: repo.files.update({"model.safetensors": struct.pack("<Q", 26 << 20) + b"{" * (27 << 20)}),
