@@ -79,7 +79,7 @@ def test_the_papers_count_explains_its_reliability_table(length: int, percent: f
 def test_the_plateau_is_the_largest_mean_with_its_interval() -> None:
     found = plateau([10, 10, 20, 20, 40, 40], [5.0, 7.0, 9.0, 11.0, 8.0, 8.0])
     assert (found.sequences, found.bits) == (20, 10.0)
-    assert found.half == pytest.approx(1.96 * math.sqrt(2) / math.sqrt(2))
+    assert found.half == pytest.approx(12.706 * math.sqrt(2) / math.sqrt(2)), "Student's t with one degree"
     assert summary(3, [4.0]).half is None
 
 

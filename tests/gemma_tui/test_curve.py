@@ -117,7 +117,7 @@ def test_a_lost_answer_is_told_with_its_interval() -> None:
     curve = Curve(CurvePlan(block="4", gamma="0"), {}, [0, 1, 2, 3], per_row, {"ar": 4.0, "sbd-4-0": 2.0})
     ar, sbd = curve.points()
     assert [ar.lost, ar.half, sbd.exact, sbd.lost] == [0, 0, 0.5, 0.25]
-    assert sbd.half == pytest.approx(1.96 * np.std([0, 1, 0, 0], ddof=1) / 2)
+    assert sbd.half == pytest.approx(3.182 * np.std([0, 1, 0, 0], ddof=1) / 2)
     assert [sbd.same, sbd.tokens_per_second, sbd.speed_up, sbd.log_likelihood] == [0.75, 8.0, 2.0, -0.25]
 
 
