@@ -182,6 +182,7 @@ def test_a_sweep_tells_what_every_cell_holds(engine: Engine, store: RunStore) ->
     assert found.cells["1x8 N=4 seed 0"]["held_out_loss"] > math.log(16)
     assert store.run(recorded.run.run_id).step == 6
     figure = sweep_figure(found)
+    assert any("the largest of several means" in note for note in figure.notes)
     model, every = figure.tables
     assert model.rows[0][2] == 30 or model.rows[0][2] == 8
     assert [row[1] for row in every.rows] == ["done"] * 6
