@@ -15,6 +15,7 @@ from samples import TEXTS
 from engines.base import Engine, Sampling
 from engines.blocks import BlockDecoding
 from gemma_tui.errors import GemmaTuiError, UsageError
+from gemma_tui.exports.data import figure_json
 from gemma_tui.figure_text import cell_text, table_lines
 from gemma_tui.rows import ChatRow, Message, PromptRow, TextRow
 from gemma_tui.runs.store import Run, RunStore
@@ -122,6 +123,8 @@ def test_a_lost_answer_is_told_with_its_interval() -> None:
     assert sbd.half == pytest.approx(3.182 * np.std([0, 1, 0, 0], ddof=1) / 2)
     assert (every.lost, every.half) == (0, half_width(np.zeros(4)))
     assert [sbd.same, sbd.tokens_per_second, sbd.speed_up, sbd.log_likelihood] == [0.75, 8.0, 2.0, -0.25]
+    rows = figure_json(curve_figure(curve))["tables"][0]["rows"]
+    assert [row[-1] for row in rows] == [None, 0, "inf"], "JSON has no infinity, and next-token decoding no gamma"
 
 
 def test_rows_that_are_all_alike_are_no_certainty() -> None:

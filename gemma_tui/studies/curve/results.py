@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -185,7 +186,7 @@ def _cells(point: Point) -> tuple[Any, ...]:
         way.key, _percent(point), None if point.lost is None else 100 * point.lost,
         None if point.half is None else 100 * point.half, point.log_likelihood, point.agreement, point.fewer_passes,
         point.speed_up, point.tokens_per_second, point.tokens_per_pass, point.tokens, point.passes, point.same,
-        way.block, way.gamma,
+        way.block, "inf" if way.gamma == math.inf else way.gamma,
     )  # fmt: skip
 
 
