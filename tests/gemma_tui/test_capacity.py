@@ -236,6 +236,34 @@ def test_a_cell_tells_how_long_it_still_takes(
     assert states == [("1x8 N=8 seed 0", "stopped", None), ("1x8 N=30 seed 0", "stopped", None)]
 
 
+def test_seconds_are_those_of_work_alone_before_a_break_and_after(
+    torch_engine: Engine, store: RunStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, evaluated, control = [0.0], sweeping.evaluate, Control()
+
+    def slow(*arguments: Any) -> Any:
+        clock[0] += 12
+        return evaluated(*arguments)
+
+    monkeypatch.setattr(sweeping, "evaluate", slow)
+    monkeypatch.setattr(sweeping, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    recorded = record_capacity(torch_engine, replace(TINY, sizes="30"), control, store)
+    left = []
+    for event in recorded.events:
+        if event.kind == sweeping.TRACE:
+            (cell,) = event.values["cells"].values()
+            left.append(cell[-1])
+            (control.pause if len(left) == 1 else control.stop).set()
+        elif event.kind == "pause":
+            clock[0] += 1000
+            control.pause.clear()
+    assert left == [36.0, 24.0], "12 s for six of 24 steps, with and without a pause"
+    clock[0] += 1000
+    done(resume_capacity(torch_engine, store.run(recorded.run.run_id), Control(), store))
+    (found,) = read_sweep(store, recorded.run).cells.values()
+    assert found["seconds"] == 5 * 12, "an evaluation of each six steps, and of the strings held out"
+
+
 def stopped_and_resumed(engine: Engine, plan: CapacityPlan, store: RunStore, after: int) -> Sweep:
     control = Control()
     recorded = record_capacity(engine, plan, control, store)
