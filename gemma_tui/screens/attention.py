@@ -138,9 +138,10 @@ class AttentionScreen(Workbench):
         self.set_interval(SECONDS, self._follow)
 
     def on_screen_resume(self) -> None:
-        """Look at once, where there is a model that was not looked at yet, or a study that began elsewhere."""
-        for job in self.bench.session.jobs:
-            if job.kind == "study" and job is not self._job:
+        """Look at once at a model that is new; show a study that began elsewhere, even if it has ended."""
+        session = self.bench.session
+        for job in (*session.jobs, session.newest):
+            if job is not None and job.kind == "study" and job is not self._job:
                 self._begin_to_follow(job)
         self._look_at_new()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from gemma_tui.studies.attention.survey import (
     study_figure,
 )
 from gemma_tui.studies.events import Control, Event
-from gemma_tui.studies.intervals import interval
+from gemma_tui.studies.intervals import interval, t95
 from gemma_tui.studies.recording import record_training
 from gemma_tui.studies.training_plan import TrainingPlan
 from gemma_tui.tokenizer import read_tokenizer
@@ -48,14 +49,22 @@ def plan(tmp_path: Path) -> HeadStudyPlan:
     return HeadStudyPlan("nano", str(path), rows=3, length=16)
 
 
-def test_the_interval_is_the_normal_one() -> None:
+def test_the_interval_is_students() -> None:
     values = np.random.default_rng(0).normal(3, 2, (40, 2, 3))
     values[5:, 1, 2] = np.nan
     mean, half = interval(values)
     assert np.allclose(mean, np.nanmean(values, 0))
-    assert half[0, 0] == pytest.approx(1.96 * values[:, 0, 0].std(ddof=1) / np.sqrt(40))
-    assert half[1, 2] == pytest.approx(1.96 * values[:5, 1, 2].std(ddof=1) / np.sqrt(5))
+    assert half[0, 0] == pytest.approx(2.0227 * values[:, 0, 0].std(ddof=1) / np.sqrt(40), rel=1e-4)
+    assert half[1, 2] == pytest.approx(2.776 * values[:5, 1, 2].std(ddof=1) / np.sqrt(5))
     assert np.isnan(interval(values[:1])[1]).all(), "one text has no interval"
+
+
+def test_the_quantiles_are_those_of_students_t() -> None:
+    first, second = math.tan(0.475 * math.pi), 0.95 * math.sqrt(2 / (1 - 0.95**2))
+    known = {1: first, 2: second, 3: 3.182, 4: 2.776, 10: 2.228, 29: 2.045, 30: 2.042, 31: 2.0395, 40: 2.0211,
+             60: 2.0003, 120: 1.9799, 10**6: 1.96}  # fmt: skip
+    np.testing.assert_allclose(t95(np.array(list(known))), list(known.values()), rtol=2e-4)
+    assert np.isnan(t95(np.array([0, -1]))).all()
 
 
 def test_means_are_those_of_the_texts_one_by_one(engine: Engine, plan: HeadStudyPlan, store: RunStore) -> None:

@@ -79,7 +79,7 @@ def test_the_papers_count_explains_its_reliability_table(length: int, percent: f
 def test_the_plateau_is_the_largest_mean_with_its_interval() -> None:
     found = plateau([10, 10, 20, 20, 40, 40], [5.0, 7.0, 9.0, 11.0, 8.0, 8.0])
     assert (found.sequences, found.bits) == (20, 10.0)
-    assert found.half == pytest.approx(1.96 * math.sqrt(2) / math.sqrt(2))
+    assert found.half == pytest.approx(12.706 * math.sqrt(2) / math.sqrt(2)), "Student's t with one degree"
     assert summary(3, [4.0]).half is None
 
 
@@ -182,6 +182,7 @@ def test_a_sweep_tells_what_every_cell_holds(engine: Engine, store: RunStore) ->
     assert found.cells["1x8 N=4 seed 0"]["held_out_loss"] > math.log(16)
     assert store.run(recorded.run.run_id).step == 6
     figure = sweep_figure(found)
+    assert any("the largest of several means" in note for note in figure.notes)
     model, every = figure.tables
     assert model.rows[0][2] == 30 or model.rows[0][2] == 8
     assert [row[1] for row in every.rows] == ["done"] * 6
@@ -233,6 +234,34 @@ def test_a_cell_tells_how_long_it_still_takes(
             control.stop.set()
     states = [row[:3] for row in sweep_figure(read_sweep(store, recorded.run)).tables[1].rows]
     assert states == [("1x8 N=8 seed 0", "stopped", None), ("1x8 N=30 seed 0", "stopped", None)]
+
+
+def test_seconds_are_those_of_work_alone_before_a_break_and_after(
+    torch_engine: Engine, store: RunStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, evaluated, control = [0.0], sweeping.evaluate, Control()
+
+    def slow(*arguments: Any) -> Any:
+        clock[0] += 12
+        return evaluated(*arguments)
+
+    monkeypatch.setattr(sweeping, "evaluate", slow)
+    monkeypatch.setattr(sweeping, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    recorded = record_capacity(torch_engine, replace(TINY, sizes="30"), control, store)
+    left = []
+    for event in recorded.events:
+        if event.kind == sweeping.TRACE:
+            (cell,) = event.values["cells"].values()
+            left.append(cell[-1])
+            (control.pause if len(left) == 1 else control.stop).set()
+        elif event.kind == "pause":
+            clock[0] += 1000
+            control.pause.clear()
+    assert left == [36.0, 24.0], "12 s for six of 24 steps, with and without a pause"
+    clock[0] += 1000
+    done(resume_capacity(torch_engine, store.run(recorded.run.run_id), Control(), store))
+    (found,) = read_sweep(store, recorded.run).cells.values()
+    assert found["seconds"] == 5 * 12, "an evaluation of each six steps, and of the strings held out"
 
 
 def stopped_and_resumed(engine: Engine, plan: CapacityPlan, store: RunStore, after: int) -> Sweep:

@@ -15,6 +15,7 @@ from samples import TEXTS
 from engines.base import Engine, Sampling
 from engines.blocks import BlockDecoding
 from gemma_tui.errors import GemmaTuiError, UsageError
+from gemma_tui.exports.data import figure_json
 from gemma_tui.figure_text import cell_text, table_lines
 from gemma_tui.rows import ChatRow, Message, PromptRow, TextRow
 from gemma_tui.runs.store import Run, RunStore
@@ -22,7 +23,7 @@ from gemma_tui.studies.curve import measure
 from gemma_tui.studies.curve.measure import record_curve, resume_curve
 from gemma_tui.studies.curve.plan import CurvePlan, Way, ways_of
 from gemma_tui.studies.curve.questions import drawn, questions
-from gemma_tui.studies.curve.results import Curve, curve_figure, read_curve
+from gemma_tui.studies.curve.results import Curve, curve_figure, half_width, read_curve
 from gemma_tui.studies.events import Control
 from gemma_tui.studies.plan import build
 from gemma_tui.studies.turns import asked
@@ -112,13 +113,27 @@ def test_a_lost_answer_is_told_with_its_interval() -> None:
     per_row = {
         name: {"tokens": [4, 4, 4, 4], "passes": [2] * 4, "exact": exact, "compared": [4] * 4, "equal": [4] * 4,
                "first": [None, 0, None, None], "log_likelihoods": [-1.0] * 4, "texts": [""] * 4, "ended": [""] * 4}
-        for name, exact in (("ar", [True, True, True, False]), ("sbd-4-0", [True, False, True, False]))
+        for name, exact in (("ar", [True, True, True, False]), ("sbd-4-0", [True, False, True, False]),
+                            ("sbd-4-inf", [True, True, True, False]))
     }  # fmt: skip
-    curve = Curve(CurvePlan(block="4", gamma="0"), {}, [0, 1, 2, 3], per_row, {"ar": 4.0, "sbd-4-0": 2.0})
-    ar, sbd = curve.points()
+    seconds = {"ar": 4.0, "sbd-4-0": 2.0, "sbd-4-inf": 2.0}
+    curve = Curve(CurvePlan(block="4", gamma="0,inf"), FACTS, [0, 1, 2, 3], per_row, seconds)
+    ar, sbd, every = curve.points()
     assert [ar.lost, ar.half, sbd.exact, sbd.lost] == [0, 0, 0.5, 0.25]
-    assert sbd.half == pytest.approx(1.96 * np.std([0, 1, 0, 0], ddof=1) / 2)
+    assert sbd.half == pytest.approx(3.182 * np.std([0, 1, 0, 0], ddof=1) / 2)
+    assert (every.lost, every.half) == (0, half_width(np.zeros(4)))
     assert [sbd.same, sbd.tokens_per_second, sbd.speed_up, sbd.log_likelihood] == [0.75, 8.0, 2.0, -0.25]
+    rows = figure_json(curve_figure(curve))["tables"][0]["rows"]
+    assert [row[-1] for row in rows] == [None, 0, "inf"], "JSON has no infinity, and next-token decoding no gamma"
+
+
+def test_rows_that_are_all_alike_are_no_certainty() -> None:
+    """A share of other rows that is the half-width leaves n rows alike in 5 of 100 cases."""
+    for n in (2, 30, 200):
+        share = half_width(np.zeros(n))
+        assert (1 - share) ** n == pytest.approx(0.05)
+        assert half_width(np.ones(n)) == half_width(-np.ones(n)) == 2 * share, "from an end another row may be two off"
+    assert share == pytest.approx(3 / 200, rel=0.01)
 
 
 def test_what_a_way_costs_and_saves_is_seen_at_once_on_a_small_terminal() -> None:

@@ -24,7 +24,7 @@ from gemma_tui.studies.attention.heads import METRICS, check_metric, grid, head_
 from gemma_tui.studies.attention.reading import read_tokens
 from gemma_tui.studies.data import windows
 from gemma_tui.studies.events import Control, Event, wait_while_paused
-from gemma_tui.studies.intervals import CONFIDENCE, interval
+from gemma_tui.studies.intervals import interval
 from gemma_tui.studies.loading import load
 from gemma_tui.studies.plan import build, command, option
 from gemma_tui.studies.recording import Recorded, recorded
@@ -174,7 +174,7 @@ def study_figure(study: HeadStudy, metric: str) -> Figure:
     charts, moved = history(study, metric) if len(set(study.steps)) > 1 else ([], [])
     return Figure(
         f"{metric} over {len(study.texts)} texts",
-        notes=[f"{metric}: {METRICS[metric].meaning}; mean over texts ± {CONFIDENCE} standard errors"],
+        notes=[f"{metric}: {METRICS[metric].meaning}; mean over texts, ± 95 % of Student's t"],
         heats=[grid(mean, config, f"mean {metric}", METRICS[metric].unit)],
         charts=charts,
         tables=[*moved, Table("head", columns, rows)],

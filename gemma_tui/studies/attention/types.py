@@ -17,6 +17,7 @@ from gemma_tui.figure import Figure, Table
 from gemma_tui.heat import Heat
 from gemma_tui.studies.attention.heads import grid, head_name
 from gemma_tui.studies.attention.reading import View, read_tokens
+from gemma_tui.studies.intervals import interval
 from gemma_tui.tokenizer import BOS, BYTE, Tokenizer
 
 TYPES = ("induction", "previous", "duplicate")
@@ -34,11 +35,6 @@ DEFINITIONS = {
     "duplicate": "A.diagonal(-S): the earlier copy itself",
     "interval": "95 % of Student's t, over texts",
 }
-
-T95 = (math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
-       2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086,
-       2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)  # fmt: skip
-"""Two-sided 95 % quantiles of Student's t by degrees of freedom."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,11 +57,7 @@ class Scores:
     @property
     def interval(self) -> np.ndarray:
         """Half the width of the 95 % confidence interval of the mean; NaN for one text."""
-        count = self.values.shape[1]
-        if count < 2:
-            return np.full(self.mean.shape, np.nan)
-        quantile = T95[count - 1] if count <= len(T95) else 1.96 + 2.5 / (count - 1)
-        return quantile * self.values.std(1, ddof=1) / math.sqrt(count)
+        return interval(self.values.swapaxes(0, 1))[1]
 
 
 def ordinary(tokenizer: Tokenizer, vocabulary: int) -> np.ndarray:

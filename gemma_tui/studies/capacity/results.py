@@ -104,6 +104,8 @@ def sweep_figure(sweep: Sweep) -> Figure:
     notes = [
         "capacity: the most bits that any data set left in a network, so a lower bound for this budget of "
         f"{plan.steps:,} steps of {plan.batch_size:,} strings with Adam",
+        "± 95 %: Student's t over the seeds of the data set that left most; not in it is that this is "
+        "the largest of several means, which noise raises",
         "bits: N (S - 1) log2 V less the code length of the tokens that follow another; paper: N S (log2 V - mean), as "
         f"arXiv:2505.24832 counts, which found {published} for GPT-2 shapes in 1,000,000 steps of 2,048",
         f"{plan.arch}, V {plan.vocab}, S {plan.length}, {plan.dtype}, on {sweep.device or 'no device yet'}",

@@ -265,16 +265,18 @@ def _train(
     """Train one stack until each of its cells has ended."""
     shape, batch = stack[0].shape, min(plan.batch_size, stack[0].sequences)
     networks = engine.networks(shape, [cell.seed for cell in stack], training_of(plan))
-    courses, step = [Course.of(cell) for cell in stack], 0
+    courses, step, before = [Course.of(cell) for cell in stack], 0, 0.0
     if saved_stack(folder, stack):
-        step = _restore(folder, networks, courses)
+        step, before = _restore(folder, networks, courses)
     fresh = strings_of(shape.vocabulary, shape.length, HELD_OUT, HELD_OUT_SEED + plan.seed)
-    seconds = saved_at = told_at = time.monotonic()
+    began = saved_at = told_at = time.monotonic()
     begun = step
     while courses:
+        paused = time.monotonic()
         yield from wait_while_paused(control, counted)
+        began += time.monotonic() - paused
         if control.stop.is_set():
-            _save(folder, networks, courses, step)
+            _save(folder, networks, courses, step, before + time.monotonic() - began)
             return
         tokens = np.stack([course.batch(step, batch) for course in courses])
         losses = networks.step(tokens, np.array([course.rate(step, plan) for course in courses]))
@@ -289,11 +291,11 @@ def _train(
             ending = [i for i, course in enumerate(courses) if course.ended(step, plan)]
             if ending:
                 held_out = evaluate(networks, [fresh] * len(courses))
-            pace = (time.monotonic() - seconds) / (step - begun)
+            pace = (time.monotonic() - began) / (step - begun)
             yield Event(TRACE, counted, _trace(courses, step, batch, plan, counted, total, pace))
             for i in ending:
                 counted += 1
-                passed = time.monotonic() - seconds
+                passed = before + time.monotonic() - began
                 yield Event("cell", counted, _found(courses[i], found[i], held_out[i], step, batch, passed))
             if ending:
                 stay = [i for i in range(len(courses)) if i not in ending]
@@ -306,7 +308,7 @@ def _train(
             yield Event("training", counted, _passing(courses, step, plan, counted, total))
         if time.monotonic() - saved_at > SAVE_SECONDS:
             saved_at = time.monotonic()
-            _save(folder, networks, courses, step)
+            _save(folder, networks, courses, step, before + time.monotonic() - began)
 
 
 def evaluate(networks: Networks, strings: Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -368,7 +370,7 @@ def _found(
     }  # fmt: skip
 
 
-def _save(folder: Path, networks: Networks, courses: Sequence[Course], step: int) -> None:
+def _save(folder: Path, networks: Networks, courses: Sequence[Course], step: int, seconds: float) -> None:
     """Keep a stack, the state first: the place tells of it once it is whole."""
     before = _place(folder)
     if not courses:
@@ -377,7 +379,7 @@ def _save(folder: Path, networks: Networks, courses: Sequence[Course], step: int
         state = f"stack-{step}-{len(courses)}.safetensors"
         networks.save_state(folder / state)
         cells = [{"name": c.cell.name, "falling": c.falling, "bits": c.bits, "why": c.why} for c in courses]
-        write_json(folder / PLACE, {"step": step, "state": state, "cells": cells})
+        write_json(folder / PLACE, {"step": step, "seconds": seconds, "state": state, "cells": cells})
     if before and (not courses or before["state"] != state):
         (folder / str(before["state"])).unlink(missing_ok=True)
 
@@ -401,11 +403,11 @@ def saved_stack(folder: Path, cells: Sequence[Cell]) -> list[Cell]:
     return [names[each["name"]] for each in place["cells"]]
 
 
-def _restore(folder: Path, networks: Networks, courses: Sequence[Course]) -> int:
-    """Take up a stack where it was saved; returns its step."""
+def _restore(folder: Path, networks: Networks, courses: Sequence[Course]) -> tuple[int, float]:
+    """Take up a stack where it was saved; returns its step, and the seconds that were worked on it."""
     place = _place(folder)
     assert place is not None
     networks.load_state(folder / place["state"])
     for course, each in zip(courses, place["cells"], strict=True):
         course.falling, course.bits, course.why = each["falling"], list(each["bits"]), str(each["why"])
-    return int(place["step"])
+    return int(place["step"]), float(place.get("seconds", 0.0))

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import shlex
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from gemma_tui.cli import _parser
 from gemma_tui.commands.plans import plan_from
 from gemma_tui.runs.store import RunStore
 from gemma_tui.screens.bench import BenchScreen
 from gemma_tui.screens.models import ModelsScreen
+from gemma_tui.studies.bench import measuring
 from gemma_tui.studies.bench.plan import BenchPlan
 from gemma_tui.studies.bench.results import read_bench
+from gemma_tui.studies.events import Event
 from gemma_tui.widgets.figure_view import FigureView
 from gemma_tui.widgets.plan_form import PlanForm
 
@@ -75,22 +81,42 @@ async def test_a_benchmark_is_planned_by_keys_and_shown_as_it_is_kept(opened: Op
         await it.until(lambda: again.query_one(FigureView).count == 4, "the newest benchmark")
 
 
-async def test_what_is_measured_is_kept_when_it_is_stopped_and_not_measured_again(opened: Open, tiny: str) -> None:
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Semaphore]:
+    """Lets a benchmark end one cell after the other, as a test wants it."""
+    gate, wait = threading.Semaphore(0), measuring._wait
+
+    def held(*arguments: Any) -> Iterator[Event]:
+        yield from wait(*arguments)
+        assert gate.acquire(timeout=30)
+
+    monkeypatch.setattr(measuring, "_wait", held)
+    yield gate
+    gate.release(100)
+
+
+async def test_what_is_measured_is_kept_when_it_is_stopped_and_not_measured_again(
+    opened: Open, tiny: str, gate: threading.Semaphore
+) -> None:
     async with opened() as it:
         screen = await entered(it, tiny)
         name = await started(it, screen, batches="1,2,3", method="none")
+        job = it.app.session.jobs[0]
+        gate.release()
         await it.until(lambda: screen.query_one(FigureView).figure.tables, "the first cell")
         await it.press("x")
+        await it.until(job.control.stop.is_set, "the wish to stop")
+        gate.release(100)
         await it.until(lambda: f"{name} · stopped" in it.static("#looked"), "that it stopped")
         store = RunStore()
         run, before = store.run(name), store.events(name)
-        assert 0 < run.step < run.steps == 3
+        assert (run.step, run.steps) == (1, 3)
         await it.press("u")
         await it.until(lambda: f"{name} · done · 3/3 cells" in it.static("#looked"), "its end")
         cells = [event for event in store.events(name) if event.kind == "cell"]
         store.close()
         assert [event.step for event in cells] == [1, 2, 3]
-        assert cells[: run.step] == [event for event in before if event.kind == "cell"]
+        assert cells[:1] == [event for event in before if event.kind == "cell"]
         await it.press("u")
         await it.until(lambda: f"{name} is done" in it.told(), "that nothing is left")
 

@@ -223,6 +223,28 @@ async def test_one_that_was_stopped_goes_on_from_the_app(
         assert screen(it)._study is None, "an ended study does not come back"
 
 
+async def test_one_that_went_on_elsewhere_is_shown_even_if_it_has_ended(
+    opened: Open, tiny: str, texts: Path, store: RunStore, gate: Gate
+) -> None:
+    async with opened() as it:
+        run = await begun(it, tiny, texts)
+        gate.let(1)
+        await it.until(lambda: shown(it) == "entropy over 1 texts", "a text")
+        await it.press("x")
+        gate.let(100)
+        await it.until(lambda: store.run(run).state == "stopped" and not it.app.session.jobs, "that it stopped")
+    async with opened() as it:
+        it.app.session.resume("heads", run)
+        await it.until(lambda: not it.app.session.jobs, "its end")
+        await it.mode("4", "attention")
+        await it.until(lambda: shown(it) == "entropy over 5 texts", f"all texts; {it.static('#looked')}")
+        await it.press("k")
+        await it.until(lambda: screen(it).board.plan.view == "sinks", "another view")
+        await it.mode("2", "training")
+        await it.mode("4", "attention")
+        assert screen(it)._study is None, "an ended study does not come back"
+
+
 async def test_it_goes_over_the_checkpoints_of_a_run(
     opened: Open, tiny: str, texts: Path, plan: Plan, store: RunStore, size_and_engine: tuple[Size, str]
 ) -> None:
