@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 from engines.adapters import target_modules
 from engines.base import DeviceInfo
+from engines.cache import PREFILL
 from engines.gemma3 import Gemma3Config
 from engines.training import OptimizerSettings, TrainingSettings
 from gemma_tui.hub.fit import FULL, TIGHT
@@ -26,8 +27,6 @@ from gemma_tui.hub.fit import FULL, TIGHT
 ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 DISTANCE_BYTES = {"torch": 8, "mlx": 4}
 """Of the distance of a query and a key, from which a mask is made."""
-PREFILL, ROOM = 512, 256
-"""Tokens of a prompt that the engines read at a time, and by which a cache grows."""
 ALLOCATOR = {"torch": (0.35, 8_000_000), "mlx": (0.40, 2_000_000)}
 """Of what comes and goes, the share that a CPU's process holds beyond it since freed blocks do not fit the next ones,
 and the bytes it holds in any case; measured with nano (``tests/benchmarks/memory.py``)."""
@@ -167,15 +166,15 @@ def estimate(
 def inference_bytes(config: Gemma3Config, length: int, batch: int, dtype: str, device: DeviceInfo) -> int:
     """What reading ``length`` tokens and decoding after them needs at its peak.
 
-    Keys and values by layer type, as far as a cache has room for them, the temporaries of the layer in hand for as many
-    tokens as are read at a time, and logits of the last position with their softmax.
+    Keys and values by layer type, with the room that a cache has for more, the temporaries of the layer in hand for as
+    many tokens as are read at a time, and logits of the last position with their softmax.
     """
     item, rows = ITEM_BYTES[dtype], batch * min(length, PREFILL)
     d, f, q = config.hidden_size, config.intermediate_size, config.num_attention_heads * config.head_dim
     layer = item * max(3 * f + 2 * d, 4 * q + 2 * d) + 4 * 2 * max(d, q)
     stored = config.num_attention_heads * length * SCORES_COPIES * item if _stores_attention(device) else 0
     return (
-        config.weight_bytes(item) + config.cache_bytes(length + ROOM, item, batch) + rows * (layer + stored)
+        config.weight_bytes(item) + config.cache_bytes(length, item, batch) + rows * (layer + stored)
         + LOGITS_COPIES * 4 * batch * config.vocab_size + _mask_bytes(config, length, item, device) + _kept(device)
     )  # fmt: skip
 

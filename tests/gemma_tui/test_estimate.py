@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import weakref
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from engines.base import DeviceInfo, Engine
 from engines.blocks import Noise
 from engines.gemma3 import GLOBAL, LOCAL, Gemma3Config, Rope
 from engines.training import IGNORED, Batch, LoRASettings, OptimizerSettings, Rank1Settings, TrainingSettings
-from gemma_tui.studies.estimate import Estimate, checkpoint_bytes, estimate, remembered
+from gemma_tui.studies.estimate import Estimate, checkpoint_bytes, estimate, inference_bytes, remembered
 
 GB = 10**9
 LORA = TrainingSettings(LoRASettings(4, 8.0))
@@ -312,6 +313,30 @@ def test_what_mlx_makes_anew_is_there_on_every_device(wide: Gemma3Config, name: 
     for device in (on("mlx", "metal"), on("mlx", "cuda")):
         assert 0.85 < peak / of(config, settings, **shape, device=device).total < 1.2
     assert of(config, settings, **shape).renewed == 0
+
+
+@pytest.mark.parametrize("window", [64, 512, 700])
+@pytest.mark.parametrize("length", [5, 512, 700, 2048])
+def test_a_cache_has_the_rows_that_are_estimated(
+    engine: Engine, two_to_one: Gemma3Config, monkeypatch: pytest.MonkeyPatch, length: int, window: int
+) -> None:
+    config = replace(two_to_one, sliding_window=window)
+    engine.initialise(config, 0, "float32")
+    reader = import_module(f"engines.{engine.name}.decoding").Reader(engine._loaded(), np.zeros(1, np.int64), None)
+    forward, seen = reader._forward, list[int]()
+
+    def watched(ids: Any, block: int) -> Any:
+        hidden = forward(ids, block)
+        seen.append(sum(layer._keys.nbytes + layer._values.nbytes for layer in reader._cache))
+        return hidden
+
+    monkeypatch.setattr(reader, "_forward", watched)
+    reader.read(np.ones((1, length), np.int32), np.zeros((1, 0), np.int32), np.ones((1, 1), np.bool_), False)
+    # Nothing but the weights and the cache grows with the heads of keys and values.
+    double = replace(config, num_key_value_heads=2 * config.num_key_value_heads)
+    device = engine.device()
+    more, less = (inference_bytes(c, length, 1, "float32", device) - c.weight_bytes(4) for c in (double, config))
+    assert more - less == max(seen)
 
 
 @pytest.mark.parametrize(("total", "verdict"), [(143, "fits"), (142, "tight"), (118, "tight"), (117, "will not fit")])
