@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from engines.cache import most_rows
 from engines.errors import CheckpointError
 from engines.foreign_json import read_file
 
@@ -146,10 +147,13 @@ class Gemma3Config:
         return self.num_hidden_layers * sum(rank * (out + inner) for out, inner in chosen)
 
     def cache_bytes(self, length: int, item: int, batch: int = 1) -> int:
-        """Bytes of keys and values for a context of ``length`` tokens; local layers keep only their window."""
-        per_token = 2 * self.num_key_value_heads * self.head_dim * item * batch
-        local = self.num_hidden_layers - len(self.global_layers)
-        return per_token * (len(self.global_layers) * length + local * min(length, self.sliding_window))
+        """Bytes of the buffers of keys and values, the most that they take while ``length`` tokens are read.
+
+        Local layers forget what their window no longer sees; what is read at a time they hold beside it.
+        """
+        row = 2 * self.num_key_value_heads * self.head_dim * item * batch
+        whole, local = most_rows(length, None), most_rows(length, self.sliding_window)
+        return row * (len(self.global_layers) * (whole - local) + self.num_hidden_layers * local)
 
     def to_dict(self) -> dict[str, Any]:
         """``config.json`` in the layout that transformers 4 and 5 and mlx-lm all read."""

@@ -6,11 +6,10 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from engines.cache import room
+
 CAUSAL = "causal"
 """In place of a mask: query and key positions are equal and nothing is out of the window."""
-
-GROWTH = 256
-"""A cache grows by this many tokens, so that it is copied rarely."""
 
 TILE = 128
 """Queries of a masked copy that are taken together."""
@@ -183,8 +182,8 @@ class KVCache:
         new = k.shape[2]
         kept = self.length if self.window is None else min(self.length, self.window - 1)
         if self._keys is None or self._values is None or self._end + new > self._keys.shape[2]:
-            room = kept + new + (GROWTH if self.window is None else self.window)
-            self._keys, self._values = self._moved(self._keys, k, kept, room), self._moved(self._values, v, kept, room)
+            rows = room(kept, new, self.window)
+            self._keys, self._values = self._moved(self._keys, k, kept, rows), self._moved(self._values, v, kept, rows)
             self._end = kept
         self._keys[:, :, self._end : self._end + new] = k
         self._values[:, :, self._end : self._end + new] = v
@@ -203,9 +202,9 @@ class KVCache:
         if self._keys is not None and self._values is not None:
             self._keys, self._values = self._keys[rows], self._values[rows]
 
-    def _moved(self, old: mx.array | None, like: mx.array, kept: int, room: int) -> mx.array:
+    def _moved(self, old: mx.array | None, like: mx.array, kept: int, rows: int) -> mx.array:
         batch, heads, _, dim = like.shape
-        buffer = mx.zeros((batch, heads, room, dim), like.dtype)
+        buffer = mx.zeros((batch, heads, rows, dim), like.dtype)
         if old is not None:
             buffer[:, :, :kept] = old[:, :, self._end - kept : self._end]
         return buffer

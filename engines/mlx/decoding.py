@@ -6,11 +6,9 @@ import mlx.core as mx
 import numpy as np
 
 from engines.blocks import Predictions
+from engines.cache import PREFILL
 from engines.mlx.attention import causal
 from engines.mlx.model import Gemma3
-
-PREFILL = 512
-"""Prompt tokens per forward pass, so that a long prompt needs no long square of scores."""
 
 
 class Reader:

@@ -9,7 +9,7 @@ import mlx.core as mx
 import psutil
 
 from engines.base import DeviceInfo
-from engines.memory import process_peak, reset_process_peak
+from engines.memory import process_peak, reset_process_peak, trim_process
 from engines.peak import COPIED, Peak, peak, side_of
 
 CACHE_LIMIT = 2 << 30
@@ -86,3 +86,4 @@ def measure(device: mx.Device, dtype: mx.Dtype) -> Peak:
 def release() -> None:
     """Give cached blocks back."""
     mx.clear_cache()
+    trim_process()

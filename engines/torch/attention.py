@@ -8,11 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from engines.cache import room
+
 CAUSAL = "causal"
 """In place of a mask: query and key positions are equal and nothing is out of the window."""
-
-GROWTH = 256
-"""A cache grows by this many tokens, so that it is copied rarely."""
 
 TILE = 128
 """Queries of a masked copy that are taken together."""
@@ -189,8 +188,8 @@ class KVCache:
         new = k.shape[2]
         kept = self.length if self.window is None else min(self.length, self.window - 1)
         if self._keys is None or self._values is None or self._end + new > self._keys.shape[2]:
-            room = kept + new + (GROWTH if self.window is None else self.window)
-            self._keys, self._values = self._moved(self._keys, k, kept, room), self._moved(self._values, v, kept, room)
+            rows = room(kept, new, self.window)
+            self._keys, self._values = self._moved(self._keys, k, kept, rows), self._moved(self._values, v, kept, rows)
             self._end = kept
         self._keys[:, :, self._end : self._end + new] = k
         self._values[:, :, self._end : self._end + new] = v
@@ -209,9 +208,9 @@ class KVCache:
         if self._keys is not None and self._values is not None:
             self._keys, self._values = self._keys[rows], self._values[rows]
 
-    def _moved(self, old: Tensor | None, like: Tensor, kept: int, room: int) -> Tensor:
+    def _moved(self, old: Tensor | None, like: Tensor, kept: int, rows: int) -> Tensor:
         batch, heads, _, dim = like.shape
-        buffer = like.new_empty((batch, heads, room, dim))
+        buffer = like.new_empty((batch, heads, rows, dim))
         if old is not None:
             buffer[:, :, :kept] = old[:, :, self._end - kept : self._end]
         return buffer

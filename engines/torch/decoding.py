@@ -7,11 +7,9 @@ import torch
 from torch import Tensor
 
 from engines.blocks import Predictions
+from engines.cache import PREFILL
 from engines.torch.attention import causal
 from engines.torch.model import Gemma3
-
-PREFILL = 512
-"""Prompt tokens per forward pass, so that a long prompt needs no long square of scores."""
 
 
 class Reader:

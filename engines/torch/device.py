@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from engines.base import DeviceInfo
-from engines.memory import process_peak, reset_process_peak
+from engines.memory import process_peak, reset_process_peak, trim_process
 from engines.peak import COPIED, Peak, peak, side_of
 
 FEW_ROWS = 16
@@ -71,6 +71,8 @@ def release(device: torch.device) -> None:
         torch.cuda.empty_cache()
     if device.type == "mps":
         torch.mps.empty_cache()
+    if device.type == "cpu":
+        trim_process()
 
 
 def measure(device: torch.device, dtype: torch.dtype) -> Peak:

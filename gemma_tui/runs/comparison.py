@@ -22,7 +22,8 @@ TITLES = {
     "grad_norm": "gradient norm",
     "learning_rate": "learning rate",
     "tokens_per_second": "tokens per second",
-    "memory": "memory, bytes",
+    "memory": "memory after a step, bytes",
+    "peak_memory": "peak memory, bytes",
     "effective_rank": "rank of the accumulated update",
     "memorized_bits": "memorised bits",
     "memorized_bits_per_parameter": "memorised bits per trained parameter",
@@ -92,7 +93,7 @@ class Result:
         loss: the last training loss, smoothed, nats per token.
         tokens: supervised tokens seen.
         tokens_per_second: the median over the steps.
-        memory: the most bytes seen in use after a step.
+        memory: the most bytes in use at once, beyond what was there before the model.
         effective_rank: the latest that was measured, of the accumulated update.
         memorized_bits: the latest that were measured.
     """
@@ -186,7 +187,7 @@ class Compared:
             values[np.isfinite(values)]
             for values in (
                 valid,
-                *map(self._values, ("tokens_per_second", "memory", "effective_rank", "memorized_bits")),
+                *map(self._values, ("tokens_per_second", "peak_memory", "effective_rank", "memorized_bits")),
             )
         )
         return Result(

@@ -227,10 +227,10 @@ class RunStore(Database):
         return [_metric(*row) for row in rows]
 
     def peak_memory(self, run_id: str) -> int:
-        """The most bytes that any step of a run told of; 0 if none did."""
+        """The most bytes that a run took at once, beyond what was there before its model; 0 if no step told."""
         with self._guard():
             peak = self._db.execute(
-                "SELECT MAX(json_extract(metrics, '$.memory')) FROM metrics WHERE run_id = ?", (run_id,)
+                "SELECT MAX(json_extract(metrics, '$.peak_memory')) FROM metrics WHERE run_id = ?", (run_id,)
             ).fetchone()[0]
         return int(peak) if isinstance(peak, int | float) else 0
 

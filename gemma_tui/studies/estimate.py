@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 from engines.adapters import target_modules
 from engines.base import DeviceInfo
+from engines.cache import PREFILL
 from engines.gemma3 import Gemma3Config
 from engines.training import OptimizerSettings, TrainingSettings
 from gemma_tui.hub.fit import FULL, TIGHT
@@ -26,8 +27,6 @@ from gemma_tui.hub.fit import FULL, TIGHT
 ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 DISTANCE_BYTES = {"torch": 8, "mlx": 4}
 """Of the distance of a query and a key, from which a mask is made."""
-PREFILL, ROOM = 512, 256
-"""Tokens of a prompt that the engines read at a time, and by which a cache grows."""
 ALLOCATOR = {"torch": (0.35, 8_000_000), "mlx": (0.40, 2_000_000)}
 """Of what comes and goes, the share that a CPU's process holds beyond it since freed blocks do not fit the next ones,
 and the bytes it holds in any case; measured with nano (``tests/benchmarks/memory.py``)."""
@@ -39,7 +38,8 @@ LOGITS_BYTES = 8 << 20
 """The engines make logits for as much of the vocabulary at a time as fit in this."""
 EMBEDDING = "model.embed_tokens.weight"
 PARTS = (
-    "weights", "masters", "trainables", "gradients", "optimizer", "activations", "casts", "logits", "workspace", "kept",
+    "weights", "masters", "trainables", "gradients", "optimizer", "renewed", "activations", "casts", "logits",
+    "workspace", "kept",
 )  # fmt: skip
 
 Shapes = dict[str, tuple[int, ...]]
@@ -55,6 +55,8 @@ class Estimate:
         trainables: adapters, or the two vectors of each rank-1 update.
         gradients: of everything that has one, when the way back ends.
         optimizer: its state, and the buffers of error feedback and momentum.
+        renewed: what MLX, whose arrays never change, makes anew beside the old: parameters and clipped gradients in a
+            step, and the gradients of another micro-batch.
         activations: what one micro-batch keeps for the way back.
         casts: copies of float32 matrices in the dtype of the activations, kept as long.
         logits: the tile of the vocabulary that is in hand.
@@ -69,6 +71,7 @@ class Estimate:
     trainables: int
     gradients: int
     optimizer: int
+    renewed: int
     activations: int
     casts: int
     logits: int
@@ -136,7 +139,8 @@ def estimate(
     layer = _layer_bytes(config, settings, parts, item) + scores
     inputs = item * config.hidden_size * config.num_hidden_layers if settings.checkpoint_activations else 0
     masks = 0 if sequence_length <= config.sliding_window else item * sequence_length**2 * _locals(config)
-    trained = _count(parts.trained)
+    gradients = 4 * (_count(parts.trained) + _count(parts.merged if formed else parts.vectors))
+    renewed = 8 * _count(parts.trained) + (gradients if accumulate > 1 else 0)
     float32 = _linear_count(parts.float32)
     largest = max(map(math.prod, ((parts.merged if formed else {}) | parts.rest).values()), default=0)
     activations = tokens * (layers * layer + inputs + _ends(config, parts, item)) + masks
@@ -146,13 +150,14 @@ def estimate(
         weights=config.weight_bytes(item),
         masters=(4 - item) * _count(parts.float32),
         trainables=4 * _count(parts.adapters),
-        gradients=4 * (_count(parts.trained) + _count(parts.merged if formed else parts.vectors)),
+        gradients=gradients,
         optimizer=_optimizer_bytes(config, settings),
+        renewed=renewed if device.engine == "mlx" else 0,
         activations=activations,
         casts=0 if item == 4 else item * float32 * layers // config.num_hidden_layers,
         logits=logits,
         workspace=workspace,
-        kept=_kept(device, activations + logits + workspace, trained),
+        kept=_kept(device, activations + logits + workspace),
         available=device.memory_total,
         ratio=ratio,
     )
@@ -161,15 +166,15 @@ def estimate(
 def inference_bytes(config: Gemma3Config, length: int, batch: int, dtype: str, device: DeviceInfo) -> int:
     """What reading ``length`` tokens and decoding after them needs at its peak.
 
-    Keys and values by layer type, as far as a cache has room for them, the temporaries of the layer in hand for as many
-    tokens as are read at a time, and logits of the last position with their softmax.
+    Keys and values by layer type, with the room that a cache has for more, the temporaries of the layer in hand for as
+    many tokens as are read at a time, and logits of the last position with their softmax.
     """
     item, rows = ITEM_BYTES[dtype], batch * min(length, PREFILL)
     d, f, q = config.hidden_size, config.intermediate_size, config.num_attention_heads * config.head_dim
     layer = item * max(3 * f + 2 * d, 4 * q + 2 * d) + 4 * 2 * max(d, q)
     stored = config.num_attention_heads * length * SCORES_COPIES * item if _stores_attention(device) else 0
     return (
-        config.weight_bytes(item) + config.cache_bytes(length + ROOM, item, batch) + rows * (layer + stored)
+        config.weight_bytes(item) + config.cache_bytes(length, item, batch) + rows * (layer + stored)
         + LOGITS_COPIES * 4 * batch * config.vocab_size + _mask_bytes(config, length, item, device) + _kept(device)
     )  # fmt: skip
 
@@ -181,17 +186,12 @@ def _mask_bytes(config: Gemma3Config, length: int, item: int, device: DeviceInfo
     return local + (rows * length * (1 + item) if length > PREFILL else 0)
 
 
-def _kept(device: DeviceInfo, passing: int = 0, trained: int = 0) -> int:
-    """What a CPU's process holds beyond what is in use.
-
-    Args:
-        passing: bytes that come and go.
-        trained: parameters of the optimizer; a step of MLX makes them and their gradients anew beside the old ones.
-    """
+def _kept(device: DeviceInfo, passing: int = 0) -> int:
+    """What a CPU's process holds beyond what is in use, where ``passing`` bytes come and go."""
     if device.device != "cpu":
         return 0
     share, least = ALLOCATOR[device.engine]
-    return round(share * passing) + least + (8 * trained if device.engine == "mlx" else 0)
+    return round(share * passing) + least
 
 
 def checkpoint_bytes(config: Gemma3Config, settings: TrainingSettings) -> int:

@@ -23,7 +23,7 @@ LOOKED_BACK = 100
 MEMORY_KEYS = (
     "model", "method", "mode", "batch_size", "accumulate", "sequence_length", "rank", "rest", "error_feedback",
     "update_momentum", "optimizer", "dtype", "checkpoint_activations",
-    "window", "global_every",
+    "masked_weight", "window", "global_every",
 )  # fmt: skip
 """What the memory of a run goes by; runs that agree in it are alike."""
 

@@ -31,6 +31,7 @@ from gemma_tui.studies.estimate import checkpoint_bytes, estimate
 from gemma_tui.studies.events import Control, Event, Pace, wait_while_paused
 from gemma_tui.studies.memorization.watch import Watch, watch_of
 from gemma_tui.studies.methods import after_step
+from gemma_tui.studies.peak_memory import PeakMemory, count_from_here
 from gemma_tui.studies.set_blocks import batch_maker, check_mask, forgotten, watching
 from gemma_tui.studies.training_plan import BLOCKWISE, WHOLE, TrainingPlan, plan_config, settings
 from gemma_tui.tokenizer import read_tokenizer
@@ -58,7 +59,7 @@ def train(
     chosen = settings(plan)
     model = resolve(plan.model)
     yield Event("load", values={"model": model.name})
-    open_model(engine, model, plan)
+    peak = count_from_here(engine, open_model(engine, model, plan))
     splits = _read_data(plan, model)
     check_mask(plan, splits, plan_config(plan, model).vocab_size)
     checkpoints.sweep(folder / "checkpoints")
@@ -101,7 +102,7 @@ def train(
         seconds = time.perf_counter() - began
         merged = after_step(engine, plan, at.step, observe)
         at.tokens, at.seconds = at.tokens + result.tokens, at.seconds + time.perf_counter() - began
-        yield Event("step", at.step, _measures(engine, at, result, rate, seconds))
+        yield Event("step", at.step, _measures(peak, at, result, rate, seconds))
         yield from (Event("warning", at.step, {"text": text}) for text in warned)
         if merged is not None:
             yield merged
@@ -191,14 +192,15 @@ def _step(engine: Engine, micro: list[Batch], rate: float, observe: bool, at: Pr
             warned.append(f"out of memory: micro-batches are halved, and {2**at.halvings} times as many make a step")
 
 
-def _measures(engine: Engine, at: Progress, result: StepResult, rate: float, seconds: float) -> dict[str, float]:
+def _measures(peak: PeakMemory, at: Progress, result: StepResult, rate: float, seconds: float) -> dict[str, float]:
     masked = {} if result.masked_loss is None else {"masked_loss": result.masked_loss}
     return masked | {
         "loss": result.loss,
         "learning_rate": rate,
         "grad_norm": result.grad_norm,
         "tokens_per_second": result.tokens / seconds,
-        "memory": engine.memory(),
+        "memory": peak.engine.memory(),
+        "peak_memory": peak.nbytes,
         "tokens": at.tokens,
         "seconds": at.seconds,
     }
@@ -298,17 +300,24 @@ def _evaluate(
     return found | {"seconds": time.perf_counter() - began}
 
 
-def open_model(engine: Engine, model: Model, plan: TrainingPlan) -> None:
-    """Load what a plan trains: a run starts from the files, never from what an earlier run left on the loaded model."""
+def open_model(engine: Engine, model: Model, plan: TrainingPlan) -> int:
+    """Load what a plan trains: a run starts from the files, never from what an earlier run left on the loaded model.
+
+    Returns:
+        The bytes that were in use without any model.
+    """
     dtype = plan.dtype
     if model.adapter is not None and plan.method in ("lora", "dora", "sbd-lora"):
         raise UsageError(f"{model.name} is an adapter, and one is kept: start from its base, or take --method full")
+    engine.unload()
+    before = engine.memory()
     if plan.fresh:
         engine.initialise(plan_config(plan, model), plan.seed, dtype)
-        return
+        return before
     engine.load(model.folder, dtype)
     if model.adapter is not None:
         engine.load_adapter(model.adapter)
+    return before
 
 
 def _read_data(plan: TrainingPlan, model: Model) -> Splits:

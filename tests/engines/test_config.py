@@ -221,10 +221,12 @@ def test_shapes_hold_as_many_numbers_as_are_counted(tiny_config: Gemma3Config) -
     assert sum(sizes) == tiny_config.parameter_count()
 
 
-def test_keys_and_values_take_the_published_bytes() -> None:
+def test_keys_and_values_take_the_published_bytes_of_a_row() -> None:
     config = config_of("4b")
-    assert config.cache_bytes(1, 2) == 4096 * 34
-    assert config.cache_bytes(32768, 2) == 4096 * (5 * 32768 + 29 * 1024)
+    # Room for 256 more on the 5 global layers, and for a window of 1024 more on the 29 local ones.
+    assert config.cache_bytes(1, 2) == 4096 * (5 * 257 + 29 * 1025)
+    # Local layers keep 1023 of what they have read, and read 512 at a time.
+    assert config.cache_bytes(32768, 2, batch=3) == 3 * 4096 * (5 * (32768 + 256) + 29 * (1023 + 512 + 1024))
 
 
 # ------------------------------------------------------------------------------------------------ refusals

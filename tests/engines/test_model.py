@@ -190,7 +190,7 @@ def test_the_cache_grows_without_losing_a_token(
     tokens: Tokens,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(inside.module(engine, "attention"), "GROWTH", 3)
+    monkeypatch.setattr("engines.cache.GROWTH", 3)
     text = tokens(40)
     engine.load(tiny_folder(two_to_one), "float32")
     assert gap(inside.cached_logits(engine, text, [7, *[1] * 33]), engine.logits(text)) <= TOLERANCE

@@ -37,7 +37,7 @@ def made(store: RunStore, name: str, **plan: Any) -> Run:
 def stepped(store: RunStore, run: Run, losses: list[float], first: int = 1, **values: Any) -> None:
     for step, loss in enumerate(losses, first):
         facts = {"loss": loss, "tokens": 10 * step, "seconds": 0.5 * step, "tokens_per_second": 20.0 + step}
-        store.record(run.run_id, "step", step, {**facts, "memory": 1000 + step, **values})
+        store.record(run.run_id, "step", step, {**facts, "memory": 5000, "peak_memory": 1000 + step, **values})
 
 
 def read(store: RunStore, *runs: Run) -> Comparison:
@@ -140,8 +140,8 @@ class TestResult:
         run = made(store, "a")
         store.record(run.run_id, "start", 0, {"trainable": 1_500_000, "optimizer_bytes": 12_000_000})
         stepped(store, run, [4.0, 2.0, 3.0], effective_rank=None)
-        store.record(run.run_id, "step", 4, {"loss": 1.0, "tokens": 40, "effective_rank": 7.5, "memory": 900})
-        store.record(run.run_id, "step", 5, {"loss": 2.0, "tokens": 50, "effective_rank": None, "memory": 800})
+        store.record(run.run_id, "step", 4, {"loss": 1.0, "tokens": 40, "effective_rank": 7.5, "peak_memory": 900})
+        store.record(run.run_id, "step", 5, {"loss": 2.0, "tokens": 50, "effective_rank": None, "peak_memory": 800})
         for step, loss in ((2, 2.0), (5, 2.5)):
             store.record(run.run_id, "evaluation", step, {"valid_loss": loss, "seconds": 0.1})
         store.record(run.run_id, "memorized", 5, {"memorized_bits": 1234.56})

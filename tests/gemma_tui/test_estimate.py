@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import weakref
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from engines.base import DeviceInfo, Engine
 from engines.blocks import Noise
 from engines.gemma3 import GLOBAL, LOCAL, Gemma3Config, Rope
 from engines.training import IGNORED, Batch, LoRASettings, OptimizerSettings, Rank1Settings, TrainingSettings
-from gemma_tui.studies.estimate import Estimate, checkpoint_bytes, estimate, remembered
+from gemma_tui.studies.estimate import Estimate, checkpoint_bytes, estimate, inference_bytes, remembered
 
 GB = 10**9
 LORA = TrainingSettings(LoRASettings(4, 8.0))
@@ -273,48 +274,79 @@ def test_a_masked_copy_counts_as_a_row(wide: Gemma3Config, settings: TrainingSet
     assert 0.85 < peak.most / (found.total - found.kept) < 1.15
 
 
-@pytest.mark.parametrize("settings", [LORA, FULL, SETTINGS["lora checkpointing"]], ids=["lora", "full", "less"])
-def test_the_total_is_about_the_peak_of_mlx(wide: Gemma3Config, settings: TrainingSettings) -> None:
+def peak_of_mlx(config: Gemma3Config, settings: TrainingSettings, batches: list[Batch]) -> int:
+    """The most bytes of arrays at a time in the second step, float32."""
     mx = pytest.importorskip("mlx.core")
     from engines.mlx.engine import MLXEngine
 
-    engine, length = MLXEngine(), 128
-    engine.initialise(wide, 0, "float32")
+    engine = MLXEngine()
+    engine.initialise(config, 0, "float32")
     engine.start_training(settings)
-    engine.train_step([a_batch(wide, length=length)], 1e-3)
+    engine.train_step(batches, 1e-3)
     mx.reset_peak_memory()
-    engine.train_step([a_batch(wide, length=length)], 1e-3)
+    engine.train_step(batches, 1e-3)
     peak = mx.get_peak_memory()
     engine.unload()
-    found = of(wide, settings, sequence_length=length, device=on("mlx"))
+    return peak
+
+
+@pytest.mark.parametrize("settings", [LORA, FULL, SETTINGS["lora checkpointing"]], ids=["lora", "full", "less"])
+def test_the_total_is_about_the_peak_of_mlx(wide: Gemma3Config, settings: TrainingSettings) -> None:
+    peak = peak_of_mlx(wide, settings, [a_batch(wide, length=128)])
+    found = of(wide, settings, sequence_length=128, device=on("mlx"))
     assert 0.75 < peak / (found.total - found.kept) < 1.3
 
 
 @pytest.mark.parametrize("settings", [LORA, FULL], ids=["lora", "full"])
 def test_a_masked_copy_counts_as_a_row_of_mlx(wide: Gemma3Config, settings: TrainingSettings) -> None:
-    mx = pytest.importorskip("mlx.core")
-    from engines.mlx.engine import MLXEngine
-
-    engine, batch = MLXEngine(), a_noised_batch(wide, 2, 256)
-    engine.initialise(wide, 0, "float32")
-    engine.start_training(settings)
-    engine.train_step([batch], 1e-3)
-    mx.reset_peak_memory()
-    engine.train_step([batch], 1e-3)
-    peak = mx.get_peak_memory()
-    engine.unload()
+    peak = peak_of_mlx(wide, settings, [a_noised_batch(wide, 2, 256)])
     found = of(wide, settings, rows=4, sequence_length=256, device=on("mlx"))
     assert 0.85 < peak / (found.total - found.kept) < 1.15
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("name", ["full", "adafactor", "lora and rest", "rank1"])
+def test_what_mlx_makes_anew_is_there_on_every_device(wide: Gemma3Config, name: str, accumulate: int) -> None:
+    config, settings = replace(wide, intermediate_size=4096), SETTINGS[name]
+    peak = peak_of_mlx(config, settings, [a_batch(config, 1, 15)] * accumulate)
+    shape = {"rows": 1, "sequence_length": 15, "accumulate": accumulate}
+    for device in (on("mlx", "metal"), on("mlx", "cuda")):
+        assert 0.85 < peak / of(config, settings, **shape, device=device).total < 1.2
+    assert of(config, settings, **shape).renewed == 0
+
+
+@pytest.mark.parametrize("window", [64, 512, 700])
+@pytest.mark.parametrize("length", [5, 512, 700, 2048])
+def test_a_cache_has_the_rows_that_are_estimated(
+    engine: Engine, two_to_one: Gemma3Config, monkeypatch: pytest.MonkeyPatch, length: int, window: int
+) -> None:
+    config = replace(two_to_one, sliding_window=window)
+    engine.initialise(config, 0, "float32")
+    reader = import_module(f"engines.{engine.name}.decoding").Reader(engine._loaded(), np.zeros(1, np.int64), None)
+    forward, seen = reader._forward, list[int]()
+
+    def watched(ids: Any, block: int) -> Any:
+        hidden = forward(ids, block)
+        seen.append(sum(layer._keys.nbytes + layer._values.nbytes for layer in reader._cache))
+        return hidden
+
+    monkeypatch.setattr(reader, "_forward", watched)
+    reader.read(np.ones((1, length), np.int32), np.zeros((1, 0), np.int32), np.ones((1, 1), np.bool_), False)
+    # Nothing but the weights and the cache grows with the heads of keys and values.
+    double = replace(config, num_key_value_heads=2 * config.num_key_value_heads)
+    device = engine.device()
+    more, less = (inference_bytes(c, length, 1, "float32", device) - c.weight_bytes(4) for c in (double, config))
+    assert more - less == max(seen)
+
+
 @pytest.mark.parametrize(("total", "verdict"), [(143, "fits"), (142, "tight"), (118, "tight"), (117, "will not fit")])
 def test_verdicts(total: int, verdict: str) -> None:
-    found = Estimate(100, 0, 0, 0, 0, 0, 0, 0, 0, 0, available=total)
+    found = Estimate(100, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, available=total)
     assert found.verdict == verdict
 
 
 def test_one_line_says_all() -> None:
-    found = Estimate(5 * GB, 0, 1000, 0, 2 * GB, 400_000_000, 0, 0, 0, 0, available=16 * GB)
+    found = Estimate(5 * GB, 0, 1000, 0, 2 * GB, 0, 400_000_000, 0, 0, 0, 0, available=16 * GB)
     assert found.text == ("fits: about 7.4 GB of 16.0 GB (46%); weights 5.0 GB, optimizer 2.0 GB, activations 400.0 MB")
     assert replace(found, ratio=1.5).text.startswith("fits: about 11.1 GB of 16.0 GB (69%); ")
     assert replace(found, ratio=1.5).text.endswith(", times 1.50 as earlier runs measured")

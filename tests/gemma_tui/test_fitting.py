@@ -42,8 +42,8 @@ def test_the_official_sizes_are_those_of_the_report(name: str) -> None:
     assert config.parameter_count() == whole == embeddings + rest
     assert config.weight_bytes(2) == 2 * whole
     assert len(config.global_layers) == GLOBAL_LAYERS[name]
-    grown = config.cache_bytes(30_000, 2) - config.cache_bytes(20_000, 2)
-    assert grown == 10_000 * GLOBAL_LAYERS[name] * CACHE[name]
+    grown = config.cache_bytes(60 * 512, 2) - config.cache_bytes(40 * 512, 2)
+    assert grown == 20 * 512 * GLOBAL_LAYERS[name] * CACHE[name]
 
 
 @pytest.mark.parametrize("name", OFFICIAL)

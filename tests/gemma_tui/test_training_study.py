@@ -131,6 +131,28 @@ def test_a_step_tells_the_rate_of_the_plan_and_how_many_tokens_it_saw(
     assert all(v["tokens_per_second"] > 0 and v["memory"] > 0 for v in steps)
 
 
+def test_a_run_is_remembered_by_the_most_it_took_and_not_by_what_stands_between_its_steps(
+    engine: Engine, plan: Plan, store: RunStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An allocator that holds 300 bytes of others' throughout, and whose peak was higher before the run."""
+    peaks = iter([9000, 800, 800, 1100, 2100, 1900])
+    monkeypatch.setattr(engine, "memory", lambda: 300)
+    monkeypatch.setattr(engine, "peak_memory", lambda reset=False: next(peaks))
+    run_id, events = finished(engine, plan(steps=4), store)
+    assert [e.values["peak_memory"] for e in events if e.kind == "step"] == [0, 800, 1800, 1600]
+    told = next(e.values["estimate"] for e in events if e.kind == "start")
+    assert list(recording.experience(store, plan(steps=9), engine.name)) == [(told, 1800)]
+    assert not list(recording.experience(store, plan(steps=9), engine.name, run_id))
+    assert not list(recording.experience(store, plan(rank=3), engine.name))
+
+
+def test_runs_that_copy_other_rows_are_not_alike(engine: Engine, plan: Plan, store: RunStore) -> None:
+    """Rows without masked copies are half as many."""
+    finished(engine, plan(method="sbd", masked_weight=0.0), store)
+    assert list(recording.experience(store, plan(method="sbd", masked_weight=0.0), engine.name))
+    assert not list(recording.experience(store, plan(method="sbd"), engine.name))
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_the_loss_falls(engine: Engine, plan: Plan, store: RunStore, method: str) -> None:
     chosen = plan(method=method, steps=12, schedule="constant", evaluate_every=6, rank=8, alpha=64.0)
