@@ -241,10 +241,13 @@ def gguf_files(remote: Remote) -> tuple[RemoteFile, ...]:
     return tuple(sorted(found, key=lambda f: (f.size, f.path)))
 
 
+def is_usual(path: str) -> bool:
+    """Whether a file is fetched without being named; below the top are other forms of the same model."""
+    return "/" not in path and any(fnmatchcase(path, kind) for kind in KINDS)
+
+
 def _is_wanted(path: str, named: Iterable[str]) -> bool:
-    # Below the top are other forms of the same model, as for other programs.
-    top = "/" not in path and any(fnmatchcase(path, kind) for kind in KINDS)
-    return top or any(fnmatchcase(path, pattern) for pattern in named)
+    return is_usual(path) or any(fnmatchcase(path, pattern) for pattern in named)
 
 
 def _dtypes(safetensors: Any) -> dict[str, int]:

@@ -504,6 +504,38 @@ def test_clean_keeps_a_whole_model_without_a_name(cached: Path, hub: StandInHub,
     assert (cached / "pytorch_model.bin").is_file()
 
 
+def beside(snapshot: Path, names: tuple[str, ...]) -> Path:
+    """A commit without a name beside another, as a program leaves it that was told to fetch that commit."""
+    folder = snapshot.with_name("c" * 40)
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        blob = cache.repo_folder(TINY) / "blobs" / hashlib.sha256(name.encode()).hexdigest()
+        blob.write_bytes(name.encode())
+        (folder / name).symlink_to(blob)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("names", "stays"),
+    [
+        (("adapter_config.json", "adapter_model.safetensors", "README.md"), True),
+        (("model_index.json", "unet/diffusion_pytorch_model.safetensors"), True),
+        (("config.json", "onnx/model.onnx"), True),
+        (("config.json", "flax_model.msgpack"), True),
+        (("config.json", "quants/q.gguf"), True),
+        (("config.json", "pytorch_model.bin"), True),
+        (("config.json", "tokenizer.json"), False),
+        (("config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json"), False),
+    ],
+)
+def test_clean_keeps_what_another_program_fetched(
+    cached: Path, command: Commands, names: tuple[str, ...], stays: bool
+) -> None:
+    folder = beside(cached, names)
+    code, rows, _ = command("models", "clean", "--yes")
+    assert (code, rows[-1]["freed"] == 0, folder.is_dir()) == (0, stays, stays)
+
+
 def test_clean_keeps_the_finished_files_of_a_download_that_goes_on(hub: StandInHub, command: Commands) -> None:
     item = slowly(hub)
     small_files()
