@@ -130,9 +130,10 @@ def convert(plan: ConversionPlan, engine: Callable[[], Engine], progress: Progre
             _write(model.folder, folder, config, dtype, writing)
         copy_tokenizer(model.folder, folder)
         write_set_blocks(folder, set_blocks_of(model))
+        # Both before the model has its name, since nothing is left of a conversion that is stopped.
         before = _read(opened, model.folder, ids, model, _part(progress, 0.4, 0.7)) if opened and ids else None
+        after = _read(opened, folder, ids, model, _part(progress, 0.7, 1.0)) if opened and ids else None
     made = summary(Model(target.name, target, "data folder"))
-    after = _read(opened, target, ids, model, _part(progress, 0.7, 1.0)) if opened and ids else None
     return Converted(target, item.nbytes, made.nbytes, before, after)
 
 
