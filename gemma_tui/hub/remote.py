@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -154,18 +155,29 @@ def remote_config(remote: Remote) -> Gemma3Config:
         CheckpointError: it is not Gemma-3, asks for code, or for what is not computed here.
         GemmaTuiError: there is none, or it cannot be had.
     """
+    if all(f.path != "config.json" for f in remote.files):
+        raise GemmaTuiError(f"{remote.repo} has no config.json: it holds no model that can be computed here")
+    where = f"{remote.repo}: config.json"
+    with passing_copy(remote, "config.json", MAX_CONFIG_BYTES) as path:
+        return parse_config(read_config_dict(path.parent, where), where)
+
+
+@contextmanager
+def passing_copy(remote: Remote, name: str, limit: int) -> Iterator[Path]:
+    """A copy of a file of a repository, of at most ``limit`` bytes, that goes at the end of the block.
+
+    Raises:
+        GemmaTuiError: it is larger, or cannot be had.
+    """
     from huggingface_hub import hf_hub_download
 
-    size = next((f.size for f in remote.files if f.path == "config.json"), None)
-    if size is None:
-        raise GemmaTuiError(f"{remote.repo} has no config.json: it holds no model that can be computed here")
-    if size > MAX_CONFIG_BYTES:
-        raise GemmaTuiError(f"{remote.repo}: config.json of {size:,} bytes is over the limit of {MAX_CONFIG_BYTES:,}")
-    where = f"{remote.repo}: config.json"
+    size = next(f.size for f in remote.files if f.path == name)
+    if size > limit:
+        raise GemmaTuiError(f"{remote.repo}: {name} of {size:,} bytes is over the limit of {limit:,}")
     with tempfile.TemporaryDirectory() as folder:
         with explained(remote.repo, gated=remote.gated):
-            hf_hub_download(remote.repo, "config.json", revision=remote.commit, local_dir=folder, tqdm_class=meter())
-        return parse_config(read_config_dict(Path(folder), where), where)
+            hf_hub_download(remote.repo, name, revision=remote.commit, local_dir=folder, tqdm_class=meter())
+        yield Path(folder, name)
 
 
 def _found(info: Any) -> Found | None:
