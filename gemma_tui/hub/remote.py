@@ -221,7 +221,7 @@ def wanted(remote: Remote, include: Iterable[str] = ()) -> tuple[RemoteFile, ...
         GemmaTuiError: there are no safe weights, or names or numbers that no model has.
     """
     named = tuple(include)
-    files = [f for f in remote.files if _is_wanted(f.path, named) and not f.path.endswith(CODE)]
+    files = [f for f in remote.files if (is_usual(f.path) or is_named(f.path, named)) and not f.path.endswith(CODE)]
     if len(files) > MAX_FILES:
         raise GemmaTuiError(f"{remote.repo} names {len(files):,} files to fetch; a model has at most {MAX_FILES:,}")
     for file in files:
@@ -255,11 +255,12 @@ def gguf_files(remote: Remote) -> tuple[RemoteFile, ...]:
 
 def is_usual(path: str) -> bool:
     """Whether a file is fetched without being named; below the top are other forms of the same model."""
-    return "/" not in path and any(fnmatchcase(path, kind) for kind in KINDS)
+    return "/" not in path and is_named(path, KINDS)
 
 
-def _is_wanted(path: str, named: Iterable[str]) -> bool:
-    return is_usual(path) or any(fnmatchcase(path, pattern) for pattern in named)
+def is_named(path: str, patterns: Iterable[str]) -> bool:
+    """Whether a file is one of those that ``--include`` names."""
+    return any(fnmatchcase(path, pattern) for pattern in patterns)
 
 
 def _dtypes(safetensors: Any) -> dict[str, int]:

@@ -24,10 +24,12 @@ from stand_in_hub import COMMIT, NEXT_COMMIT, Repo, StandInHub, partial_files
 
 from engines.errors import EngineError
 from gemma_tui import paths
+from gemma_tui.commands.hub import _tell
 from gemma_tui.hub import cache, demo
 from gemma_tui.hub.downloads import CANCELLED, DONE, FAILED, KILL_SECONDS, Download, Downloads
 from gemma_tui.hub.fetching import SOFT_SECONDS, Request
 from gemma_tui.hub.models import resolve
+from gemma_tui.output import Output
 from gemma_tui.runs.queue import Queue
 from gemma_tui.runs.store import RunStore
 
@@ -328,6 +330,25 @@ def test_a_gguf_that_has_come_says_how_it_is_imported(
     assert (code, path.exists()) == (0, True)
     assert f"`gemma-tui models import {path}`" in said.replace("\n", "")
     assert "models info" not in said
+
+
+def test_the_gguf_that_is_imported_is_the_one_that_has_come(
+    hub: StandInHub, spoken: Callable[..., tuple[int, str, str]]
+) -> None:
+    hub.repos["org/quants"] = Repo({"a.gguf": b"GGUF1", "sub/b.gguf": b"GGUF2", "README.md": b""})
+    folder = cache.repo_folder("org/quants") / "snapshots" / COMMIT
+    for pattern, name in (("sub/*", "sub/b.gguf"), ("a.gguf", "a.gguf"), ("*b.gguf", "sub/b.gguf")):
+        said = spoken("models", "download", "org/quants", "--include", pattern)[1]
+        assert f"`gemma-tui models import {folder / name}`" in said.replace("\n", "")
+
+
+@pytest.mark.parametrize(("state", "told"), [(DONE, True), (CANCELLED, False)])
+def test_what_has_come_as_it_was_cancelled_is_not_told_to_be_ready(
+    capsys: pytest.CaptureFixture[str], state: str, told: bool
+) -> None:
+    item = Download(Request(TINY), state=state, folder="somewhere" if told else "")
+    _tell(item, {"kind": "fetched", "commit": COMMIT, "folder": "somewhere", "bytes": 1}, Output(False))
+    assert ("is checked and ready" in capsys.readouterr().out) == told
 
 
 def test_a_token_is_nowhere_but_with_the_hub(hub: StandInHub, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
