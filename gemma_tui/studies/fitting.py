@@ -17,7 +17,7 @@ from gemma_tui.errors import UsageError
 from gemma_tui.figure import Figure, Table
 from gemma_tui.hub.fit import band
 from gemma_tui.hub.headers import look_inside
-from gemma_tui.hub.models import is_only_remote, resolve
+from gemma_tui.hub.models import folder_named, is_only_remote, resolve
 from gemma_tui.output import bytes_text
 from gemma_tui.studies.estimate import estimate, inference_bytes
 
@@ -64,9 +64,9 @@ def config_named(name: str) -> Gemma3Config:
     """
     if name in OFFICIAL:
         return official_config(name)
-    path = Path(name).expanduser()
-    if path.name == "config.json" and path.is_file():
-        return read_config(path.parent)
+    path = Path(name)
+    if path.name == "config.json" and (folder := folder_named(str(path.parent))) is not None:
+        return read_config(folder)
     if is_only_remote(name):
         return _remote_config(name)
     try:

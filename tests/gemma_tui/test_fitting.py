@@ -89,3 +89,13 @@ def test_a_config_file_is_enough(tmp_path: Path, command: Commands) -> None:
 def test_an_unknown_name_names_the_known_ones(command: Commands) -> None:
     code, _, error = command("models", "fit", "gemma-3-5b")
     assert (code, "gemma-3-27b" in error) == (USAGE, True)
+
+
+UNKNOWN = {"no user": "~no-such-user/x", "no home": "~no-such-user/config.json", "long": f"{'x' * 5000}/config.json"}
+
+
+@pytest.mark.parametrize("name", UNKNOWN.values(), ids=UNKNOWN)
+@pytest.mark.parametrize("verb", ["fit", "tree"])
+def test_a_path_that_cannot_be_is_one_line(verb: str, name: str, command: Commands) -> None:
+    code, _, error = command("models", verb, name)
+    assert (code, error.count("\n"), "no model" in error) == (USAGE, 1, True)
