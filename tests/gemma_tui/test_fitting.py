@@ -13,6 +13,7 @@ from engines.base import DeviceInfo
 from engines.checkpoints import write_json
 from engines.gemma3 import Quantization
 from engines.official import OFFICIAL, official_config
+from gemma_tui import paths
 from gemma_tui.cli import USAGE
 from gemma_tui.studies.estimate import inference_bytes
 from gemma_tui.studies.fitting import needs
@@ -84,6 +85,17 @@ def test_a_config_file_is_enough(tmp_path: Path, command: Commands) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     code, _, error = command("models", "fit", str(tmp_path / "config.json"))
     assert (code, "llama" in error) == (1, True)
+
+
+def test_a_model_here_comes_before_the_official_one_of_its_name(tiny: str, command: Commands) -> None:
+    mine = command("models", "fit", tiny)[1][0]["parameters"]
+    (paths.models() / tiny).rename(paths.models() / "gemma-3-1b")
+    code, rows, _ = command("models", "fit", "gemma-3-1b")
+    assert (code, rows[0]["parameters"]) == (0, mine)
+    tree = [row["parameters"] for row in command("models", "tree", "gemma-3-1b")[1] if row.get("name") == "model"]
+    assert tree == [mine]
+    (paths.models() / "gemma-3-1b" / "config.json").write_text("{")
+    assert command("models", "fit", "gemma-3-1b")[0] != 0
 
 
 def test_an_unknown_name_names_the_known_ones(command: Commands) -> None:
