@@ -20,6 +20,7 @@ from gemma_tui import paths
 from gemma_tui.errors import GemmaTuiError, UsageError
 from gemma_tui.hub.metering import free_bytes
 from gemma_tui.hub.naming import free_name
+from gemma_tui.output import bytes_text
 from gemma_tui.rows import read_split_rows
 from gemma_tui.tokenizer import train_tokenizer
 
@@ -106,9 +107,9 @@ def ensure_space(folder: Path, needed: int, remedy: str = "set GEMMA_TUI_HOME") 
     """
     free = free_bytes(folder)
     if free < needed + RESERVE_BYTES:
-        short = (needed + RESERVE_BYTES - free) / 2**30
+        short = bytes_text(needed + RESERVE_BYTES - free)
         raise GemmaTuiError(
-            f"{folder} has no room for {needed / 2**30:.1f} GB and a reserve: free {short:.1f} GB more, or {remedy}"
+            f"{folder} has no room for {bytes_text(needed)} and a reserve: free {short} more, or {remedy}"
         )
 
 

@@ -323,9 +323,10 @@ def test_a_body_without_an_end_is_stopped(hub: StandInHub) -> None:
 
 
 def test_a_disk_without_room_is_told_before_the_first_byte(hub: StandInHub, monkeypatch: pytest.MonkeyPatch) -> None:
-    free = convert.RESERVE_BYTES + 1000
+    whole = sum(map(len, hub.repos[TINY].files.values()))
+    free = convert.RESERVE_BYTES + whole - 1_000_000_000
     monkeypatch.setattr(shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(10**12, 0, free))  # type: ignore[attr-defined]
-    assert "has no room for" in refused()
+    assert f"has no room for {whole / 1000:.0f} KB and a reserve: free 1.0 GB more, or set HF_HOME" in refused()
     assert hub.count("GET", "/model.safetensors") == 0
 
 
