@@ -180,20 +180,43 @@ def _sharded(folder: Path, index: Path) -> dict[str, StoredTensor]:
     try:
         if index.stat().st_size > MAX_HEADER_BYTES:
             raise CheckpointError(f"{index} is over the limit of {MAX_HEADER_BYTES:,} bytes: fetch it again")
-        places = read_json(index.read_bytes(), MAX_VALUES)["weight_map"]
-        names = sorted(set(places.values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{index} is not a shard index ({type(error).__name__}): fetch it again") from None
+        places = shard_map(index, index.read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"{index} cannot be read ({error.strerror}): check the path") from None
     tensors: dict[str, StoredTensor] = {}
+    for name in sorted(set(places.values())):
+        tensors |= read_header(folder / name)
+    check_shards(index, places, tensors)
+    return tensors
+
+
+def shard_map(index: Path, blob: bytes) -> dict[str, str]:
+    """For each tensor that the text of an index names, the file beside the index that holds it.
+
+    Raises:
+        CheckpointError: it is no index, or points elsewhere.
+    """
+    try:
+        places: dict[str, str] = read_json(blob, MAX_VALUES)["weight_map"]
+        names = sorted(set(places.values()))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{index} is not a shard index ({type(error).__name__}): fetch it again") from None
     for name in names:
         plain = isinstance(name, str) and name.isprintable() and Path(name).name == name
         if not plain or not name.endswith(".safetensors"):
             raise CheckpointError(f"{index} names {str(name)[:60]!r}, which is no shard beside it: fetch it again")
-        tensors |= read_header(folder / name)
+    return places
+
+
+def check_shards(index: Path, places: Mapping[str, str], tensors: Mapping[str, StoredTensor]) -> None:
+    """Whether the shards hold every tensor that their index names.
+
+    Raises:
+        CheckpointError: one is missing.
+    """
     missing = sorted(set(places) - set(tensors))
     if missing:
         raise CheckpointError(f"{index} names {missing[0][:60]!r}, which no shard holds: fetch the model again")
-    return tensors
 
 
 def read_array(tensor: StoredTensor, kinds: Sequence[str] = FLOATS) -> np.ndarray:

@@ -117,7 +117,7 @@ def _tell(item: Download, event: Mapping[str, Any], output: Output) -> None:
         output.passing(f"{item.detail}")
     elif kind == "retry":
         output.say(item.detail)
-    elif kind == "fetched":
+    elif kind == "fetched" and item.state == DONE:  # it may end just as it is cancelled
         output.say(f"{name_of(item.request)} is checked and ready: `{using_command(item)}`")
 
 

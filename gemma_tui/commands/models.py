@@ -6,6 +6,7 @@ import argparse
 from dataclasses import asdict
 
 from engines import open_engine
+from gemma_tui import paths
 from gemma_tui.commands.figures import tell
 from gemma_tui.commands.hub import about_remote, disk_use
 from gemma_tui.commands.plans import plan_from
@@ -14,6 +15,7 @@ from gemma_tui.hub import demo, fit
 from gemma_tui.hub.convert import import_gguf, new_model
 from gemma_tui.hub.facts import about, facts
 from gemma_tui.hub.models import REAL, Model, Summary, is_only_remote, local_models, resolve, summary
+from gemma_tui.hub.naming import free_name
 from gemma_tui.output import Output, bytes_text, count_text
 from gemma_tui.rows import data_path
 from gemma_tui.studies.conversion import ConversionPlan, convert, in_words
@@ -80,7 +82,7 @@ def import_model(args: argparse.Namespace, output: Output) -> int:
             folder = demo.ensure_imported(progress)
         else:
             source = data_path(args.file)
-            folder = import_gguf(source, args.name or source.stem, progress)
+            folder = import_gguf(source, paths.models() / free_name(args.name or source.stem), progress)
     output.say(f"{folder.name} is ready: `gemma-tui generate {folder.name} --prompt ...`")
     output.row("end", status="done", model=folder.name, folder=str(folder))
     return 0

@@ -14,10 +14,8 @@ from engines.errors import EngineError
 from engines.training import LoRASettings
 from gemma_tui import paths
 from gemma_tui.errors import GemmaTuiError, UsageError
-from gemma_tui.hub.convert import MODEL_NAME, ensure_space, staging
+from gemma_tui.hub.convert import ensure_space, staging
 from gemma_tui.hub.models import (
-    NANO,
-    REAL,
     Model,
     base_model,
     copy_tokenizer,
@@ -29,6 +27,7 @@ from gemma_tui.hub.models import (
     summary,
     whole_model,
 )
+from gemma_tui.hub.naming import free_name
 from gemma_tui.hub.set_blocks import SetBlocks, set_blocks_of, write_set_blocks
 
 FORMATS = ("peft", "mlx")
@@ -97,7 +96,7 @@ def import_adapter(source: Path, name: str, base: str | None = None) -> Model:
     Raises:
         EngineError: the name is taken or not valid, the files are broken or of another model, or the base is not here.
     """
-    target = free_name(name)
+    target = paths.adapters() / free_name(name)
     if not source.is_dir():
         raise GemmaTuiError(f"{source} is no folder: name one that holds an adapter of PEFT or mlx-lm")
     model = base_model(source) if base is None else whole_model(base)
@@ -145,7 +144,7 @@ def blend_adapters(
         raise UsageError(f"rank goes with svd; {how} decides it itself")
     if rank is not None and rank < 1:
         raise UsageError(f"rank is {rank}; 1 or more is needed")
-    target = free_name(name)
+    target = paths.adapters() / free_name(name)
     found = [read(some) for some in names]
     model = found[0][0]
     for some, (other, _, _) in zip(names, found, strict=True):
@@ -169,31 +168,15 @@ def fuse_adapter(name: str, new: str, dtype: str | None = None, progress: Progre
     Raises:
         EngineError: the name is taken or not valid, or as ``read`` does, or the disk is too small.
     """
-    free_name(new)
+    target = paths.models() / free_name(new)
     model, factors, settings = read(name)
     kept = dtype or ("bfloat16" if summary(model).dtype == "BF16" else "float32")
     ensure_space(paths.models(), ITEM_BYTES[kept] * model.config().parameter_count() + (64 << 20))
-    with staging(paths.models() / new) as folder:
+    with staging(target) as folder:
         fuse(model.folder, factors, settings, folder, kept, progress)
         copy_tokenizer(model.folder, folder)
         write_set_blocks(folder, set_blocks_of(resolve(name)))
-    return paths.models() / new
-
-
-def free_name(name: str) -> Path:
-    """The folder of a new adapter of that name.
-
-    Raises:
-        EngineError: the name is not valid, or means something already.
-    """
-    if not MODEL_NAME.fullmatch(name):
-        raise UsageError(f"{name[:60]!r} is no name for an adapter or model: use letters, digits, dots and dashes")
-    if name in (NANO, REAL):
-        raise GemmaTuiError(f"{name} is a built-in model: choose another name")
-    for place in (paths.models(), paths.adapters(), paths.runs()):
-        if (place / name).exists():
-            raise GemmaTuiError(f"{place / name} is there already: choose another name, or remove it first")
-    return paths.adapters() / name
+    return target
 
 
 def _store(target: Path, factors: Factors, settings: LoRASettings, model: Model, trained: SetBlocks | None) -> Model:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -13,12 +14,14 @@ from typing import TYPE_CHECKING, Any
 from engines.checkpoints import model_tensors
 from engines.errors import EngineError
 from gemma_tui.errors import GemmaTuiError
-from gemma_tui.hub.remote import CODE, COMMIT, REPO_ID
+from gemma_tui.hub.remote import COMMIT, REPO_ID, is_usual
 
 if TYPE_CHECKING:
     from huggingface_hub import HFCacheInfo
 
 LOCK_SECONDS = 0.01
+
+SHARD = re.compile(r"\d-of-\d+\.safetensors$")
 
 
 @dataclass(frozen=True)
@@ -247,8 +250,12 @@ def _deletion(info: HFCacheInfo, repo: Any, what: str, going: Iterable[Any]) -> 
 
 
 def _may_be_model(snapshot: Path) -> bool:
-    """Whether a commit without a name is whole, or holds what only another program fetches."""
-    if any(path.name.endswith((".gguf", *CODE)) for path in snapshot.iterdir()):
+    """Whether a commit without a name is whole, or holds what only another program fetches.
+
+    A file is linked here when it has come whole, so that of weights in one file nothing is missing; shards may be.
+    """
+    files = [path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*") if not path.is_dir()]
+    if any(not is_usual(name) or (name.endswith(".safetensors") and not SHARD.search(name)) for name in files):
         return True
     with suppress(EngineError, OSError):
         return bool(model_tensors(snapshot))

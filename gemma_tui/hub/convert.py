@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,6 +19,8 @@ from engines.gguf_gemma3 import gemma3_config, gemma3_tensors, tokenizer_json
 from gemma_tui import paths
 from gemma_tui.errors import GemmaTuiError, UsageError
 from gemma_tui.hub.metering import free_bytes
+from gemma_tui.hub.naming import free_name
+from gemma_tui.output import bytes_text
 from gemma_tui.rows import read_split_rows
 from gemma_tui.tokenizer import train_tokenizer
 
@@ -28,29 +29,21 @@ RESERVE_BYTES = 1 << 30
 
 SMALLEST_VOCABULARY = 363
 
-MODEL_NAME = re.compile(r"\w[\w.\-]{0,95}")
 
-
-def name_from(text: str) -> str:
-    """A name for a model, of one from elsewhere; of a text without a letter or digit nothing is left."""
-    return re.sub(r"[^\w.\-]+", "-", text, flags=re.ASCII).strip("-.")
-
-
-def import_gguf(source: Path, name: str, progress: Progress) -> Path:
-    """Write a Gemma-3 GGUF as bfloat16 safetensors with config and tokenizer to the data folder.
+def import_gguf(source: Path, target: Path, progress: Progress) -> Path:
+    """Write a Gemma-3 GGUF as bfloat16 safetensors with config and tokenizer to a new folder, which is returned.
 
     The folder appears under its name only when everything in it is whole.
 
     Raises:
-        EngineError: the file is broken, the name is taken or not valid, or the disk is too small.
+        EngineError: the file is broken, or the disk is too small.
     """
-    target = _free_target(name)
     progress(0.0, "reading the file")
     file = read_gguf(source)
     config = gemma3_config(file)
     shapes = parse_config(config, str(source)).parameter_shapes()
     total = sum(math.prod(shape) for shape in shapes.values())
-    ensure_space(paths.models(), 2 * total + (64 << 20))
+    ensure_space(target.parent, 2 * total + (64 << 20))
 
     def arrays() -> Iterator[tuple[str, np.ndarray]]:
         done = 0
@@ -114,9 +107,9 @@ def ensure_space(folder: Path, needed: int, remedy: str = "set GEMMA_TUI_HOME") 
     """
     free = free_bytes(folder)
     if free < needed + RESERVE_BYTES:
-        short = (needed + RESERVE_BYTES - free) / 2**30
+        short = bytes_text(needed + RESERVE_BYTES - free)
         raise GemmaTuiError(
-            f"{folder} has no room for {needed / 2**30:.1f} GB and a reserve: free {short:.1f} GB more, or {remedy}"
+            f"{folder} has no room for {bytes_text(needed)} and a reserve: free {short} more, or {remedy}"
         )
 
 
@@ -126,7 +119,7 @@ def new_model(name: str, data: Path, shape: Mapping[str, int]) -> Path:
     Raises:
         EngineError: the name is taken, the shape is not valid, or the data are not readable.
     """
-    target = _free_target(name)
+    target = paths.models() / free_name(name)
     config = parse_config({"model_type": "gemma3_text", "query_pre_attn_scalar": shape["head_dim"], **shape}, name)
     if config.vocab_size < SMALLEST_VOCABULARY:
         raise UsageError(f"vocab-size {config.vocab_size}: bytes and special tokens alone take {SMALLEST_VOCABULARY}")
@@ -136,17 +129,3 @@ def new_model(name: str, data: Path, shape: Mapping[str, int]) -> Path:
         write_json(folder / "config.json", config.to_dict() | {"vocab_size": tokenizer.size})
         tokenizer.backend.save(str(folder / "tokenizer.json"))
     return target
-
-
-def _free_target(name: str) -> Path:
-    """The folder of a new model of that name.
-
-    Raises:
-        EngineError: the name is not valid, or taken.
-    """
-    if not MODEL_NAME.fullmatch(name):
-        raise UsageError(f"{name[:60]!r} is no model name: use letters, digits, dots and dashes")
-    for place in (paths.models(), paths.adapters()):
-        if (place / name).exists():
-            raise GemmaTuiError(f"{place / name} is there already: choose another name, or remove it first")
-    return paths.models() / name

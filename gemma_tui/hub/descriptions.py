@@ -11,7 +11,7 @@ from gemma_tui.hub.cache import Removal, repo_of
 from gemma_tui.hub.downloads import Download
 from gemma_tui.hub.fetching import Request
 from gemma_tui.hub.headers import Inside
-from gemma_tui.hub.remote import Found
+from gemma_tui.hub.remote import Found, is_named
 from gemma_tui.output import bytes_text, count_text
 
 FOUND = ("repository", "size", "params", "fits", "access", "format", "dtype", "licence", "downloads")
@@ -73,10 +73,15 @@ def fetching_command(request: Request) -> str:
 
 
 def using_command(item: Download) -> str:
-    """The command for what has come; GGUF alone is no model here before it is imported."""
+    """The command for what has come; GGUF alone is no model here before it is imported.
+
+    Of several files of GGUF, which other downloads may have left beside it, it is the first that was asked for.
+    """
     folder = Path(item.folder)
-    if (files := sorted(folder.rglob("*.gguf"))) and not list(folder.glob("*.safetensors")):
-        return shlex.join(["gemma-tui", "models", "import", str(files[0])])
+    if not list(folder.glob("*.safetensors")):
+        for path in sorted(folder.rglob("*.gguf")):
+            if is_named(path.relative_to(folder).as_posix(), item.request.include):
+                return shlex.join(["gemma-tui", "models", "import", str(path)])
     return f"gemma-tui models info {name_of(item.request)}"
 
 

@@ -8,11 +8,24 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
-from engines.checkpoints import MAX_HEADER_BYTES, StoredTensor, header_length, tensors_of, text_tensors
+from engines.checkpoints import (
+    MAX_HEADER_BYTES,
+    StoredTensor,
+    check_shards,
+    header_length,
+    shard_map,
+    tensors_of,
+    text_tensors,
+)
 from engines.gemma3 import Gemma3Config
 from engines.quantization import check_parameters
+from gemma_tui.errors import GemmaTuiError
 from gemma_tui.hub.refusals import AGENT, explained
-from gemma_tui.hub.remote import Remote, RemoteFile, check_access, gguf_files, look, remote_config, wanted
+from gemma_tui.hub.remote import Remote, RemoteFile, check_access, gguf_files, look, passing_copy, remote_config, wanted
+from gemma_tui.text import one_line
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+"""What a model's weights are read from: its one file, or the shards of an index, which comes first."""
 
 
 @dataclass(frozen=True)
@@ -49,27 +62,36 @@ def look_inside(repo: str, revision: str = "main") -> Inside:
 
 
 def remote_tensors(remote: Remote, files: Iterable[RemoteFile], config: Gemma3Config) -> dict[str, StoredTensor]:
-    """The tensors of the safetensors among ``files``, held against the config.
+    """The tensors that a model of these files is read from, held against the config.
 
     Raises:
-        CheckpointError: a header is not safe, or the tensors are not those that the config asks for.
-        GemmaTuiError: a header cannot be had.
+        CheckpointError: a header or the index is not safe, or the tensors are not those that the config asks for.
+        GemmaTuiError: a file that the model is read from is not among ``files``, or its header cannot be had.
     """
+    by_name = {file.path: file for file in files}
+    index = by_name.get(INDEX)
+    places = {} if index is None else _shard_map(remote, index)
     tensors: dict[str, StoredTensor] = {}
-    for file in _weights(files):
-        with explained(remote.repo, gated=remote.gated):
-            header = _header(remote, file)
-        tensors |= tensors_of(_where(remote, file), header, file.size)
+    for name in [SINGLE] if index is None else sorted(set(places.values())):
+        if name not in by_name:
+            shown = one_line(name, 80)
+            raise GemmaTuiError(f"{remote.repo} has no {shown}, from which a model is read: take another repository")
+        tensors |= _tensors(remote, by_name[name])
+    if index is not None:
+        check_shards(_where(remote, index), places, tensors)
     check_parameters(remote.repo, text_tensors(tensors), config)
     return tensors
 
 
-def _weights(files: Iterable[RemoteFile]) -> list[RemoteFile]:
-    """What a model's folder is read from: its one file, or the shards that an index names, of which all are taken."""
-    by_name = {file.path: file for file in files}
-    if "model.safetensors" in by_name and "model.safetensors.index.json" not in by_name:
-        return [by_name["model.safetensors"]]
-    return [file for name, file in by_name.items() if name.endswith(".safetensors")]
+def _shard_map(remote: Remote, index: RemoteFile) -> dict[str, str]:
+    with passing_copy(remote, index.path, MAX_HEADER_BYTES) as path:
+        return shard_map(_where(remote, index), path.read_bytes())
+
+
+def _tensors(remote: Remote, file: RemoteFile) -> dict[str, StoredTensor]:
+    with explained(remote.repo, gated=remote.gated):
+        header = _header(remote, file)
+    return tensors_of(_where(remote, file), header, file.size)
 
 
 def _header(remote: Remote, file: RemoteFile) -> bytes:

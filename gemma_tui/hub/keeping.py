@@ -8,10 +8,10 @@ from engines.checkpoints import model_tensors
 from gemma_tui import paths
 from gemma_tui.errors import GemmaTuiError
 from gemma_tui.hub import cache
-from gemma_tui.hub.adapters import free_name, listed
+from gemma_tui.hub.adapters import listed
 from gemma_tui.hub.cache import Removal
-from gemma_tui.hub.convert import name_from
 from gemma_tui.hub.models import NAME, NANO, REAL, Model
+from gemma_tui.hub.naming import free_name, name_from
 from gemma_tui.hub.remote import REPO_ID
 
 
@@ -56,8 +56,7 @@ def adopt(folder: Path, name: str | None) -> Model:
         source = folder.expanduser().resolve(strict=True)
     except (OSError, RuntimeError):
         raise GemmaTuiError(f"{folder} is not there: name a folder with a model") from None
-    chosen = name or name_from(source.name)
-    free_name(chosen)
+    chosen = free_name(name or name_from(source.name))
     Model(chosen, source, "folder").config()
     model_tensors(source)
     link = paths.models() / chosen

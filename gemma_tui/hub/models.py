@@ -114,7 +114,7 @@ def whole_model(name: str, progress: Progress | None = None) -> Model:
         return Model(REAL, ensure_imported(progress), "built-in")
     if NAME.fullmatch(name) and (folder := paths.models() / name / "config.json").is_file():
         return Model(name, folder.parent, "data folder")
-    if (path := _folder(name)) is not None:
+    if (path := folder_named(name)) is not None:
         return Model(path.name, path.resolve(), "folder")
     if NAME.fullmatch(name) and (folder := paths.runs() / name / "model" / "config.json").is_file():
         return Model(name, folder.parent, "run")
@@ -142,7 +142,7 @@ def is_only_remote(name: str) -> bool:
 
     repo, _, revision = name.partition("@")
     absent = bool(REPO_ID.fullmatch(repo)) and snapshot(repo, revision or "main") is None
-    return absent and _folder(name) is None and not is_offline_mode()
+    return absent and folder_named(name) is None and not is_offline_mode()
 
 
 def local_models() -> list[Summary]:
@@ -189,7 +189,8 @@ def copy_tokenizer(source: Path, target: Path) -> None:
         raise GemmaTuiError(f"{target} cannot be written ({error.strerror}): free some space") from None
 
 
-def _folder(name: str) -> Path | None:
+def folder_named(name: str) -> Path | None:
+    """The folder of that path, from the home of a user with ``~``; None if there is none."""
     try:
         path = Path(name).expanduser()
         return path if path.is_dir() else None
@@ -206,7 +207,7 @@ def _adapter_folder(name: str) -> tuple[Path, str] | None:
             return None
         if (paths.adapters() / name / ADAPTER_CONFIG).is_file():
             return paths.adapters() / name, "adapter"
-    if (path := _folder(name)) is not None:
+    if (path := folder_named(name)) is not None:
         is_adapter = (path / ADAPTER_CONFIG).is_file() and not (path / "config.json").is_file()
         return (path.resolve(), "folder") if is_adapter else None
     return (adapter, "run") if NAME.fullmatch(name) and (adapter := run_adapter(paths.runs() / name)) else None

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from engines.errors import EngineError
 from gemma_tui import VERSION
 from gemma_tui.errors import GemmaTuiError
 from gemma_tui.text import one_line, without_tokens
@@ -46,10 +47,11 @@ def explained(what: str, revision: str = "", gated: str = "") -> Iterator[None]:
     Raises:
         AccessError: the repository is not there, or not for this user.
         GemmaTuiError: anything else that the client raises.
+        EngineError: what is refused here, as it is.
     """
     try:
         yield
-    except GemmaTuiError:
+    except EngineError:
         raise
     except Exception as error:  # of a client that is one of two libraries, by its version
         raise reason(error, what, revision, gated) from error
@@ -59,8 +61,6 @@ def reason(error: Exception, what: str, revision: str = "", gated: str = "") -> 
     """What an error of the client means, and what to do."""
     from huggingface_hub import errors
 
-    if isinstance(error, GemmaTuiError):
-        return error
     if isinstance(error, errors.OfflineModeIsEnabled):
         return GemmaTuiError(
             f"HF_HUB_OFFLINE is set, so the hub is not asked for {what}: unset it, or use what is here"

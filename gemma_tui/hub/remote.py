@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -154,18 +155,29 @@ def remote_config(remote: Remote) -> Gemma3Config:
         CheckpointError: it is not Gemma-3, asks for code, or for what is not computed here.
         GemmaTuiError: there is none, or it cannot be had.
     """
+    if all(f.path != "config.json" for f in remote.files):
+        raise GemmaTuiError(f"{remote.repo} has no config.json: it holds no model that can be computed here")
+    where = f"{remote.repo}: config.json"
+    with passing_copy(remote, "config.json", MAX_CONFIG_BYTES) as path:
+        return parse_config(read_config_dict(path.parent, where), where)
+
+
+@contextmanager
+def passing_copy(remote: Remote, name: str, limit: int) -> Iterator[Path]:
+    """A copy of a file of a repository, of at most ``limit`` bytes, that goes at the end of the block.
+
+    Raises:
+        GemmaTuiError: it is larger, or cannot be had.
+    """
     from huggingface_hub import hf_hub_download
 
-    size = next((f.size for f in remote.files if f.path == "config.json"), None)
-    if size is None:
-        raise GemmaTuiError(f"{remote.repo} has no config.json: it holds no model that can be computed here")
-    if size > MAX_CONFIG_BYTES:
-        raise GemmaTuiError(f"{remote.repo}: config.json of {size:,} bytes is over the limit of {MAX_CONFIG_BYTES:,}")
-    where = f"{remote.repo}: config.json"
+    size = next(f.size for f in remote.files if f.path == name)
+    if size > limit:
+        raise GemmaTuiError(f"{remote.repo}: {name} of {size:,} bytes is over the limit of {limit:,}")
     with tempfile.TemporaryDirectory() as folder:
         with explained(remote.repo, gated=remote.gated):
-            hf_hub_download(remote.repo, "config.json", revision=remote.commit, local_dir=folder, tqdm_class=meter())
-        return parse_config(read_config_dict(Path(folder), where), where)
+            hf_hub_download(remote.repo, name, revision=remote.commit, local_dir=folder, tqdm_class=meter())
+        yield Path(folder, name)
 
 
 def _found(info: Any) -> Found | None:
@@ -209,7 +221,7 @@ def wanted(remote: Remote, include: Iterable[str] = ()) -> tuple[RemoteFile, ...
         GemmaTuiError: there are no safe weights, or names or numbers that no model has.
     """
     named = tuple(include)
-    files = [f for f in remote.files if _is_wanted(f.path, named) and not f.path.endswith(CODE)]
+    files = [f for f in remote.files if (is_usual(f.path) or is_named(f.path, named)) and not f.path.endswith(CODE)]
     if len(files) > MAX_FILES:
         raise GemmaTuiError(f"{remote.repo} names {len(files):,} files to fetch; a model has at most {MAX_FILES:,}")
     for file in files:
@@ -241,10 +253,14 @@ def gguf_files(remote: Remote) -> tuple[RemoteFile, ...]:
     return tuple(sorted(found, key=lambda f: (f.size, f.path)))
 
 
-def _is_wanted(path: str, named: Iterable[str]) -> bool:
-    # Below the top are other forms of the same model, as for other programs.
-    top = "/" not in path and any(fnmatchcase(path, kind) for kind in KINDS)
-    return top or any(fnmatchcase(path, pattern) for pattern in named)
+def is_usual(path: str) -> bool:
+    """Whether a file is fetched without being named; below the top are other forms of the same model."""
+    return "/" not in path and is_named(path, KINDS)
+
+
+def is_named(path: str, patterns: Iterable[str]) -> bool:
+    """Whether a file is one of those that ``--include`` names."""
+    return any(fnmatchcase(path, pattern) for pattern in patterns)
 
 
 def _dtypes(safetensors: Any) -> dict[str, int]:

@@ -15,9 +15,10 @@ from engines.gemma3 import GROUP_SIZES, Gemma3Config, Quantization
 from engines.quantization import iterate_dense
 from gemma_tui import paths
 from gemma_tui.errors import GemmaTuiError, UsageError
-from gemma_tui.hub.adapters import ITEM_BYTES, free_name
-from gemma_tui.hub.convert import ensure_space, name_from, staging
+from gemma_tui.hub.adapters import ITEM_BYTES
+from gemma_tui.hub.convert import ensure_space, staging
 from gemma_tui.hub.models import Model, copy_tokenizer, resolve, summary
+from gemma_tui.hub.naming import free_name, name_from
 from gemma_tui.hub.set_blocks import set_blocks_of, write_set_blocks
 from gemma_tui.output import bytes_text
 from gemma_tui.rows import data_path
@@ -115,8 +116,7 @@ def convert(plan: ConversionPlan, engine: Callable[[], Engine], progress: Progre
     dtype = plan.dtype or ("float32" if item.dtype == "F32" else "bfloat16")
     how = None if plan.bits is None else Quantization(plan.bits, plan.group_size)
     name = plan.name or f"{name_from(model.name.partition('@')[0].rpartition('/')[2])}-{_kind(plan)}"
-    free_name(name)
-    target = paths.models() / name
+    target = paths.models() / free_name(name)
     ids = _ids(plan, model)
     opened = engine() if how is not None or ids else None
     needed = replace(config, quantization=how).weight_bytes(ITEM_BYTES[dtype])
@@ -130,9 +130,10 @@ def convert(plan: ConversionPlan, engine: Callable[[], Engine], progress: Progre
             _write(model.folder, folder, config, dtype, writing)
         copy_tokenizer(model.folder, folder)
         write_set_blocks(folder, set_blocks_of(model))
+        # Both before the model has its name, since nothing is left of a conversion that is stopped.
         before = _read(opened, model.folder, ids, model, _part(progress, 0.4, 0.7)) if opened and ids else None
+        after = _read(opened, folder, ids, model, _part(progress, 0.7, 1.0)) if opened and ids else None
     made = summary(Model(target.name, target, "data folder"))
-    after = _read(opened, target, ids, model, _part(progress, 0.7, 1.0)) if opened and ids else None
     return Converted(target, item.nbytes, made.nbytes, before, after)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -13,11 +14,11 @@ from engines.gemma3 import Gemma3Config, read_config
 from engines.official import OFFICIAL, official_config
 from engines.quantization import check_trainable
 from engines.training import LoRASettings, Rank1Settings, TrainingSettings
-from gemma_tui.errors import UsageError
+from gemma_tui.errors import GemmaTuiError, UsageError
 from gemma_tui.figure import Figure, Table
 from gemma_tui.hub.fit import band
 from gemma_tui.hub.headers import look_inside
-from gemma_tui.hub.models import is_only_remote, resolve
+from gemma_tui.hub.models import REAL, folder_named, is_only_remote, no_import, resolve
 from gemma_tui.output import bytes_text
 from gemma_tui.studies.estimate import estimate, inference_bytes
 
@@ -57,22 +58,32 @@ class Need:
 
 
 def config_named(name: str) -> Gemma3Config:
-    """The config that a name means: an official size, a ``config.json``, or a model that is here or on the hub.
+    """The config that a name means: a ``config.json``, a model that is here or on the hub, or an official size.
 
     Raises:
         EngineError: it is none of these, or the file is broken.
     """
-    if name in OFFICIAL:
+    if name in OFFICIAL and not _is_mine(name):
         return official_config(name)
-    path = Path(name).expanduser()
-    if path.name == "config.json" and path.is_file():
-        return read_config(path.parent)
+    path = Path(name)
+    if path.name == "config.json" and (folder := folder_named(str(path.parent))) is not None:
+        return read_config(folder)
     if is_only_remote(name):
         return _remote_config(name)
     try:
         return resolve(name).config()
     except EngineError as error:
         raise UsageError(f"{error}; known by name are {', '.join(OFFICIAL)}") from None
+
+
+def _is_mine(name: str) -> bool:
+    """Whether an official size's name is that of another model here; the built-in one is of that size."""
+    if name == REAL:
+        return False
+    with suppress(GemmaTuiError):
+        resolve(name, no_import)
+        return True
+    return False
 
 
 def _remote_config(name: str) -> Gemma3Config:

@@ -203,9 +203,11 @@ BAD: dict[str, tuple[list[str], int, str]] = {
     "a run's name that is not Unicode": (["runs", "show", "\udcff"], 1, "not valid Unicode"),
     "a prompt that is not Unicode": (["generate", "tiny", "--prompt", "\udcff"], 1, "not valid Unicode"),
     "a taken name": (["models", "new", "tiny", "--data", "DATA"], 1, "is there already"),
-    "a model's name with a path": (["models", "new", "../up", "--data", "DATA"], 2, "is no model name"),
+    "a model's name with a path": (["models", "new", "../up", "--data", "DATA"], 2, "is no name for"),
     "too small a vocabulary": (["models", "new", "a", "--data", "DATA", "--vocab-size", "300"], 2, "vocab-size 300"),
     "an impossible shape": (["models", "new", "a", "--data", "DATA", "--head-dim", "-1"], 1, "head_dim"),
+    "a built-in model's name": (["models", "new", "nano", "--data", "DATA"], 1, "nano is a built-in model"),
+    "a GGUF with a built-in model's name": (["models", "import", "gemma-3-270m.gguf"], 1, "a built-in model"),
     "no such GGUF": (["models", "import", "none.gguf"], 1, "none.gguf"),
 }
 

@@ -18,6 +18,7 @@ from gemma_tui import paths
 from gemma_tui.cli import USAGE
 from gemma_tui.runs.store import RunStore
 from gemma_tui.studies import conversion, perplexity
+from gemma_tui.studies.conversion import ConversionPlan
 from gemma_tui.studies.perplexity import Perplexity
 from gemma_tui.tokenizer import read_tokenizer
 
@@ -64,6 +65,18 @@ def test_the_perplexity_is_that_of_the_definition(
         total -= logs[np.arange(len(part)), part].sum()
     assert rows[-1]["tokens"] == len(ids)
     assert rows[-1]["perplexity_before"] == pytest.approx(math.exp(total / len(ids)), rel=1e-4)
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.8, 0.95])
+def test_a_stop_at_any_time_leaves_nothing(tiny: str, text: Path, share: float) -> None:
+    def progress(done: float, what: str) -> None:
+        if done >= share:
+            raise KeyboardInterrupt
+
+    plan = ConversionPlan(tiny, dtype="bfloat16", text=str(text))
+    with pytest.raises(KeyboardInterrupt):
+        conversion.convert(plan, lambda: open_engine("torch"), progress)
+    assert [path.name for path in paths.models().iterdir()] == [tiny]
 
 
 def test_of_a_long_text_only_the_beginning_is_tokenised(

@@ -109,3 +109,10 @@ def test_a_model_that_was_imported_is_not_imported_again(monkeypatch: pytest.Mon
     demo.imported_folder().mkdir(parents=True)
     (demo.imported_folder() / "config.json").write_text("{}")
     assert demo.ensure_imported() == demo.imported_folder()
+
+
+def test_a_folder_of_its_name_without_a_model_is_not_taken_for_it(parts: list[Path]) -> None:
+    demo.imported_folder().mkdir(parents=True)
+    with pytest.raises(GemmaTuiError, match="is there already and holds no model: `gemma-tui models remove"):
+        demo.ensure_imported()
+    assert list(paths.models().iterdir()) == [demo.imported_folder()]

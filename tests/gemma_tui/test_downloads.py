@@ -24,10 +24,12 @@ from stand_in_hub import COMMIT, NEXT_COMMIT, Repo, StandInHub, partial_files
 
 from engines.errors import EngineError
 from gemma_tui import paths
+from gemma_tui.commands.hub import _tell
 from gemma_tui.hub import cache, demo
 from gemma_tui.hub.downloads import CANCELLED, DONE, FAILED, KILL_SECONDS, Download, Downloads
 from gemma_tui.hub.fetching import SOFT_SECONDS, Request
 from gemma_tui.hub.models import resolve
+from gemma_tui.output import Output
 from gemma_tui.runs.queue import Queue
 from gemma_tui.runs.store import RunStore
 
@@ -330,6 +332,25 @@ def test_a_gguf_that_has_come_says_how_it_is_imported(
     assert "models info" not in said
 
 
+def test_the_gguf_that_is_imported_is_the_one_that_has_come(
+    hub: StandInHub, spoken: Callable[..., tuple[int, str, str]]
+) -> None:
+    hub.repos["org/quants"] = Repo({"a.gguf": b"GGUF1", "sub/b.gguf": b"GGUF2", "README.md": b""})
+    folder = cache.repo_folder("org/quants") / "snapshots" / COMMIT
+    for pattern, name in (("sub/*", "sub/b.gguf"), ("a.gguf", "a.gguf"), ("*b.gguf", "sub/b.gguf")):
+        said = spoken("models", "download", "org/quants", "--include", pattern)[1]
+        assert f"`gemma-tui models import {folder / name}`" in said.replace("\n", "")
+
+
+@pytest.mark.parametrize(("state", "told"), [(DONE, True), (CANCELLED, False)])
+def test_what_has_come_as_it_was_cancelled_is_not_told_to_be_ready(
+    capsys: pytest.CaptureFixture[str], state: str, told: bool
+) -> None:
+    item = Download(Request(TINY), state=state, folder="somewhere" if told else "")
+    _tell(item, {"kind": "fetched", "commit": COMMIT, "folder": "somewhere", "bytes": 1}, Output(False))
+    assert ("is checked and ready" in capsys.readouterr().out) == told
+
+
 def test_a_token_is_nowhere_but_with_the_hub(hub: StandInHub, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     hub.repos["org/gated"] = Repo(dict(hub.repos[TINY].files), gated="auto")
@@ -502,6 +523,38 @@ def test_clean_keeps_a_whole_model_without_a_name(cached: Path, hub: StandInHub,
     (cached / "model.safetensors").rename(cached / "pytorch_model.bin")
     assert command("models", "clean", "--yes")[1][-1]["freed"] == 0
     assert (cached / "pytorch_model.bin").is_file()
+
+
+def beside(snapshot: Path, names: tuple[str, ...]) -> Path:
+    """A commit without a name beside another, as a program leaves it that was told to fetch that commit."""
+    folder = snapshot.with_name("c" * 40)
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        blob = cache.repo_folder(TINY) / "blobs" / hashlib.sha256(name.encode()).hexdigest()
+        blob.write_bytes(name.encode())
+        (folder / name).symlink_to(blob)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("names", "stays"),
+    [
+        (("adapter_config.json", "adapter_model.safetensors", "README.md"), True),
+        (("model_index.json", "unet/diffusion_pytorch_model.safetensors"), True),
+        (("config.json", "onnx/model.onnx"), True),
+        (("config.json", "flax_model.msgpack"), True),
+        (("config.json", "quants/q.gguf"), True),
+        (("config.json", "pytorch_model.bin"), True),
+        (("config.json", "tokenizer.json"), False),
+        (("config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json"), False),
+    ],
+)
+def test_clean_keeps_what_another_program_fetched(
+    cached: Path, command: Commands, names: tuple[str, ...], stays: bool
+) -> None:
+    folder = beside(cached, names)
+    code, rows, _ = command("models", "clean", "--yes")
+    assert (code, rows[-1]["freed"] == 0, folder.is_dir()) == (0, stays, stays)
 
 
 def test_clean_keeps_the_finished_files_of_a_download_that_goes_on(hub: StandInHub, command: Commands) -> None:

@@ -13,6 +13,7 @@ from engines.base import DeviceInfo
 from engines.checkpoints import write_json
 from engines.gemma3 import Quantization
 from engines.official import OFFICIAL, official_config
+from gemma_tui import paths
 from gemma_tui.cli import USAGE
 from gemma_tui.studies.estimate import inference_bytes
 from gemma_tui.studies.fitting import needs
@@ -86,6 +87,27 @@ def test_a_config_file_is_enough(tmp_path: Path, command: Commands) -> None:
     assert (code, "llama" in error) == (1, True)
 
 
+def test_a_model_here_comes_before_the_official_one_of_its_name(tiny: str, command: Commands) -> None:
+    mine = command("models", "fit", tiny)[1][0]["parameters"]
+    (paths.models() / tiny).rename(paths.models() / "gemma-3-1b")
+    code, rows, _ = command("models", "fit", "gemma-3-1b")
+    assert (code, rows[0]["parameters"]) == (0, mine)
+    tree = [row["parameters"] for row in command("models", "tree", "gemma-3-1b")[1] if row.get("name") == "model"]
+    assert tree == [mine]
+    (paths.models() / "gemma-3-1b" / "config.json").write_text("{")
+    assert command("models", "fit", "gemma-3-1b")[0] != 0
+
+
 def test_an_unknown_name_names_the_known_ones(command: Commands) -> None:
     code, _, error = command("models", "fit", "gemma-3-5b")
     assert (code, "gemma-3-27b" in error) == (USAGE, True)
+
+
+UNKNOWN = {"no user": "~no-such-user/x", "no home": "~no-such-user/config.json", "long": f"{'x' * 5000}/config.json"}
+
+
+@pytest.mark.parametrize("name", UNKNOWN.values(), ids=UNKNOWN)
+@pytest.mark.parametrize("verb", ["fit", "tree"])
+def test_a_path_that_cannot_be_is_one_line(verb: str, name: str, command: Commands) -> None:
+    code, _, error = command("models", verb, name)
+    assert (code, error.count("\n"), "no model" in error) == (USAGE, 1, True)
