@@ -166,7 +166,11 @@ def _models(groups: argparse._SubParsersAction, wanted: bool) -> None:
     )
     weights.add_argument("model", metavar="M", help="name, folder, run or hub id")
     weights.add_argument(
-        "--against", default="", metavar="N", help="a model of the same shape, as the one it was tuned from"
+        "--against",
+        default="",
+        metavar="N",
+        help="a model of the same shape, as the one it was tuned from; without it all matrices of an adapter are "
+        "told against its base's",
     )
     weights.add_argument(
         "--spectrum", default="", metavar="NAME", help="singular values of one matrix, as 3.self_attn.q_proj"

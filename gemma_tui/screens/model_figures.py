@@ -127,12 +127,12 @@ def tree_screen(model: str) -> ModelFigure:
 
 def weights_screen(model: str) -> ModelFigure:
     """The matrices of a model in numbers; an adapter's differ from its base's."""
-    from gemma_tui.hub.models import base_model, resolve
-    from gemma_tui.studies.weights import measure, weights_figure
+    from gemma_tui.hub.models import resolve
+    from gemma_tui.studies.weights import base_of, measure, weights_figure
 
     def make(progress: Progress) -> Figure:
         found = resolve(model, progress)
-        against = base_model(found.adapter, progress) if found.adapter is not None else None
+        against = base_of(found, progress)
         return weights_figure(found, against, measure(found, against, progress))
 
     return ModelFigure(model, make, shlex.join(["gemma-tui", "models", "weights", model]))

@@ -19,7 +19,7 @@ from engines.training import LINEARS
 from gemma_tui.errors import GemmaTuiError, UsageError
 from gemma_tui.figure import Figure, LineChart, Table
 from gemma_tui.heat import Heat
-from gemma_tui.hub.models import Model
+from gemma_tui.hub.models import Model, base_model
 from gemma_tui.plots import Series
 
 ROWS = 1 << 12
@@ -46,6 +46,15 @@ class Matrix:
     difference: float | None = None
     relative: float | None = None
     moved: float | None = None
+
+
+def base_of(model: Model, progress: Progress | None = None) -> Model | None:
+    """What the weights of a model are told against where nothing is named: an adapter's base; None of a whole model.
+
+    Raises:
+        EngineError: the base is not here.
+    """
+    return base_model(model.adapter, progress) if model.adapter is not None else None
 
 
 def measure(model: Model, against: Model | None, progress: Progress) -> list[Matrix]:

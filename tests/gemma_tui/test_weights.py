@@ -105,6 +105,7 @@ def test_an_adapter_differs_from_its_base_by_its_update(tiny: str, tmp_path: Pat
     for name, factor in factors.items():
         expected = np.linalg.norm(1.5 * factor.lora_B.astype(np.float64) @ factor.lora_A)
         assert found[f"{name}.weight"]["difference"] == pytest.approx(expected, rel=1e-5)
+    assert command("models", "weights", tuned)[1] == rows
     code, rows, _ = command("models", "weights", tuned, "--against", tiny, "--spectrum", "0.q_proj")
     values = [row["value"] for row in rows if row["kind"] == "singular value"]
     assert code == 0
