@@ -401,6 +401,9 @@ def _runs(groups: argparse._SubParsersAction) -> None:
     ):
         command = _command(group, name, help, f"runs:{name}")
         command.add_argument("run_name", metavar="R", help="the run's name, or enough of it")
+        if name == "show":
+            for kind, what in EXPORTS:
+                command.add_argument(f"--{kind}", metavar="FILE", help=f"write what it found as {what}")
     matrices = _command(group, "matrices", "what diagnoses tell of each matrix, as maps", "matrices:matrices")
     matrices.add_argument("run_name", metavar="R", help="the run's name, or enough of it")
     matrices.add_argument("--measure", default="relative", metavar="NAME", help="what is shown; all for everything")

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -28,7 +29,7 @@ Commands = Callable[..., tuple[int, list[dict[str, Any]], str]]
 SMALL = ("--dtypes", "float32", "--batches", "2", "--prompt", "8", "--new-tokens", "2", "--sequence-length", "8")
 
 
-def test_a_benchmark_is_a_run_with_its_machine(tiny: str, command: Commands) -> None:
+def test_a_benchmark_is_a_run_with_its_machine(tiny: str, command: Commands, tmp_path: Path) -> None:
     code, rows, error = command("bench", tiny, *SMALL, "--engines", "torch", "--repeats", "3")
     assert code == 0, error
     cells = {row["task"]: row for row in rows if row["kind"] == "cell"}
@@ -43,7 +44,10 @@ def test_a_benchmark_is_a_run_with_its_machine(tiny: str, command: Commands) -> 
     told = next(row for row in rows if row["kind"] == "decode" and "lowest" in row)
     low, middle, high = sorted(cells[INFERENCE]["decode"])
     assert (told["lowest"], told["decode tok/s"], told["highest"]) == (low, middle, high)
-    shown = command("runs", "show", rows[-1]["run"])[1]
+    html = tmp_path / "bench.html"
+    code, shown, _ = command("runs", "show", rows[-1]["run"], "--html", str(html))
+    assert [row for row in shown if row["kind"] == "decode"] == [row for row in rows if row["kind"] == "decode"]
+    assert (code, "decode tok/s" in html.read_text()) == (0, True)
     assert (shown[0]["study"], shown[0]["state"], shown[0]["step"]) == ("bench", "done", 2)
     assert "machine" in next(row for row in shown if row.get("event") == "start")["values"]
 
