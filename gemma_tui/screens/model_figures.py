@@ -6,6 +6,7 @@ import shlex
 import threading
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from typing import TYPE_CHECKING
 
 from textual.binding import Binding
 from textual.widget import Widget
@@ -18,7 +19,8 @@ from gemma_tui.screens.workbench import Workbench
 from gemma_tui.text import one_line
 from gemma_tui.widgets.figure_view import FigureView
 
-Progress = Callable[[float, str], None]
+if TYPE_CHECKING:
+    from engines.base import Progress
 
 
 class LeftError(Exception):
