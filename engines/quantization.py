@@ -120,19 +120,24 @@ class Packed:
         return (numbers.reshape(out, -1, size) * scales + biases).reshape(out, -1)
 
 
-def iterate_quantized(folder: Path, config: Gemma3Config) -> Iterator[tuple[str, np.ndarray | Packed]]:
+def iterate_quantized(
+    folder: Path, config: Gemma3Config, shapes: Mapping[str, tuple[int, ...]] | None = None
+) -> Iterator[tuple[str, np.ndarray | Packed]]:
     """Every parameter of a quantised text model by its Hugging Face name, one at a time; norms are plain arrays.
+
+    Args:
+        shapes: of the parameters that are wanted; None for all.
 
     Raises:
         CheckpointError: a tensor is missing, of another kind, or of another shape than the config says.
     """
     quantization = config.quantization
     if quantization is None:
-        yield from iterate_model(folder, config.parameter_shapes())
+        yield from iterate_model(folder, shapes or config.parameter_shapes())
         return
     stored = text_tensors(model_tensors(folder))
     plain = check_parameters(folder, stored, config)
-    for name in config.parameter_shapes():
+    for name in [name for name in config.parameter_shapes() if shapes is None or name in shapes]:
         if name in plain:
             yield name, read_array(stored[name])
         else:
@@ -168,12 +173,8 @@ def iterate_dense(
     Args:
         shapes: of the parameters that are wanted; None for all.
     """
-    if config.quantization is None:
-        yield from iterate_model(folder, shapes or config.parameter_shapes())
-        return
-    for name, value in iterate_quantized(folder, config):
-        if shapes is None or name in shapes:
-            yield name, value.unpacked() if isinstance(value, Packed) else value
+    for name, value in iterate_quantized(folder, config, shapes):
+        yield name, value.unpacked() if isinstance(value, Packed) else value
 
 
 def _kinds(part: str) -> tuple[str, ...]:

@@ -166,7 +166,11 @@ def _models(groups: argparse._SubParsersAction, wanted: bool) -> None:
     )
     weights.add_argument("model", metavar="M", help="name, folder, run or hub id")
     weights.add_argument(
-        "--against", default="", metavar="N", help="a model of the same shape, as the one it was tuned from"
+        "--against",
+        default="",
+        metavar="N",
+        help="a model of the same shape, as the one it was tuned from; without it all matrices of an adapter are "
+        "told against its base's",
     )
     weights.add_argument(
         "--spectrum", default="", metavar="NAME", help="singular values of one matrix, as 3.self_attn.q_proj"
@@ -397,6 +401,9 @@ def _runs(groups: argparse._SubParsersAction) -> None:
     ):
         command = _command(group, name, help, f"runs:{name}")
         command.add_argument("run_name", metavar="R", help="the run's name, or enough of it")
+        if name == "show":
+            for kind, what in EXPORTS:
+                command.add_argument(f"--{kind}", metavar="FILE", help=f"write what it found as {what}")
     matrices = _command(group, "matrices", "what diagnoses tell of each matrix, as maps", "matrices:matrices")
     matrices.add_argument("run_name", metavar="R", help="the run's name, or enough of it")
     matrices.add_argument("--measure", default="relative", metavar="NAME", help="what is shown; all for everything")

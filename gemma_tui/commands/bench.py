@@ -35,12 +35,6 @@ def resume(run_name: str, output: Output) -> int:
         return _follow(resume_bench(run, control, store), control, output, store)
 
 
-def show(run_name: str, output: Output) -> None:
-    """Print what a benchmark found."""
-    with closing(RunStore()) as store:
-        tell(read_bench(store, store.run(run_name)), output, [])
-
-
 def _follow(recorded: Recorded, control: Control, output: Output, store: RunStore, targets: Sequence[Path] = ()) -> int:
     run = recorded.run
 

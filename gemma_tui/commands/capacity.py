@@ -8,21 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from engines import open_engine
-from gemma_tui.commands.figures import targets_of, tell
+from gemma_tui.commands.figures import figure_shown, targets_of, tell
 from gemma_tui.commands.following import follow
 from gemma_tui.commands.plans import plan_from
 from gemma_tui.errors import UsageError
-from gemma_tui.figure import Figure
 from gemma_tui.output import Output, duration
-from gemma_tui.runs.store import Run, RunStore
+from gemma_tui.runs.store import RunStore
 from gemma_tui.studies.capacity.plan import CapacityPlan, MoreCells, with_preset
 from gemma_tui.studies.capacity.results import read_sweep, sweep_figure
 from gemma_tui.studies.capacity.sweep import TRACE, record_capacity, resume_capacity
 from gemma_tui.studies.events import PASSING, Control, Event
-from gemma_tui.studies.memorization.held import where_figure
-from gemma_tui.studies.memorization.meter import STUDY as MEASUREMENT
-from gemma_tui.studies.memorization.results import memorization_figure, read_measured
-from gemma_tui.studies.memorization.where import STUDY as WHERE
 from gemma_tui.studies.plan import options, read_toml
 from gemma_tui.studies.recording import Recorded
 
@@ -47,15 +42,9 @@ def show(args: argparse.Namespace, output: Output) -> int:
     targets = targets_of(args)
     with closing(RunStore()) as store:
         run = store.run(args.run_name)
-        tell(_figure(store, run), output, targets)
+        tell(figure_shown(run, store), output, targets)
     output.row("end", status="done", run=run.run_id)
     return 0
-
-
-def _figure(store: RunStore, run: Run) -> Figure:
-    if run.study == MEASUREMENT:
-        return memorization_figure(read_measured(store, run))
-    return where_figure(store, run) if run.study == WHERE else sweep_figure(read_sweep(store, run))
 
 
 def resume(run_name: str, output: Output) -> int:

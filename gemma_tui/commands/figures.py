@@ -9,11 +9,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from gemma_tui.errors import UsageError
 from gemma_tui.exports import check_target, export
 from gemma_tui.exports.data import plain
 from gemma_tui.figure import Figure
 from gemma_tui.figure_text import figure_text
 from gemma_tui.output import Output
+from gemma_tui.runs.store import Run, RunStore
+from gemma_tui.studies.registry import figure_of
 
 FORMATS = ("html", "svg", "png", "npz", "csv")
 WIDEST = 100
@@ -31,6 +34,21 @@ def targets_of(args: argparse.Namespace) -> list[Path]:
     for target in targets:
         check_target(target)
     return targets
+
+
+def figure_shown(run: Run, store: RunStore) -> Figure:
+    """What a run has found so far.
+
+    Raises:
+        UsageError: it is a training run, which has no figure.
+        EngineError: it has found nothing yet, or what it was made from is gone.
+    """
+    if (figure := figure_of(run, store)) is None:
+        raise UsageError(
+            f"{run.run_id} is a {run.study} run, which has no figure: `gemma-tui runs export {run.run_id}` writes its "
+            "metrics"
+        )
+    return figure
 
 
 def tell(figure: Figure, output: Output, targets: list[Path]) -> None:

@@ -11,7 +11,7 @@ from gemma_tui.hub.models import resolve
 from gemma_tui.output import Output
 from gemma_tui.studies.architecture import architecture, told
 from gemma_tui.studies.fitting import config_named
-from gemma_tui.studies.weights import measure, spectrum_figure, weights_figure
+from gemma_tui.studies.weights import base_of, measure, spectrum_figure, weights_figure
 
 
 def tree(args: argparse.Namespace, output: Output) -> int:
@@ -29,7 +29,7 @@ def tree(args: argparse.Namespace, output: Output) -> int:
 
 
 def weights(args: argparse.Namespace, output: Output) -> int:
-    """Each matrix in numbers, or how it differs from another model's."""
+    """Each matrix in numbers, or how it differs from another model's; an adapter's from its base's."""
     targets = targets_of(args)
     with output.progress("opening") as progress:
         model = resolve(args.model, progress)
@@ -40,6 +40,7 @@ def weights(args: argparse.Namespace, output: Output) -> int:
         if args.spectrum:
             figure = spectrum_figure(model, against, args.spectrum, progress)
         else:
+            against = against or base_of(model, progress)
             figure = weights_figure(model, against, measure(model, against, progress))
     tell(figure, output, targets)
     output.row("end", status="done", model=model.name)

@@ -35,7 +35,8 @@ def plan_from(plan: type[P], args: argparse.Namespace, values: Mapping[str, Any]
         UsageError: an unknown key, a missing or wrong value.
     """
     names = {o.name for o in options(plan)}
-    given = {key: value for key, value in vars(args).items() if key in names}
+    # argparse makes an empty list of the text "--".
+    given = {key: "--" if value == [] else value for key, value in vars(args).items() if key in names}
     return build(plan, {**values, **given}, where)
 
 

@@ -8,9 +8,12 @@ import shutil
 import sys
 from contextlib import closing
 
+from engines.errors import EngineError
+from gemma_tui.commands.figures import figure_shown, targets_of, tell
 from gemma_tui.errors import UsageError
 from gemma_tui.output import Output, age
 from gemma_tui.runs.store import Run, RunStore
+from gemma_tui.studies.registry import figure_of
 
 
 def list_runs(args: argparse.Namespace, output: Output) -> int:
@@ -32,7 +35,8 @@ def list_runs(args: argparse.Namespace, output: Output) -> int:
 
 
 def show(args: argparse.Namespace, output: Output) -> int:
-    """One run: its plan, chart and events."""
+    """One run: its plan, chart, events, and what it has found so far, which files can be had of."""
+    targets = targets_of(args)
     with closing(RunStore()) as store:
         run = store.run(args.run_name)
         output.row("run", **_facts(run), plan=dict(run.plan))
@@ -41,7 +45,7 @@ def show(args: argparse.Namespace, output: Output) -> int:
         if run.error:
             output.say(f"error: {run.error}")
         if not output.as_json:
-            _show_result(run, output)
+            show_chart(run.run_id)
         for event in store.events(run.run_id):
             output.row("event", event=event.kind, step=event.step, time=event.time, values=dict(event.values))
             if event.kind in ("checkpoint", "warning"):
@@ -50,10 +54,10 @@ def show(args: argparse.Namespace, output: Output) -> int:
             output.row(metric.kind, step=metric.step, **metric.values)
         if not output.as_json:
             show_memorized(run.run_id, output)
-        if run.study == "curve":
-            from gemma_tui.commands import curve
-
-            curve.show(store, run, output)
+        if targets:
+            tell(figure_shown(run, store), output, targets)
+        else:
+            _tell_found(run, store, output)
         output.row("end", status="done")
         return 0
 
@@ -148,13 +152,16 @@ def _already(run: Run, output: Output) -> None:
     output.row("end", status="done", run=run.run_id, asked=False)
 
 
-def _show_result(run: Run, output: Output) -> None:
-    if run.study == "bench":
-        from gemma_tui.commands import bench
-
-        bench.show(run.run_id, output)
-    else:
-        show_chart(run.run_id)
+def _tell_found(run: Run, store: RunStore, output: Output) -> None:
+    """Print what a run has found so far, or why there is nothing to see yet."""
+    try:
+        figure = figure_of(run, store)
+    except EngineError as error:
+        output.row("warning", text=str(error))
+        output.say(f"warning: {error}")
+        return
+    if figure is not None:
+        tell(figure, output, [])
 
 
 def show_chart(run_id: str) -> None:

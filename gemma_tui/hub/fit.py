@@ -7,7 +7,7 @@ import psutil
 from engines.gemma3 import Gemma3Config
 from engines.training import LINEARS
 from gemma_tui.hub.demo import packaged
-from gemma_tui.hub.models import REAL, Summary
+from gemma_tui.hub.models import Summary
 
 TIGHT, FULL = 0.70, 0.85
 """Shares of the memory from which on a model is called tight, and from which on it does not fit."""
@@ -46,11 +46,6 @@ def state(item: Summary) -> str:
     if not item.installed:
         return "import with enter" if packaged() else "needs the extra `demo`"
     return here(item.nbytes if item.packed else 4 * item.parameters)
-
-
-def importable(item: Summary) -> bool:
-    """Whether it is the packaged model, waiting for its first use."""
-    return item.model.name == REAL and not item.installed and packaged()
 
 
 def here(needed: int) -> str:

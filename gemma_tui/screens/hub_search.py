@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import shlex
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, cast
 
 from rich.text import Text
@@ -13,6 +14,7 @@ from textual.binding import Binding
 from textual.containers import Vertical, VerticalScroll
 from textual.screen import ModalScreen
 from textual.widgets import DataTable, Footer, Input, Static
+from textual.worker import Worker, get_current_worker
 
 from engines.errors import EngineError
 from gemma_tui.output import bytes_text
@@ -21,7 +23,7 @@ from gemma_tui.widgets.dialogs import Question, Reading
 
 if TYPE_CHECKING:
     from gemma_tui.app import GemmaTui
-    from gemma_tui.hub.remote import Found
+    from gemma_tui.hub.remote import Found, RemoteFile
 
 NAME_WIDTH = 44
 FIRST_WORDS = "gemma-3"
@@ -147,24 +149,38 @@ class HubSearch(ModalScreen[None]):
             return
         self.app.call_from_thread(self._fill, words, found, [found_cells(item) for item in found])
 
-    @work(thread=True, exclusive=True, group="hub")
+    @work(thread=True, exclusive=True, group="files")
     def _choose(self, repo: str) -> None:
         """Ask which file of GGUF is wanted."""
         from gemma_tui.hub.remote import gguf_files, look
 
+        app, asking = self.app, get_current_worker()  # a screen that is left meanwhile has no app
         try:
-            files = dict(zip(KEYS, gguf_files(look(repo)), strict=False))
+            files = gguf_files(look(repo))
         except EngineError as error:
-            self.app.call_from_thread(self._about, repo, str(error))
+            app.call_from_thread(self._about, repo, str(error))
             return
-        answers = {key: f"{bytes_text(file.size):>8}  {one_line(file.path, 48)}" for key, file in files.items()}
+        app.call_from_thread(self._ask, asking, repo, files)
+
+    def _ask(self, asking: Worker[None], repo: str, files: Sequence[RemoteFile]) -> None:
+        """Which file is wanted, unless something else is shown meanwhile; no GGUF to choose from means weights.
+
+        Args:
+            asking: is cancelled, though its thread goes on, if the files were asked for again.
+        """
+        if not files:
+            self._fetch(repo)
+            return
+        if asking.is_cancelled or not self.is_active or not self._is_chosen(repo):
+            return
+        known = dict(zip(KEYS, files, strict=False))
+        answers = {key: f"{bytes_text(file.size):>8}  {one_line(file.path, 48)}" for key, file in known.items()}
 
         def chosen(key: str | None) -> None:
             if key:
-                self._fetch(repo, (files[key].path,))
+                self._fetch(repo, (known[key].path,))
 
-        question = Question(f"Which file of {one_line(repo, 48)}?", answers)
-        self.app.call_from_thread(self.app.push_screen, question, chosen)
+        self.app.push_screen(Question(f"Which file of {one_line(repo, 48)}?", answers), chosen)
 
     def _fetch(self, repo: str, include: tuple[str, ...] = ()) -> None:
         if self.bench.attempt(lambda: self.bench.fetch(repo, include)):
@@ -185,7 +201,7 @@ class HubSearch(ModalScreen[None]):
 
     def _about(self, repo: str, text: str) -> None:
         """Details, unless another model was chosen meanwhile, which does not stop a thread that waits for the hub."""
-        if self.is_attached and (item := self._chosen()) is not None and item.repo == repo:
+        if self.is_attached and self._is_chosen(repo):
             self._tell(text)
 
     def _failed(self, words: str, text: str) -> None:
@@ -210,6 +226,9 @@ class HubSearch(ModalScreen[None]):
     def _tell(self, text: str) -> None:
         if self.is_attached:
             self.query_one("#about", Static).update(Text(clean(text)))
+
+    def _is_chosen(self, repo: str) -> bool:
+        return (item := self._chosen()) is not None and item.repo == repo
 
     def _chosen(self) -> Found | None:
         at = self.query_one(DataTable).cursor_row

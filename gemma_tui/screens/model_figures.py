@@ -6,6 +6,7 @@ import shlex
 import threading
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from typing import TYPE_CHECKING
 
 from textual.binding import Binding
 from textual.widget import Widget
@@ -18,7 +19,8 @@ from gemma_tui.screens.workbench import Workbench
 from gemma_tui.text import one_line
 from gemma_tui.widgets.figure_view import FigureView
 
-Progress = Callable[[float, str], None]
+if TYPE_CHECKING:
+    from engines.base import Progress
 
 
 class LeftError(Exception):
@@ -131,12 +133,12 @@ def tree_screen(model: str) -> ModelFigure:
 
 def weights_screen(model: str) -> ModelFigure:
     """The matrices of a model in numbers; an adapter's differ from its base's."""
-    from gemma_tui.hub.models import base_model, resolve
-    from gemma_tui.studies.weights import measure, weights_figure
+    from gemma_tui.hub.models import resolve
+    from gemma_tui.studies.weights import base_of, measure, weights_figure
 
     def make(progress: Progress) -> Figure:
         found = resolve(model, progress)
-        against = base_model(found.adapter, progress) if found.adapter is not None else None
+        against = base_of(found, progress)
         return weights_figure(found, against, measure(found, against, progress))
 
     return ModelFigure(model, make, shlex.join(["gemma-tui", "models", "weights", model]))

@@ -1,4 +1,4 @@
-"""Every study that is a run: how it is begun, and gone on with. Each is imported when it is asked for."""
+"""Every study that is a run: how it is begun, gone on with, and shown. Each is imported when it is asked for."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from engines.base import Engine
+    from gemma_tui.figure import Figure
     from gemma_tui.runs.store import Run, RunStore
     from gemma_tui.studies.events import Control
     from gemma_tui.studies.recording import Recorded
@@ -90,3 +91,38 @@ def resume(run: Run, engine: Engine, control: Control, store: RunStore, more: An
 
             return resume_bench(run, control, store)
     raise ValueError(run.study)
+
+
+def figure_of(run: Run, store: RunStore) -> Figure | None:
+    """What a run has found so far; None of a training run, which has metrics in place of a figure.
+
+    Raises:
+        EngineError: it has found nothing yet, or what it was made from is gone.
+    """
+    match run.study:
+        case "heads":
+            from gemma_tui.studies.attention.plan import AttentionPlan
+            from gemma_tui.studies.attention.survey import read_study, study_figure
+
+            return study_figure(read_study(store, run), AttentionPlan().metric)
+        case "capacity":
+            from gemma_tui.studies.capacity.results import read_sweep, sweep_figure
+
+            return sweep_figure(read_sweep(store, run))
+        case "memorization":
+            from gemma_tui.studies.memorization.results import memorization_figure, read_measured
+
+            return memorization_figure(read_measured(store, run))
+        case "where":
+            from gemma_tui.studies.memorization.held import where_figure
+
+            return where_figure(store, run)
+        case "curve":
+            from gemma_tui.studies.curve.results import curve_figure, read_curve
+
+            return curve_figure(read_curve(store, run))
+        case "bench":
+            from gemma_tui.studies.bench.results import read_bench
+
+            return read_bench(store, run)
+    return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from engines.training import LINEARS
 from gemma_tui.errors import GemmaTuiError, UsageError
 from gemma_tui.figure import Figure, LineChart, Table
 from gemma_tui.heat import Heat
-from gemma_tui.hub.models import Model
+from gemma_tui.hub.models import Model, base_model
 from gemma_tui.plots import Series
 
 ROWS = 1 << 12
@@ -48,6 +48,15 @@ class Matrix:
     moved: float | None = None
 
 
+def base_of(model: Model, progress: Progress | None = None) -> Model | None:
+    """What the weights of a model are told against where nothing is named: an adapter's base; None of a whole model.
+
+    Raises:
+        EngineError: the base is not here.
+    """
+    return base_model(model.adapter, progress) if model.adapter is not None else None
+
+
 def measure(model: Model, against: Model | None, progress: Progress) -> list[Matrix]:
     """Every parameter, one at a time, so that no model is held whole.
 
@@ -67,11 +76,15 @@ def measure(model: Model, against: Model | None, progress: Progress) -> list[Mat
     return found
 
 
-def weights_of(model: Model) -> Iterator[tuple[str, np.ndarray]]:
-    """Names and float32 weights, adapters counted in."""
+def weights_of(model: Model, shapes: Mapping[str, tuple[int, ...]] | None = None) -> Iterator[tuple[str, np.ndarray]]:
+    """Names and float32 weights, adapters counted in.
+
+    Args:
+        shapes: of the parameters that are wanted; None for all.
+    """
     config = model.config()
     factors, settings = read_adapter(model.adapter, config) if model.adapter is not None else ({}, None)
-    for name, stored in iterate_dense(model.folder, config):
+    for name, stored in iterate_dense(model.folder, config, shapes):
         value, module = as_float32(stored), name.removesuffix(".weight")
         if settings is not None and module in factors:
             value = merged(value, factors[module], settings)
@@ -103,7 +116,7 @@ def spectrum_figure(model: Model, against: Model | None, name: str, progress: Pr
 
     Raises:
         UsageError: there is no such matrix.
-        EngineError: as ``measure``.
+        EngineError: as ``measure``, or numbers of the matrix are not finite.
     """
     wanted = matrix_named(model.config(), name)
     if against is not None and against.config().parameter_shapes() != model.config().parameter_shapes():
@@ -112,13 +125,13 @@ def spectrum_figure(model: Model, against: Model | None, name: str, progress: Pr
     if against is not None:
         w = w - _one(against, wanted)
     progress(0.3, f"singular values of {wanted}")
-    sigma = np.linalg.svd(w.astype(np.float64), compute_uv=False)
+    sigma = np.linalg.svd(w, compute_uv=False)
     squares = sigma**2
     energy = squares.sum()
     facts: dict[str, Any] = {"model": model.name, "against": against.name if against else "", "matrix": wanted}
     title = f"{model.name}: {wanted}" + (f" - {against.name}'s" if against is not None else "")
     if energy == 0:
-        return Figure(title, ["the two are equal"], facts=facts)
+        return Figure(title, ["every number of it is 0" if against is None else "the two are equal"], facts=facts)
     share = sigma[sigma > 0] / sigma.sum()
     facts |= {
         "norm": float(math.sqrt(energy)),
@@ -155,7 +168,16 @@ def matrix_named(config: Gemma3Config, name: str) -> str:
 
 
 def _one(model: Model, module: str) -> np.ndarray:
-    return next(value for name, value in weights_of(model) if name == f"{module}.weight")
+    """One matrix, float64; the others are not read.
+
+    Raises:
+        GemmaTuiError: it has numbers that are not finite.
+    """
+    name = f"{module}.weight"
+    _, w = next(weights_of(model, {name: model.config().parameter_shapes()[name]}))
+    if not np.isfinite(w).all():
+        raise GemmaTuiError(f"{model.name}: {name} has numbers that are not finite, so no spectrum: take another copy")
+    return w.astype(np.float64)
 
 
 def _matrix(name: str, w: np.ndarray, v: np.ndarray | None) -> Matrix:
@@ -163,17 +185,19 @@ def _matrix(name: str, w: np.ndarray, v: np.ndarray | None) -> Matrix:
     rms = norm / math.sqrt(w.size)
     if v is None:
         return Matrix(name, w.shape, norm, rms, largest)
-    difference, moved = _norm(w - v)
+    difference, moved = _norm(w, v)
     other, _ = _norm(v)
     relative = difference / other if other else (0.0 if difference == 0 else math.inf)
     return Matrix(name, w.shape, norm, rms, largest, difference, relative, moved)
 
 
-def _norm(array: np.ndarray) -> tuple[float, float]:
-    """Frobenius norm, summed in float64, and the largest absolute value."""
+def _norm(w: np.ndarray, v: np.ndarray | None = None) -> tuple[float, float]:
+    """Frobenius norm of W, or of W - V, summed in float64, and the largest absolute value."""
     square, largest = 0.0, 0.0
-    for start in range(0, len(array), ROWS):
-        part = array[start : start + ROWS].astype(np.float64)
+    for start in range(0, len(w), ROWS):
+        part = w[start : start + ROWS].astype(np.float64)
+        if v is not None:
+            part -= v[start : start + ROWS]
         square, largest = square + float((part * part).sum()), max(largest, float(np.abs(part).max()))
     return math.sqrt(square), largest
 

@@ -198,7 +198,9 @@ def test_a_study_that_was_stopped_goes_on(
         code, rows, err = command(*words)
     assert (code, err, rows[-1]["status"], rows[-1]["texts"]) == (130, "", "stopped", 1)
     run = rows[-1]["run"]
-    assert command("runs", "show", run)[1][0]["state"] == "stopped"
+    code, shown, _ = command("runs", "show", run)
+    assert (code, shown[0]["state"]) == (0, "stopped")
+    assert [row for row in shown if row["kind"] == "head"] == [row for row in rows if row["kind"] == "head"]
     code, rows, err = command("runs", "resume", run)
     assert (code, err, rows[-1]["status"], rows[-1]["texts"]) == (0, "", "done", 4)
     resumed = {row["head"]: row["entropy"] for row in rows if row["kind"] == "head"}
@@ -215,7 +217,12 @@ def test_a_study_that_was_stopped_before_its_first_text_goes_on(
         patched.setattr("gemma_tui.studies.attention.survey.wait_while_paused", stop_at_once)
         code, rows, err = command("attention", tiny, "--study", study, "--rows", "2")
     assert (code, err, rows[-1]["status"], rows[-1]["texts"]) == (130, "", "stopped", 0)
-    code, rows, err = command("runs", "resume", rows[-1]["run"])
+    run = rows[-1]["run"]
+    code, rows, _ = command("runs", "show", run)
+    assert (code, rows[0]["run"], rows[-1]["status"]) == (0, run, "done")
+    assert "has looked at no text yet" in next(row["text"] for row in rows if row["kind"] == "warning")
+    assert command("runs", "show", run, "--csv", "heads.csv")[0] == 1
+    code, rows, err = command("runs", "resume", run)
     assert (code, err, rows[-1]["status"], rows[-1]["texts"]) == (0, "", "done", 2)
 
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -31,7 +32,7 @@ SMALL = ("--dtypes", "float32", "--batches", "2", "--prompt", "8", "--new-tokens
 
 
 @pytest.mark.parametrize("engine", ["torch", "mlx"])
-def test_a_benchmark_is_a_run_with_its_machine(engine: str, command: Commands) -> None:
+def test_a_benchmark_is_a_run_with_its_machine(engine: str, command: Commands, tmp_path: Path) -> None:
     code, rows, error = command("bench", "nano", *SMALL, "--engines", engine, "--repeats", "3")
     assert code == 0, error
     weights = 4 * resolve("nano").config().parameter_count()
@@ -47,7 +48,10 @@ def test_a_benchmark_is_a_run_with_its_machine(engine: str, command: Commands) -
     told = next(row for row in rows if row["kind"] == "decode" and "lowest" in row)
     low, middle, high = sorted(cells[INFERENCE]["decode"])
     assert (told["lowest"], told["decode tok/s"], told["highest"]) == (low, middle, high)
-    shown = command("runs", "show", rows[-1]["run"])[1]
+    html = tmp_path / "bench.html"
+    code, shown, _ = command("runs", "show", rows[-1]["run"], "--html", str(html))
+    assert [row for row in shown if row["kind"] == "decode"] == [row for row in rows if row["kind"] == "decode"]
+    assert (code, "decode tok/s" in html.read_text()) == (0, True)
     assert (shown[0]["study"], shown[0]["state"], shown[0]["step"]) == ("bench", "done", 2)
     assert "machine" in next(row for row in shown if row.get("event") == "start")["values"]
 

@@ -366,6 +366,10 @@ def test_the_command_tells_and_writes_it(command: Commands, tmp_path: Path) -> N
     assert "1x8 N=8 seed 0" in target.read_text()
     code, rows, _ = command("capacity", "show", "capacity-1", "--json")
     assert code == 0
+    written = target.read_text()
+    target.unlink()
+    assert command("runs", "show", "capacity-1", "--csv", str(target))[0] == 0
+    assert target.read_text() == written
     assert any(row["kind"] == "model" and row["model"] == "1x8" for row in rows)
     assert command("runs", "list")[0] == command("runs", "show", "capacity-1")[0] == 0
     code, rows, _ = command("capacity", "sweep", "--add", "capacity-1", "--sizes", "6", "--json")

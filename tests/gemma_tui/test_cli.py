@@ -167,6 +167,10 @@ def test_runs_are_listed_newest_first_and_shown_whole(command: Commands, trained
     assert (rows[0]["state"], rows[0]["step"], rows[0]["steps"]) == ("done", 2, 2)
     assert [row["event"] for row in rows if row["kind"] == "event"] == ["load", "start", "checkpoint"]
     assert [row["step"] for row in rows if row["kind"] == "step"] == [1, 2]
+    for group in ("runs", "capacity"):
+        code, _, error = command(group, "show", "lora", "--csv", "lora.csv")
+        assert (code, error.count("\n")) == (2, 1)
+        assert "lora-1 is a training run, which has no figure: `gemma-tui runs export lora-1`" in error
 
 
 def test_a_run_that_ended_is_not_asked_to_stop(command: Commands, trained: str) -> None:

@@ -256,7 +256,8 @@ def test_the_command_tells_the_points_and_the_paper_and_writes_files(
     assert "last trained without a mask token" in next(row["text"] for row in rows if row["kind"] == "warning")
     assert (tmp_path / "curve.html").stat().st_size > 1000
     run = rows[-1]["run"]
-    shown = command("runs", "show", run)[1]
+    shown = command("runs", "show", run, "--html", str(tmp_path / "again.html"))[1]
+    assert (tmp_path / "again.html").read_text() == (tmp_path / "curve.html").read_text()
     assert [r for r in shown if r["kind"] == "point"] == [r for r in rows if r["kind"] == "point"]
     assert [row["event"] for row in shown if row["kind"] == "event"].count("curve") == 3
     again = command("runs", "resume", run)[1]

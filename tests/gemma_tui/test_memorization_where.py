@@ -243,10 +243,11 @@ def test_the_command_tells_the_cost_prints_and_writes(
     )  # fmt: skip
     assert "L1 mlp" in (tmp_path / "parts.csv").read_text()
     for run, kind in (("memorization-1", "sequence"), ("where-1", "part")):
-        code, rows, _ = command("capacity", "show", run, "--csv", str(tmp_path / f"{run}.csv"))
-        assert code == 0
-        assert kind in {row["kind"] for row in rows}
-        assert (tmp_path / f"{run}.csv").stat().st_size
+        for group in ("capacity", "runs"):
+            code, rows, _ = command(group, "show", run, "--csv", str(tmp_path / f"{group}-{run}.csv"))
+            assert code == 0
+            assert kind in {row["kind"] for row in rows}
+            assert (tmp_path / f"{group}-{run}.csv").stat().st_size
     code, text, _ = spoken("runs", "resume", "where-1")
     assert code == 0
     assert "4 parts, each taken away once: 5 passes of tiny" in text

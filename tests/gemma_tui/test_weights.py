@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from engines import checkpoints
 from engines.adapters import LowRank, target_modules, write_adapter
 from engines.checkpoints import read_arrays, write_arrays
 from engines.gemma3 import read_config
@@ -19,6 +21,7 @@ from engines.training import LINEARS, LoRASettings
 from gemma_tui import paths
 from gemma_tui.cli import USAGE
 from gemma_tui.hub.models import resolve
+from gemma_tui.studies import weights
 from gemma_tui.studies.architecture import architecture, told
 from gemma_tui.studies.weights import measure, weights_figure
 
@@ -102,6 +105,7 @@ def test_an_adapter_differs_from_its_base_by_its_update(tiny: str, tmp_path: Pat
     for name, factor in factors.items():
         expected = np.linalg.norm(1.5 * factor.lora_B.astype(np.float64) @ factor.lora_A)
         assert found[f"{name}.weight"]["difference"] == pytest.approx(expected, rel=1e-5)
+    assert command("models", "weights", tuned)[1] == rows
     code, rows, _ = command("models", "weights", tuned, "--against", tiny, "--spectrum", "0.q_proj")
     values = [row["value"] for row in rows if row["kind"] == "singular value"]
     assert code == 0
@@ -123,3 +127,47 @@ def test_what_cannot_be_compared_is_refused(tiny: str, command: Commands) -> Non
     assert (code, "other shapes" in error) == (1, True)
     code, _, error = command("models", "weights", tiny, "--spectrum", "9.q_proj")
     assert (code, "3.self_attn.q_proj" in error) == (USAGE, True)
+
+
+def test_a_spectrum_reads_one_matrix(tiny: str, command: Commands, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = []
+    real = checkpoints.read_array
+    monkeypatch.setattr(checkpoints, "read_array", lambda tensor, *kinds: (read.append(tensor.shape), real(tensor))[1])
+    code, _, error = command("models", "weights", tiny, "--spectrum", "1.mlp.down_proj")
+    assert code == 0, error
+    assert read == [resolve(tiny).config().parameter_shapes()["model.layers.1.mlp.down_proj.weight"]]
+
+
+def test_a_difference_of_large_matrices_is_never_held_whole() -> None:
+    w, v = np.ones((32 * weights.ROWS, 16), np.float32), np.full((32 * weights.ROWS, 16), np.float32(0.25))
+    tracemalloc.start()
+    try:
+        found = weights._matrix("embedding", w, v)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert found.difference == pytest.approx(0.75 * math.sqrt(w.size))
+    assert (found.relative, found.moved) == (pytest.approx(3.0), 0.75)
+    assert peak < w.nbytes / 2
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_a_matrix_that_is_not_finite_has_no_spectrum(tiny: str, other: str, command: Commands, number: float) -> None:
+    file = paths.models() / "other" / "model.safetensors"
+    arrays = read_arrays(file)
+    arrays[MOVED] = np.full_like(arrays[MOVED], number)
+    write_arrays(file, arrays)
+    for given in ((other,), (tiny, "--against", other)):
+        code, _, error = command("models", "weights", *given, "--spectrum", "1.up_proj")
+        assert (code, error.count("\n")) == (1, 1), error
+        assert f"other: {MOVED} has numbers that are not finite" in error
+
+
+def test_a_matrix_of_zeros_is_not_said_to_equal_another(tiny: str, other: str, command: Commands) -> None:
+    file = paths.models() / "other" / "model.safetensors"
+    arrays = read_arrays(file)
+    arrays[MOVED] = np.zeros_like(arrays[MOVED])
+    write_arrays(file, arrays)
+    assert command("models", "weights", other, "--spectrum", "1.up_proj")[1][0]["notes"] == ["every number of it is 0"]
+    notes = command("models", "weights", other, "--against", tiny, "--spectrum", "0.up_proj")[1][0]["notes"]
+    assert notes == ["the two are equal"]

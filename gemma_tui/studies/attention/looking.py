@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Event
 
 from engines import open_engine
-from engines.base import Engine, ModelInfo
+from engines.base import Engine, ModelInfo, Progress
 from gemma_tui.errors import UsageError
 from gemma_tui.figure import Figure
 from gemma_tui.hub.identity import model_digest
@@ -33,7 +32,6 @@ from gemma_tui.studies.attention.types import head_types
 from gemma_tui.studies.loading import load
 from gemma_tui.tokenizer import Tokenizer, read_tokenizer
 
-Progress = Callable[[float, str], None]
 Cells = tuple[int, int]
 
 CELLS = (512, 512)

@@ -146,6 +146,74 @@ async def test_a_file_of_gguf_is_chosen_and_fetched(opened: Open, hub: StandInHu
         assert it.app.clipboard == f"gemma-tui models import {folder / 'tiny-Q4_K_M.gguf'}"
 
 
+async def test_safetensors_beside_gguf_are_fetched(opened: Open, hub: StandInHub) -> None:
+    files = {**hub.repos[TINY].files, "tiny-Q4_K_M.gguf": b"GGUF"}
+    hub.repos = {"org/gemma-3-both": Repo(files, info={"gguf": {"total": 7, "architecture": "gemma3"}})}
+    async with opened((120, 40), model="") as it:
+        await searched(it)
+        assert it.sees("GGUF")
+        await it.press("d")
+        await it.until(lambda: "is queued" in it.static("#about"), "the queue")
+        assert not isinstance(it.app.screen, Question)
+        await it.until(lambda: it.app.downloads and it.app.downloads.items[0].state == "done", "the end")
+        folder = cache.repo_folder("org/gemma-3-both") / "snapshots" / COMMIT
+        assert "model.safetensors" in {path.name for path in folder.iterdir()}
+        assert not list(folder.glob("*.gguf"))
+
+
+async def test_a_late_question_is_not_asked(opened: Open, hub: StandInHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.repos = {
+        f"org/gemma-3-{name}": Repo({"a.gguf": b"GGUF"}, info={"gguf": {"total": 7, "architecture": "gemma3"}})
+        for name in ("one", "two")
+    }
+    late, asked, came = threading.Semaphore(0), [], []
+    real_look, real_ask = remote.look, HubSearch._ask
+
+    def look(repo: str) -> remote.Remote:
+        asked.append(repo)
+        late.acquire(timeout=20)
+        return real_look(repo)
+
+    monkeypatch.setattr(remote, "look", look)
+    monkeypatch.setattr(HubSearch, "_ask", lambda *given: (real_ask(*given), came.append(given[2])))
+    async with opened((120, 40), model="") as it:
+
+        async def ask() -> None:
+            before = len(asked)
+            await it.press("d")
+            await it.until(lambda: len(asked) > before, "the hub is asked")
+
+        async def answer() -> None:
+            before = len(came)
+            late.release()
+            await it.until(lambda: len(came) > before, "the late answer")
+            await it.pilot.pause()
+
+        await searched(it)
+        await ask()
+        await it.press("down")
+        await answer()
+        assert not isinstance(it.app.screen, Question)  # another row was chosen
+        await ask()
+        await ask()
+        questions = 0
+        for _ in range(2):
+            await answer()
+            if isinstance(it.app.screen, Question):
+                questions += 1
+                await it.press("escape")
+        assert questions == 1
+        await ask()
+        await it.press("c")
+        await answer()
+        assert isinstance(it.app.screen, Reading)  # the command lies over the search
+        await it.press("escape")
+        await ask()
+        await it.press("escape")
+        await answer()
+        assert not isinstance(it.app.screen, Question)  # the search was left
+
+
 async def test_a_download_is_paused_goes_on_and_is_cancelled(opened: Open, hub: StandInHub) -> None:
     hub.faults.slow, hub.faults.piece = 0.3, 4096
     async with opened(model="") as it:
