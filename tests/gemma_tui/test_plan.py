@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from gemma_tui import paths
@@ -118,6 +118,7 @@ def plans(plan: type) -> st.SearchStrategy[Any]:
 
 
 @given(st.one_of(*[st.tuples(st.just(verb), plans(plan)) for verb, plan in PLANS.items()]))
+@example(("generate", GenerationPlan(prompt="--")))
 def test_the_command_of_a_plan_makes_the_same_plan(case: tuple[str, Any]) -> None:
     verb, plan = case
     words = shlex.split(command((verb, "nano") if verb == "generate" else (verb,), plan))
