@@ -252,7 +252,7 @@ async def test_quitting_asks_saves_and_the_sweep_goes_on(opened: Open, store: Ru
 
 async def test_a_run_that_ended_before_the_screen_was_there_is_shown(opened: Open, store: RunStore) -> None:
     async with opened() as it:
-        it.app.session.sweep(CapacityPlan(**SMALL))
+        it.app.session.begin(sweeps.STUDY, CapacityPlan(**SMALL))
         await it.until(lambda: not it.app.session.jobs, "its end")
         await it.mode("3", "capacity")
         await ended(it, "capacity-1")
