@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import shutil
 import sys
@@ -14,6 +15,16 @@ from gemma_tui.errors import UsageError
 from gemma_tui.output import Output, age
 from gemma_tui.runs.store import Run, RunStore
 from gemma_tui.studies.registry import figure_of
+
+STUDIES = {
+    "heads": "attention",
+    "memorization": "memorization",
+    "capacity": "capacity",
+    "where": "where",
+    "curve": "curve",
+    "bench": "bench",
+}
+"""The modules beside this one whose ``resume`` goes on with a run that is no training, by its study."""
 
 
 def list_runs(args: argparse.Namespace, output: Output) -> int:
@@ -109,30 +120,9 @@ def resume_run(run: Run, output: Output) -> int:
     from gemma_tui.studies.recording import resume_training
     from gemma_tui.studies.training_plan import plan_of
 
-    if run.study == "heads":
-        from gemma_tui.commands import attention
-
-        return attention.resume(run.run_id, output)
-    if run.study == "memorization":
-        from gemma_tui.commands import memorization
-
-        return memorization.resume(run.run_id, output)
-    if run.study == "capacity":
-        from gemma_tui.commands import capacity
-
-        return capacity.resume(run.run_id, output)
-    if run.study == "where":
-        from gemma_tui.commands import where
-
-        return where.resume(run.run_id, output)
-    if run.study == "curve":
-        from gemma_tui.commands import curve
-
-        return curve.resume(run.run_id, output)
-    if run.study == "bench":
-        from gemma_tui.commands import bench
-
-        return bench.resume(run.run_id, output)
+    if run.study in STUDIES:
+        code: int = importlib.import_module(f"gemma_tui.commands.{STUDIES[run.study]}").resume(run.run_id, output)
+        return code
     if run.study != "training":
         raise UsageError(f"{run.run_id} is no training run: start it again with `{run.command}`")
     control = Control()

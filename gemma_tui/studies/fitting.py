@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from engines import available_engines, open_engine
@@ -13,7 +13,7 @@ from engines.errors import EngineError, UnsupportedError
 from engines.gemma3 import Gemma3Config, read_config
 from engines.official import OFFICIAL, official_config
 from engines.quantization import check_trainable
-from engines.training import LoRASettings, Rank1Settings, TrainingSettings
+from engines.training import TrainingSettings
 from gemma_tui.errors import GemmaTuiError, UsageError
 from gemma_tui.figure import Figure, Table
 from gemma_tui.hub.fit import band
@@ -21,17 +21,13 @@ from gemma_tui.hub.headers import look_inside
 from gemma_tui.hub.models import REAL, folder_named, is_only_remote, no_import, resolve
 from gemma_tui.output import bytes_text
 from gemma_tui.studies.estimate import estimate, inference_bytes
+from gemma_tui.studies.methods import usual_settings
 
 LENGTHS = (512, 2048, 8192, 32_768, 131_072)
 BATCH, WINDOW = 1, 512
 """Of the training that is told."""
-RANK = 8
-METHODS = {
-    "lora": TrainingSettings(LoRASettings(RANK, 2.0 * RANK)),
-    "relora": TrainingSettings(LoRASettings(RANK, 2.0 * RANK), merging=True),
-    "rank1": TrainingSettings(rank1=Rank1Settings()),
-    "full": TrainingSettings(),
-    "full, recomputing": TrainingSettings(checkpoint_activations=True),
+METHODS = {method: usual_settings(method) for method in ("lora", "relora", "rank1", "full")} | {
+    "full, recomputing": replace(usual_settings("full"), checkpoint_activations=True)
 }
 
 

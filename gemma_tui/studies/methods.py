@@ -1,10 +1,30 @@
-"""What the methods that merge do after a step."""
+"""What a method trains, and what those that merge do after a step."""
 
 from __future__ import annotations
 
 from engines.base import Engine
+from engines.training import LoRASettings, Rank1Settings, TrainingSettings
 from gemma_tui.studies.events import Event
 from gemma_tui.studies.training_plan import MERGING, TrainingPlan
+
+
+def usual_settings(method: str, rank: int = 8) -> TrainingSettings:
+    """What ``lora``, ``relora``, ``rank1`` or ``full`` trains where a plan says nothing else.
+
+    Args:
+        rank: of adapters.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    match method:
+        case "lora" | "relora":
+            return TrainingSettings(LoRASettings(rank, 2.0 * rank), merging=method == "relora")
+        case "rank1":
+            return TrainingSettings(rank1=Rank1Settings())
+        case "full":
+            return TrainingSettings()
+    raise ValueError(method)
 
 
 def after_step(engine: Engine, plan: TrainingPlan, step: int, count: bool) -> Event | None:

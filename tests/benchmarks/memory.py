@@ -17,8 +17,9 @@ from dataclasses import asdict
 from engines import ENGINES, open_engine
 from engines.base import DeviceInfo
 from gemma_tui.hub.models import resolve
-from gemma_tui.studies.bench.cell import INFERENCE, TRAINING, Cell, settings
+from gemma_tui.studies.bench.cell import INFERENCE, TRAINING, Cell
 from gemma_tui.studies.estimate import estimate, inference_bytes
+from gemma_tui.studies.methods import usual_settings
 from tests.benchmarks.measure import machine
 
 MODELS = ("nano", "gemma-3-270m")
@@ -45,7 +46,7 @@ def estimated(cell: Cell, device: DeviceInfo) -> int:
     config = read_config(Path(cell.folder))
     if cell.task == INFERENCE:
         return inference_bytes(config, cell.length + cell.new_tokens, cell.batch, cell.dtype, device)
-    return estimate(config, settings(cell), cell.batch, cell.length, cell.dtype, device).total
+    return estimate(config, usual_settings(cell.method, cell.rank), cell.batch, cell.length, cell.dtype, device).total
 
 
 def measured(cell: Cell) -> int:

@@ -20,8 +20,9 @@ from engines.base import Engine, Sampling
 from engines.errors import EngineError
 from engines.gemma3 import GLOBAL, LOCAL, Gemma3Config, Rope
 from engines.memory import is_out_of_memory
-from engines.training import Batch, LoRASettings, Rank1Settings, TrainingSettings
+from engines.training import Batch
 from gemma_tui.studies.generation import warm
+from gemma_tui.studies.methods import usual_settings
 
 INFERENCE, TRAINING = "inference", "training"
 WATCH_SECONDS = 0.5
@@ -116,7 +117,7 @@ def _inference(engine: Engine, cell: Cell, generator: np.random.Generator) -> di
 
 
 def _training(engine: Engine, cell: Cell, generator: np.random.Generator) -> dict[str, tuple[float, ...]]:
-    engine.start_training(settings(cell))
+    engine.start_training(usual_settings(cell.method, cell.rank))
     speeds = []
     for step in range(cell.repeats + 1):
         ids = _ids(engine, generator, (cell.batch, cell.length + 1))
@@ -127,16 +128,6 @@ def _training(engine: Engine, cell: Cell, generator: np.random.Generator) -> dic
             engine.merge("keep", step)
         speeds.append(cell.batch * cell.length / (time.perf_counter() - began))
     return {"training": tuple(speeds[1:])}
-
-
-def settings(cell: Cell) -> TrainingSettings:
-    """What the method of a cell trains."""
-    match cell.method:
-        case "lora":
-            return TrainingSettings(LoRASettings(cell.rank, 2.0 * cell.rank))
-        case "rank1":
-            return TrainingSettings(rank1=Rank1Settings())
-    return TrainingSettings()
 
 
 def _ids(engine: Engine, generator: np.random.Generator, shape: tuple[int, int]) -> np.ndarray:
