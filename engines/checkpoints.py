@@ -243,7 +243,9 @@ def read_array(tensor: StoredTensor, kinds: Sequence[str] = FLOATS) -> np.ndarra
 def as_float32(array: np.ndarray) -> np.ndarray:
     """float32 from what ``read_array`` gives; uint16 is read as bfloat16."""
     if array.dtype == np.uint16:
-        return (array.astype(np.uint32) << 16).view(np.float32)
+        bits = array.astype(np.uint32)
+        bits <<= 16  # in place: an embedding is gigabytes
+        return bits.view(np.float32)
     return array.astype(np.float32, copy=False)
 
 

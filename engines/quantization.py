@@ -173,8 +173,12 @@ def iterate_dense(
     Args:
         shapes: of the parameters that are wanted; None for all.
     """
-    for name, value in iterate_quantized(folder, config, shapes):
-        yield name, value.unpacked() if isinstance(value, Packed) else value
+    yield from map(_dense, iterate_quantized(folder, config, shapes))  # which keeps nothing of what it gave
+
+
+def _dense(parameter: tuple[str, np.ndarray | Packed]) -> tuple[str, np.ndarray]:
+    name, value = parameter
+    return name, value.unpacked() if isinstance(value, Packed) else value
 
 
 def _kinds(part: str) -> tuple[str, ...]:

@@ -86,6 +86,7 @@ def weights_of(model: Model, shapes: Mapping[str, tuple[int, ...]] | None = None
     factors, settings = read_adapter(model.adapter, config) if model.adapter is not None else ({}, None)
     for name, stored in iterate_dense(model.folder, config, shapes):
         value, module = as_float32(stored), name.removesuffix(".weight")
+        del stored  # an embedding is gigabytes in either form
         if settings is not None and module in factors:
             value = merged(value, factors[module], settings)
         yield name, value

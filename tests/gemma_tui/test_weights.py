@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 import tracemalloc
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -136,6 +137,34 @@ def test_a_spectrum_reads_one_matrix(tiny: str, command: Commands, monkeypatch: 
     code, _, error = command("models", "weights", tiny, "--spectrum", "1.mlp.down_proj")
     assert code == 0, error
     assert read == [resolve(tiny).config().parameter_shapes()["model.layers.1.mlp.down_proj.weight"]]
+
+
+def test_weights_are_not_held_in_two_forms(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = []
+    real = checkpoints.read_array
+
+    def as_stored(tensor: checkpoints.StoredTensor) -> np.ndarray:
+        array = checkpoints.as_bfloat16(real(tensor))
+        read.append(weakref.ref(array))
+        return array
+
+    monkeypatch.setattr(checkpoints, "read_array", as_stored)
+    given = weights.weights_of(resolve(tiny))
+    _, value = next(given)
+    assert value.dtype == np.float32
+    assert [stored() for stored in read] == [None]
+
+
+def test_bfloat16_is_widened_in_place() -> None:
+    array = np.arange(1 << 20, dtype=np.uint32).astype(np.uint16)
+    tracemalloc.start()
+    try:
+        wide = checkpoints.as_float32(array)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 1.1 * wide.nbytes
+    np.testing.assert_array_equal(checkpoints.as_bfloat16(wide[:1000]), array[:1000])
 
 
 def test_a_difference_of_large_matrices_is_never_held_whole() -> None:
