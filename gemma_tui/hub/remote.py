@@ -47,7 +47,7 @@ class Found:
     """A model in a search.
 
     Attributes:
-        kind: ``weights``, ``MLX`` for mlx-lm's layout, or ``GGUF``.
+        kind: of what is fetched: ``weights``, ``MLX`` for mlx-lm's layout, or ``GGUF``, if there is nothing else.
         parameters: 0 if the hub does not tell, as of quantised weights.
         nbytes: of the weights; 0 if the hub does not tell, as of GGUF, which comes in several sizes.
         gated: ``auto``, ``manual``, or empty if it is open.
@@ -191,7 +191,7 @@ def _found(info: Any) -> Found | None:
         return None
     dtypes = _dtypes(info.safetensors)
     packed = any(not dtype.startswith(("F", "BF")) for dtype in dtypes)
-    kind = "GGUF" if gguf or ("gguf" in tags and not dtypes) else "MLX" if "mlx" in tags else "weights"
+    kind = "GGUF" if not dtypes and (gguf or "gguf" in tags) else "MLX" if "mlx" in tags else "weights"
     return Found(
         repo=repo,
         kind=kind,

@@ -176,6 +176,7 @@ def test_search_lists_gemma_3_with_what_one_must_know(hub: StandInHub, command: 
         "mlx-community/gemma-3-1b-4bit": Repo(files, info={"tags": ["mlx", "gemma3_text"], "safetensors": packed}),
         "someone/tuned": Repo(files, info={"config": {"model_type": "gemma3_text"}}),
         "quants/gemma-3-1b-gguf": Repo(files, info={"gguf": {"total": 10**9, "architecture": "gemma3"}}),
+        "quants/gemma-3-both": Repo(files, info={**said, "gguf": {"total": 10**9, "architecture": "gemma3"}}),
         "quants/llama-gguf": Repo(files, info={"gguf": {"total": 10**9, "architecture": "llama"}, "downloads": 99}),
         "someone/gemma-2-2b": Repo(files, info={"config": {"model_type": "gemma2"}}),
         "google/gemma-3n-E2B": Repo(files, info={"tags": ["gemma3n"]}),
@@ -183,7 +184,7 @@ def test_search_lists_gemma_3_with_what_one_must_know(hub: StandInHub, command: 
     code, rows, _ = command("models", "search", "")
     found = {row["name"]: row for row in rows if row["kind"] == "found"}
     assert (code, rows[-1]["status"]) == (0, "done")
-    others = {"someone/tuned", "quants/gemma-3-1b-gguf"}
+    others = {"someone/tuned", "quants/gemma-3-1b-gguf", "quants/gemma-3-both"}
     assert set(found) == {"google/gemma-3-1b", "mlx-community/gemma-3-1b-4bit"} | others
     assert rows[0]["name"] == "google/gemma-3-1b"
     official = found["google/gemma-3-1b"]
@@ -192,7 +193,9 @@ def test_search_lists_gemma_3_with_what_one_must_know(hub: StandInHub, command: 
     assert set(official["fits"]) == {"inference", "full training"}
     mlx = found["mlx-community/gemma-3-1b-4bit"]
     assert (mlx["format"], mlx["dtype"], mlx["bytes"]) == ("MLX", "quantised", 502_000_000)
-    assert [found[name]["format"] for name in ("someone/tuned", "quants/gemma-3-1b-gguf")] == ["weights", "GGUF"]
+    assert {name: found[name]["format"] for name in others} == {
+        "someone/tuned": "weights", "quants/gemma-3-1b-gguf": "GGUF", "quants/gemma-3-both": "weights",
+    }  # fmt: skip
 
 
 def test_a_search_on_a_narrow_terminal_leaves_out_its_last_columns(
