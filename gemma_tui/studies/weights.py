@@ -199,7 +199,7 @@ def _norm(w: np.ndarray, v: np.ndarray | None = None) -> tuple[float, float]:
         part = w[start : start + ROWS].astype(np.float64)
         if v is not None:
             part -= v[start : start + ROWS]
-        square, largest = square + float((part * part).sum()), max(largest, float(np.abs(part).max()))
+        square, largest = square + float((part * part).sum()), float(np.maximum(largest, np.abs(part).max()))
     return math.sqrt(square), largest
 
 

@@ -190,6 +190,8 @@ def test_a_matrix_that_is_not_finite_has_no_spectrum(tiny: str, other: str, comm
         code, _, error = command("models", "weights", *given, "--spectrum", "1.up_proj")
         assert (code, error.count("\n")) == (1, 1), error
         assert f"other: {MOVED} has numbers that are not finite" in error
+    assert not math.isfinite(next(m for m in measure(resolve("other"), None, nothing) if m.name == MOVED).largest)
+    assert command("models", "weights", "other", "--against", tiny)[0] == 0
 
 
 def test_a_matrix_of_zeros_is_not_said_to_equal_another(tiny: str, other: str, command: Commands) -> None:
