@@ -22,7 +22,7 @@ from engines.base import DeviceInfo
 from engines.cache import PREFILL
 from engines.gemma3 import Gemma3Config
 from engines.training import OptimizerSettings, TrainingSettings
-from gemma_tui.hub.fit import FULL, TIGHT
+from gemma_tui.hub.fit import band
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 DISTANCE_BYTES = {"torch": 8, "mlx": 4}
@@ -97,8 +97,8 @@ class Estimate:
 
     @property
     def verdict(self) -> str:
-        """``fits``, ``tight`` or ``will not fit``."""
-        return "fits" if self.share < TIGHT else "tight" if self.share < FULL else "will not fit"
+        """``fits``, ``tight`` or ``too large``."""
+        return band(self.total, self.available)
 
     @property
     def text(self) -> str:

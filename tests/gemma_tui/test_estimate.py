@@ -339,7 +339,7 @@ def test_a_cache_has_the_rows_that_are_estimated(
     assert more - less == max(seen)
 
 
-@pytest.mark.parametrize(("total", "verdict"), [(143, "fits"), (142, "tight"), (118, "tight"), (117, "will not fit")])
+@pytest.mark.parametrize(("total", "verdict"), [(143, "fits"), (142, "tight"), (118, "tight"), (117, "too large")])
 def test_verdicts(total: int, verdict: str) -> None:
     found = Estimate(100, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, available=total)
     assert found.verdict == verdict
@@ -350,7 +350,7 @@ def test_one_line_says_all() -> None:
     assert found.text == ("fits: about 7.4 GB of 16.0 GB (46%); weights 5.0 GB, optimizer 2.0 GB, activations 400.0 MB")
     assert replace(found, ratio=1.5).text.startswith("fits: about 11.1 GB of 16.0 GB (69%); ")
     assert replace(found, ratio=1.5).text.endswith(", times 1.50 as earlier runs measured")
-    assert replace(found, ratio=2.0).verdict == "will not fit"
+    assert replace(found, ratio=2.0).verdict == "too large"
 
 
 def test_earlier_runs_correct_the_estimate() -> None:
