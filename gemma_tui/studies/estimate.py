@@ -295,9 +295,9 @@ def _layer_bytes(config: Gemma3Config, settings: TrainingSettings, parts: _Parts
 
 
 def _stores_attention(device: DeviceInfo) -> bool:
-    """Whether attention that is trained is not fused there, so that its scores and weights are kept layer by layer.
+    """Whether attention need not be fused there: its scores and weights are made, and in training kept layer by layer.
 
-    MLX decides so on all its devices, and torch on MPS.
+    In training MLX decides so on all its devices, and torch on MPS; for reading, which may be fused, it is a bound.
     """
     return device.engine == "mlx" or device.device == "mps"
 
