@@ -14,6 +14,14 @@ from engines.errors import UnsupportedError
 IGNORED = -100
 """The label of a position that is not supervised."""
 
+LOGITS_BYTES = 8 << 20
+"""Logits are made for as many tokens of the vocabulary at a time as fit in this; all of them would be gigabytes."""
+
+
+def vocabulary_tile(positions: int) -> int:
+    """Tokens of the vocabulary for which logits of so many positions are made at a time, in float32."""
+    return max(1, LOGITS_BYTES // (4 * max(1, positions)))
+
 
 @dataclass(frozen=True)
 class Batch:

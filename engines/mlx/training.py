@@ -22,10 +22,7 @@ from engines.mlx.model import Embedding, Gemma3
 from engines.mlx.observing import observed
 from engines.mlx.rank1 import draw, put_rank1, rank1_layers
 from engines.packing import document_positions
-from engines.training import IGNORED, Batch, StepResult, TrainingSettings
-
-LOGITS_BYTES = 8 << 20
-"""Logits are made for as many tokens of the vocabulary at a time as fit in this; all of them would be gigabytes."""
+from engines.training import IGNORED, Batch, StepResult, TrainingSettings, vocabulary_tile
 
 
 def chunked_cross_entropy(
@@ -51,7 +48,7 @@ def chunked_cross_entropy(
     @mx.custom_function
     def loss_and_gradients(hidden: mx.array, weight: mx.array) -> tuple[mx.array, mx.array, mx.array]:
         count = hidden.shape[0]
-        size = max(1, LOGITS_BYTES // (4 * max(1, count)))
+        size = vocabulary_tile(count)
         starts = range(0, weight.shape[0], size)
         rows_of: Any = weight.__getitem__ if packed is None else packed.rows
         tiles = [rows_of(slice(start, start + size)) for start in starts]

@@ -20,10 +20,7 @@ from engines.torch.attention import Layout, doubled, packed
 from engines.torch.model import Gemma3
 from engines.torch.observing import observed
 from engines.torch.rank1 import draw, put_rank1, rank1_layers
-from engines.training import IGNORED, Batch, StepResult, TrainingSettings
-
-LOGITS_BYTES = 8 << 20
-"""Logits are made for as many tokens of the vocabulary at a time as fit in this; all of them would be gigabytes."""
+from engines.training import IGNORED, Batch, StepResult, TrainingSettings, vocabulary_tile
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
@@ -39,7 +36,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         """``hidden [n, d]``, ``weight [vocabulary, d]``, ``labels [n]`` to a float32 scalar, nats."""
         count = hidden.shape[0]
-        tiles = weight.split(max(1, LOGITS_BYTES // (4 * max(1, count))))
+        tiles = weight.split(vocabulary_tile(count))
         top = torch.full((count, 1), -math.inf, device=hidden.device)
         mass = torch.zeros_like(top)
         mean_row = torch.zeros_like(hidden, dtype=torch.float32)

@@ -12,7 +12,7 @@ from typing import Any
 
 from gemma_tui.commands.signals import heard
 from gemma_tui.errors import GemmaTuiError
-from gemma_tui.hub import fit, keeping
+from gemma_tui.hub import keeping
 from gemma_tui.hub.cache import Removal, cached_repos, finished_bytes, leftovers
 from gemma_tui.hub.descriptions import (
     FOUND,
@@ -32,6 +32,7 @@ from gemma_tui.hub.remote import check_names
 from gemma_tui.hub.remote import search as search_hub
 from gemma_tui.output import Output, age, bytes_text, duration
 from gemma_tui.runs.processes import start
+from gemma_tui.studies.fitting import main_needs, memory_lines, use_of
 from gemma_tui.studies.using import refuse_in_use
 
 INTERRUPTED = 130
@@ -130,11 +131,13 @@ def about_remote(name: str, output: Output) -> int:
     if config is None:
         output.row("remote", **shared, choice=[{"path": f.path, "bytes": f.size} for f in files])
     else:
-        memory = fit.estimates(config)
+        needs = main_needs(config)
         output.row("remote", **shared, files=len(files), bytes=sum(f.size for f in files), dtypes=inside.dtypes,
-                   parameters=config.parameter_count(), memory=memory, left_out=list(remote.code),
-                   fits={use: fit.here(size) for use, size in memory.items()}, config=config.to_dict())  # fmt: skip
-    output.table(("", f"{repo}, not here"), inside_lines(inside))
+                   parameters=config.parameter_count(), memory={use_of(need): need.nbytes for need in needs},
+                   left_out=list(remote.code), fits={use_of(need): need.verdict for need in needs},
+                   config=config.to_dict())  # fmt: skip
+    lines = inside_lines(inside) + (memory_lines(config) if config is not None else [])
+    output.table(("", f"{repo}, not here"), lines)
     request = Request(repo, revision or "main", () if config else (files[0].path,))
     if config is not None:
         output.say(f"`gemma-tui models fit {name}` tells what each method of training needs, on each engine")

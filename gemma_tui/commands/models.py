@@ -19,7 +19,7 @@ from gemma_tui.hub.naming import free_name
 from gemma_tui.output import Output, bytes_text, count_text
 from gemma_tui.rows import data_path
 from gemma_tui.studies.conversion import ConversionPlan, convert, in_words
-from gemma_tui.studies.fitting import config_named, devices, needs_figure
+from gemma_tui.studies.fitting import config_named, devices, main_needs, memory_lines, needs_figure, use_of
 
 
 def list_models(args: argparse.Namespace, output: Output) -> int:
@@ -50,7 +50,7 @@ def info(args: argparse.Namespace, output: Output) -> int:
     if item.problem:
         raise UsageError(item.problem)
     known = facts(model)
-    memory = fit.estimates(config)
+    memory = {use_of(need): need.nbytes for need in main_needs(config)}
     output.row("model", name=model.name, folder=str(model.folder), bytes=item.nbytes, dtype=item.dtype,
                parameters=item.parameters, memory=memory, config=config.to_dict(), **asdict(known))  # fmt: skip
     table = config.vocab_size * config.hidden_size
@@ -65,7 +65,7 @@ def info(args: argparse.Namespace, output: Output) -> int:
             f"{config.num_attention_heads} for {config.num_key_value_heads} keys and values of {config.head_dim}",
         ),
         ("widths", f"{config.hidden_size} residual, {config.intermediate_size} MLP, {config.vocab_size:,} tokens"),
-        *((f"memory, {name}", bytes_text(size)) for name, size in memory.items()),
+        *memory_lines(config),
         *about(known),
     ]
     output.table(("", model.name), lines)

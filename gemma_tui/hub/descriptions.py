@@ -43,7 +43,7 @@ def found_cells(item: Found) -> tuple[str, ...]:
 
 
 def inside_lines(inside: Inside) -> list[tuple[str, str]]:
-    """A model of the hub before anything of it is fetched: what comes, and what it would need here."""
+    """A model of the hub before anything of it is fetched: what comes."""
     remote, config = inside.remote, inside.config
     about = [("commit", remote.commit), ("licence", remote.licence or "not told"), ("access", remote.gated or "open")]
     if config is None:
@@ -56,7 +56,6 @@ def inside_lines(inside: Inside) -> list[tuple[str, str]]:
         ("to fetch", f"{len(inside.files)} files, {bytes_text(sum(f.size for f in inside.files))}"),
         ("stored as", ", ".join(inside.dtypes or ())),
         *([("left out", left_out)] if left_out else []),
-        *(("memory", f"{bytes_text(n)} for {use}, {fit.here(n)}") for use, n in fit.estimates(config).items()),
     ]
 
 

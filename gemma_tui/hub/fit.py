@@ -1,36 +1,14 @@
-"""Whether a model fits this machine: weights, cache and the least that training adds."""
+"""Whether a model fits this machine."""
 
 from __future__ import annotations
 
 import psutil
 
-from engines.gemma3 import Gemma3Config
-from engines.training import LINEARS
 from gemma_tui.hub.demo import packaged
 from gemma_tui.hub.models import Summary
 
 TIGHT, FULL = 0.70, 0.85
 """Shares of the memory from which on a model is called tight, and from which on it does not fit."""
-
-CONTEXT = 2048
-RANK = 8
-
-
-def estimates(config: Gemma3Config) -> dict[str, int]:
-    """Bytes by use, with weights in float32 as on a CPU, or packed; activations are not in it.
-
-    Training keeps a float32 gradient and AdamW's two moments for each trained parameter, and packed weights take no
-    updates.
-    """
-    weights = config.weight_bytes(4)
-    adapters = config.lora_count(RANK, LINEARS)
-    uses = {
-        f"inference at {CONTEXT:,} tokens": weights + config.cache_bytes(CONTEXT, item=4),
-        f"LoRA training, rank {RANK}, before activations": weights + 16 * adapters,
-    }
-    if config.quantization is None:
-        uses["full training, before activations"] = weights + 12 * config.parameter_count()
-    return uses
 
 
 def band(needed: int, available: int) -> str:

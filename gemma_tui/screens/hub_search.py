@@ -190,12 +190,14 @@ class HubSearch(ModalScreen[None]):
     def _look(self, repo: str) -> None:
         from gemma_tui.hub.descriptions import inside_lines
         from gemma_tui.hub.headers import look_inside
+        from gemma_tui.studies.fitting import memory_lines
 
         try:
-            lines = inside_lines(look_inside(repo))
+            inside = look_inside(repo)
         except EngineError as error:
             self.app.call_from_thread(self._about, repo, str(error))
             return
+        lines = inside_lines(inside) + (memory_lines(inside.config) if inside.config is not None else [])
         text = "\n".join(f"{name:<10}  {one_line(text, 200)}" for name, text in lines)
         self.app.call_from_thread(self._about, repo, text)
 

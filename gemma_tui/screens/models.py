@@ -331,7 +331,7 @@ class ModelsScreen(Workbench):
 
 
 def _facts(item: Summary, config: Gemma3Config) -> list[str]:
-    from gemma_tui.hub import fit
+    from gemma_tui.studies.fitting import memory_lines
 
     table = config.vocab_size * config.hidden_size
     kinds = "".join("▄" if config.is_local(i) else "█" for i in range(config.num_hidden_layers))
@@ -344,5 +344,4 @@ def _facts(item: Summary, config: Gemma3Config) -> list[str]:
         f"width   {config.hidden_size:,}, MLP {config.intermediate_size:,}",
         f"tokens  {config.vocab_size:,}, {table / item.parameters:.0%} of the parameters",
     ]
-    needs = fit.estimates(config)
-    return lines + [f"memory  {bytes_text(size)} for {use}, {fit.here(size)}" for use, size in needs.items()]
+    return lines + [f"{name}  {line}" for name, line in memory_lines(config)]

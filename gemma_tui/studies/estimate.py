@@ -21,8 +21,8 @@ from engines.adapters import target_modules
 from engines.base import DeviceInfo
 from engines.cache import PREFILL
 from engines.gemma3 import Gemma3Config
-from engines.training import OptimizerSettings, TrainingSettings
-from gemma_tui.hub.fit import FULL, TIGHT
+from engines.training import OptimizerSettings, TrainingSettings, vocabulary_tile
+from gemma_tui.hub.fit import band
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 DISTANCE_BYTES = {"torch": 8, "mlx": 4}
@@ -34,8 +34,6 @@ SCORES_COPIES = 3
 """Of attention that is not fused: scores, what a mask leaves of them, and weights."""
 LOGITS_COPIES = 3
 """Of the last position: the logits in the model's dtype and in float32, and their softmax."""
-LOGITS_BYTES = 8 << 20
-"""The engines make logits for as much of the vocabulary at a time as fit in this."""
 EMBEDDING = "model.embed_tokens.weight"
 PARTS = (
     "weights", "masters", "trainables", "gradients", "optimizer", "renewed", "activations", "casts", "logits",
@@ -97,8 +95,8 @@ class Estimate:
 
     @property
     def verdict(self) -> str:
-        """``fits``, ``tight`` or ``will not fit``."""
-        return "fits" if self.share < TIGHT else "tight" if self.share < FULL else "will not fit"
+        """``fits``, ``tight`` or ``too large``."""
+        return band(self.total, self.available)
 
     @property
     def text(self) -> str:
@@ -144,7 +142,7 @@ def estimate(
     float32 = _linear_count(parts.float32)
     largest = max(map(math.prod, ((parts.merged if formed else {}) | parts.rest).values()), default=0)
     activations = tokens * (layers * layer + inputs + _ends(config, parts, item)) + masks
-    logits = min(max(LOGITS_BYTES, 4 * tokens), 4 * tokens * config.vocab_size)
+    logits = 4 * tokens * min(vocabulary_tile(tokens), config.vocab_size)
     workspace = max(tokens * max(5 * item * config.intermediate_size, scores), 4 * largest)
     return Estimate(
         weights=config.weight_bytes(item),
@@ -297,9 +295,9 @@ def _layer_bytes(config: Gemma3Config, settings: TrainingSettings, parts: _Parts
 
 
 def _stores_attention(device: DeviceInfo) -> bool:
-    """Whether attention that is trained is not fused there, so that its scores and weights are kept layer by layer.
+    """Whether attention need not be fused there: its scores and weights are made, and in training kept layer by layer.
 
-    MLX decides so on all its devices, and torch on MPS.
+    In training MLX decides so on all its devices, and torch on MPS; for reading, which may be fused, it is a bound.
     """
     return device.engine == "mlx" or device.device == "mps"
 

@@ -7,6 +7,8 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import psutil
+
 from engines import available_engines, open_engine
 from engines.base import DeviceInfo
 from engines.errors import EngineError, UnsupportedError
@@ -26,6 +28,10 @@ from gemma_tui.studies.methods import usual_settings
 LENGTHS = (512, 2048, 8192, 32_768, 131_072)
 BATCH, WINDOW = 1, 512
 """Of the training that is told."""
+
+CONTEXT = 2048
+"""Tokens, at most, of the inference that is told of a model among its facts."""
+
 METHODS = {method: usual_settings(method) for method in ("lora", "relora", "rank1", "full")} | {
     "full, recomputing": replace(usual_settings("full"), checkpoint_activations=True)
 }
@@ -97,24 +103,58 @@ def devices() -> list[DeviceInfo]:
 
 def needs(config: Gemma3Config, places: Sequence[DeviceInfo]) -> Iterator[Need]:
     """Every use on every engine, in the dtype that its device takes by default and the other one."""
-    lengths = [length for length in LENGTHS if length <= config.max_position_embeddings] or [
-        config.max_position_embeddings
-    ]
-    window = min(WINDOW, config.max_position_embeddings)
     for device in places:
         for dtype in device.dtypes:
-            shared = (device.engine, device.device, dtype)
-            packed = config.quantization is not None and device.engine != "mlx"
-            for length in lengths:
-                nbytes = inference_bytes(config, length, BATCH, dtype, device)
-                said = "quantised weights are MLX's" if packed else band(nbytes, device.memory_total)
-                yield Need(*shared, "inference", length, BATCH, 0 if packed else nbytes, device.memory_total, said)
-            for method, settings in METHODS.items():
-                refused = "quantised weights are MLX's" if packed else _refusal(config, settings)
-                told = estimate(config, settings, BATCH, window, dtype, device)
-                said = refused or band(told.total, device.memory_total)
-                nbytes = 0 if refused else told.total
-                yield Need(*shared, method, window, BATCH, nbytes, device.memory_total, said)
+            yield from (_reading(config, device, dtype, length) for length in _lengths(config))
+            yield from (_training(config, device, dtype, method) for method in METHODS)
+
+
+def main_needs(config: Gemma3Config) -> list[Need]:
+    """What is told of a model among its facts, with no engine at hand: the least of ``needs`` on the CPU here, float32.
+
+    Packed weights are MLX's, and take no updates.
+    """
+    engine = "torch" if config.quantization is None else "mlx"
+    device = DeviceInfo(engine, "cpu", "", ("float32",), psutil.virtual_memory().total)
+    reading = _reading(config, device, "float32", max(n for n in _lengths(config) if n <= CONTEXT))
+    training = [_training(config, device, "float32", method) for method in ("lora", "full")]
+    return [reading, *(need for need in training if need.nbytes)]
+
+
+def use_of(need: Need) -> str:
+    """What a need is for, on what, in words."""
+    what = need.use if need.use == "inference" else f"{need.use} training"
+    return f"{what} of {need.batch} x {need.length:,} tokens, {need.dtype} on {need.device}"
+
+
+def memory_lines(config: Gemma3Config) -> list[tuple[str, str]]:
+    """``main_needs`` as lines of a model's facts."""
+    return [("memory", f"{bytes_text(need.nbytes)} for {use_of(need)}: {need.verdict}") for need in main_needs(config)]
+
+
+def _lengths(config: Gemma3Config) -> list[int]:
+    """Those that the model takes; of one that takes none of them its longest."""
+    longest = config.max_position_embeddings
+    return [length for length in LENGTHS if length <= longest] or [longest]
+
+
+def _reading(config: Gemma3Config, device: DeviceInfo, dtype: str, length: int) -> Need:
+    refused = _unreadable(config, device)
+    nbytes = 0 if refused else inference_bytes(config, length, BATCH, dtype, device)
+    return _need(device, dtype, "inference", length, nbytes, refused)
+
+
+def _training(config: Gemma3Config, device: DeviceInfo, dtype: str, method: str) -> Need:
+    window, settings = min(WINDOW, config.max_position_embeddings), METHODS[method]
+    refused = _unreadable(config, device) or _refusal(config, settings)
+    nbytes = 0 if refused else estimate(config, settings, BATCH, window, dtype, device).total
+    return _need(device, dtype, method, window, nbytes, refused)
+
+
+def _need(device: DeviceInfo, dtype: str, use: str, length: int, nbytes: int, refused: str) -> Need:
+    available = device.memory_total
+    said = refused or band(nbytes, available)
+    return Need(device.engine, device.device, dtype, use, length, BATCH, nbytes, available, said)
 
 
 def needs_figure(name: str, config: Gemma3Config, places: Sequence[DeviceInfo]) -> Figure:
@@ -133,6 +173,10 @@ def needs_figure(name: str, config: Gemma3Config, places: Sequence[DeviceInfo]) 
     ]  # fmt: skip
     facts = {"model": name, "parameters": whole, "needs": [asdict(need) for need in found]}
     return Figure(f"what {name} needs here", notes, tables=tables, facts=facts)
+
+
+def _unreadable(config: Gemma3Config, device: DeviceInfo) -> str:
+    return "quantised weights are MLX's" if config.quantization is not None and device.engine != "mlx" else ""
 
 
 def _refusal(config: Gemma3Config, settings: TrainingSettings) -> str:

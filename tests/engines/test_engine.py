@@ -514,7 +514,7 @@ def test_the_chunked_loss_is_the_plain_cross_entropy(
     hidden = generator.standard_normal((12, 5), np.float32) * np.float32(spread)
     weight = generator.standard_normal((9, 5), np.float32)
     labels = generator.integers(0, 9, 12)
-    monkeypatch.setattr(inside.module(engine, "training"), "LOGITS_BYTES", 4 * 12 * tile)
+    monkeypatch.setattr("engines.training.LOGITS_BYTES", 4 * 12 * tile)
     loss, grad_hidden, grad_weight = inside.chunked_loss(engine, hidden, weight, labels, scale=0.25)
     scores = log_softmax(hidden.astype(np.float64) @ weight.T)
     error = (np.exp(scores) - np.eye(9)[labels]) * 0.25
@@ -531,7 +531,7 @@ def test_chunks_do_not_change_the_gradients_of_a_model(
     engine.load(folder, "float32")
     engine.start_training(TrainingSettings(None))
     whole = inside.gradients(engine, some)
-    monkeypatch.setattr(inside.module(engine, "training"), "LOGITS_BYTES", 4 * some.supervised * tile)
+    monkeypatch.setattr("engines.training.LOGITS_BYTES", 4 * some.supervised * tile)
     same_weights(inside.gradients(engine, some), whole, 1e-4)
 
 

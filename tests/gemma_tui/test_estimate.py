@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from engines import training
 from engines.base import DeviceInfo, Engine
 from engines.blocks import Noise
 from engines.gemma3 import GLOBAL, LOCAL, Gemma3Config, Rope
@@ -158,12 +159,27 @@ def test_parameters_and_optimizer_are_what_the_engine_has(
     assert checkpoint_bytes(four_to_one, settings) <= written <= checkpoint_bytes(four_to_one, settings) + headers
 
 
+def test_logits_are_counted_as_the_engines_make_them(
+    engine: Engine, four_to_one: Gemma3Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tile of the vocabulary at a time, both by the same rule."""
+    tiles, rule = [], training.vocabulary_tile
+    watched = import_module(f"engines.{engine.name}.training")
+    monkeypatch.setattr(watched, "vocabulary_tile", lambda count: tiles.append((count, rule(count))) or tiles[-1][1])
+    monkeypatch.setattr(training, "LOGITS_BYTES", 4 * 64 * 10 + 3)
+    engine.initialise(four_to_one, 0, "float32")
+    engine.start_training(LORA)
+    engine.train_step([a_batch(four_to_one)], 1e-3)
+    assert tiles == [(64, 10)]
+    assert of(four_to_one, LORA).logits == 4 * 64 * 10
+
+
 def kept_by_torch(config: Gemma3Config, settings: TrainingSettings, dtype: str) -> int:
     """Bytes that torch saves for the way back, without the parameters themselves."""
     import torch
 
-    from engines.torch import training
     from engines.torch.engine import TorchEngine
+    from engines.torch.training import summed_loss
 
     engine = TorchEngine()
     engine.initialise(config, 0, dtype)
@@ -179,7 +195,7 @@ def kept_by_torch(config: Gemma3Config, settings: TrainingSettings, dtype: str) 
         return value
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
-        loss = training.summed_loss(network, a_batch(config))
+        loss = summed_loss(network, a_batch(config))
     del loss
     return sum(storage.nbytes() for storage in kept.values())
 
@@ -339,7 +355,7 @@ def test_a_cache_has_the_rows_that_are_estimated(
     assert more - less == max(seen)
 
 
-@pytest.mark.parametrize(("total", "verdict"), [(143, "fits"), (142, "tight"), (118, "tight"), (117, "will not fit")])
+@pytest.mark.parametrize(("total", "verdict"), [(143, "fits"), (142, "tight"), (118, "tight"), (117, "too large")])
 def test_verdicts(total: int, verdict: str) -> None:
     found = Estimate(100, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, available=total)
     assert found.verdict == verdict
@@ -350,7 +366,7 @@ def test_one_line_says_all() -> None:
     assert found.text == ("fits: about 7.4 GB of 16.0 GB (46%); weights 5.0 GB, optimizer 2.0 GB, activations 400.0 MB")
     assert replace(found, ratio=1.5).text.startswith("fits: about 11.1 GB of 16.0 GB (69%); ")
     assert replace(found, ratio=1.5).text.endswith(", times 1.50 as earlier runs measured")
-    assert replace(found, ratio=2.0).verdict == "will not fit"
+    assert replace(found, ratio=2.0).verdict == "too large"
 
 
 def test_earlier_runs_correct_the_estimate() -> None:

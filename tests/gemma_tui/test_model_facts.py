@@ -8,15 +8,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from samples import GEMMA3_TEMPLATE
 from stand_in_hub import COMMIT, Repo, StandInHub
 
-from engines.gemma3 import Gemma3Config, read_config
+from engines.base import DeviceInfo
+from engines.official import OFFICIAL, official_config
 from gemma_tui import paths
+from gemma_tui.commands import models
 from gemma_tui.hub import cache, fit
 from gemma_tui.hub.cards import MAX_BYTES, MAX_LINES, plain_text, read_card
-from gemma_tui.hub.models import Model, summary
+from gemma_tui.hub.models import Model, resolve, summary
+from gemma_tui.studies.fitting import Need, main_needs, use_of
 from gemma_tui.text import without_tokens
 
 TINY = "org/gemma-3-tiny"
@@ -117,16 +121,28 @@ def test_info_shows_the_card_on_demand(tiny: str, spoken: Callable[..., tuple[in
 def test_a_quantised_model_is_counted_by_what_it_takes(tiny: str, command: Commands, monkeypatch: Any) -> None:
     assert command("models", "convert", tiny, "--bits", "4", "--group-size", "32")[0] == 0
     plain, packed = (command("models", "info", name)[1][0] for name in (tiny, "tiny-4bit"))
-    inference = "inference at 2,048 tokens"
-    assert "full training, before activations" in plain["memory"]
-    assert "full training, before activations" not in packed["memory"]
-    less = 4 * plain["parameters"] - Gemma3Config.weight_bytes(read_config(paths.models() / "tiny-4bit"), 4)
-    assert plain["memory"][inference] - packed["memory"][inference] == less > 0
+    full = next(use for use in plain["memory"] if use.startswith("full training of 1 x "))
+    assert full not in packed["memory"]
+    assert len(packed["memory"]) == len(plain["memory"]) - 1
     item = summary(Model("tiny-4bit", paths.models() / "tiny-4bit", "data folder"))
     asked: list[int] = []
     monkeypatch.setattr(fit, "here", lambda needed: asked.append(needed) or "fits")
     assert fit.state(item) == "fits"
     assert asked == [item.nbytes]
+
+
+@pytest.mark.parametrize("name", ["gemma-3-270m", "nano"])
+def test_info_and_fit_tell_the_same_needs(name: str, command: Commands, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = DeviceInfo("torch", "cpu", "", ("float32",), psutil.virtual_memory().total)
+    monkeypatch.setattr(models, "devices", lambda: [device])
+    config = official_config(name) if name in OFFICIAL else resolve(name).config()
+    told = {use_of(need): need.nbytes for need in main_needs(config)}
+    assert len(told) == 3
+    _, rows, _ = command("models", "fit", name)
+    needs = [Need(**{k: v for k, v in row.items() if k != "kind"}) for row in rows if row["kind"] == "need"]
+    assert told.items() <= {use_of(need): need.nbytes for need in needs}.items()
+    if name == "nano":
+        assert command("models", "info", name)[1][0]["memory"] == told
 
 
 def test_info_of_a_model_on_the_hub_tells_what_it_would_need(hub: StandInHub, command: Commands) -> None:
