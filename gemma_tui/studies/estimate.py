@@ -25,8 +25,6 @@ from engines.training import OptimizerSettings, TrainingSettings, vocabulary_til
 from gemma_tui.hub.fit import band
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2}
-DISTANCE_BYTES = {"torch": 8, "mlx": 4}
-"""Of the distance of a query and a key, from which a mask is made."""
 ALLOCATOR = {"torch": (0.35, 8_000_000), "mlx": (0.40, 2_000_000)}
 """Of what comes and goes, the share that a CPU's process holds beyond it since freed blocks do not fit the next ones,
 and the bytes it holds in any case; measured with nano (``tests/benchmarks/memory.py``)."""
@@ -173,15 +171,19 @@ def inference_bytes(config: Gemma3Config, length: int, batch: int, dtype: str, d
     stored = config.num_attention_heads * length * SCORES_COPIES * item if _stores_attention(device) else 0
     return (
         config.weight_bytes(item) + config.cache_bytes(length, item, batch) + rows * (layer + stored)
-        + LOGITS_COPIES * 4 * batch * config.vocab_size + _mask_bytes(config, length, item, device) + _kept(device)
+        + LOGITS_COPIES * 4 * batch * config.vocab_size + _mask_bytes(config, length, item) + _kept(device)
     )  # fmt: skip
 
 
-def _mask_bytes(config: Gemma3Config, length: int, item: int, device: DeviceInfo) -> int:
-    """Masks of the tokens that are read at a time: distances, two booleans, and what attention makes of them."""
+def _mask_bytes(config: Gemma3Config, length: int, item: int) -> int:
+    """Masks of the tokens that are read at a time, and what attention makes of them.
+
+    The first ones that are read need none on global layers. What a mask is made from is gone before a layer begins.
+    """
     rows, near = min(length, PREFILL), min(length, PREFILL + config.sliding_window)
-    local = rows * near * (DISTANCE_BYTES[device.engine] + 2 + item) if length > config.sliding_window else 0
-    return local + (rows * length * (1 + item) if length > PREFILL else 0)
+    local = rows * near if length > config.sliding_window else 0
+    later = max(0, min(PREFILL, length - PREFILL)) * length
+    return (local + later) * (1 + item)
 
 
 def _kept(device: DeviceInfo, passing: int = 0) -> int:
