@@ -42,7 +42,7 @@ async def test_a_run_from_start_to_its_text(
         assert it.app.session.place.model == "walk-1"
         await it.mode("5", "generation")
         await it.press("g")
-        await it.until(lambda: "tokens/s" in it.static("#ar .numbers"), "the text of the tuned model")
+        await it.until(lambda: "each), " in it.static("#ar .numbers"), "the text of the tuned model")
 
         await it.mode("2", "training")
         assert it.app.screen.query_one(PlanForm).values["model"] == tiny, "another adapter starts from the base"
