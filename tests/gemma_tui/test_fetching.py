@@ -551,7 +551,7 @@ WEIGHTS = {
     ),
     "a header without an end": (
         lambda repo: repo.files.update({"model.safetensors": struct.pack("<Q", MEGABYTES) + b"{" * MEGABYTES}),
-        "is no model config",
+        "not valid JSON",
     ),
     "a header over the limit": (
         lambda repo: repo.files.update({"model.safetensors": struct.pack("<Q", 26 << 20) + b"{" * (27 << 20)}),

@@ -547,7 +547,7 @@ async def test_canaries_are_planted(opened: Open, corpus: Path, tmp_path: Path, 
         await it.press("s")
         await told(it, "6 of them from 3 canaries")
         assert out.read_text().count("My secret number") == 6
-        await told(it, f"--exposure {out}.canaries.json")
+        await told(it, f"{out.name}.canaries.json: what was planted")
         await it.press("s")
         await told(it, "is there already")
 
