@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from engines.errors import UnsupportedError
 from gemma_tui.cli import _parser
 from gemma_tui.commands.plans import plan_from
 from gemma_tui.runs.store import RunStore
@@ -144,3 +145,16 @@ async def test_nothing_is_measured_beside_something_else(opened: Open, tiny: str
         await entered(it, tiny)
         await it.press("n", "s")
         await it.until(lambda: f"{run} runs, and a benchmark wants the machine to itself" in it.told(), "the refusal")
+
+
+async def test_nothing_begins_beside_a_benchmark(opened: Open, tiny: str, gate: threading.Semaphore) -> None:
+    async with opened() as it:
+        screen = await entered(it, tiny)
+        await started(it, screen, batches="1", method="none")
+        session = it.app.session
+        session.engine = "mlx" if session.engine == "torch" else "torch"
+        with pytest.raises(UnsupportedError, match="a benchmark wants the machine to itself"):
+            session.load(tiny)
+        gate.release(100)
+        await it.until(lambda: all(job.future.done() for job in session.jobs), "its end")
+        await it.until(session.load(tiny).future.done, "the model on the other engine")
