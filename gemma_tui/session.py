@@ -18,7 +18,7 @@ from engines.thread import EngineThread
 from gemma_tui.studies.events import Control, passing
 
 if TYPE_CHECKING:
-    from engines.base import DeviceInfo, Engine, ModelInfo
+    from engines.base import DeviceInfo, Engine, ModelInfo, Progress
     from gemma_tui.runs.store import RunStore
     from gemma_tui.studies.attention.looking import Board, Desk
     from gemma_tui.studies.attention.plan import AttentionPlan
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from gemma_tui.studies.pass_times import PassTimes, RooflinePlan
     from gemma_tui.studies.recording import Recorded
     from gemma_tui.studies.side_by_side import SideBySide
-
-Progress = Callable[[float, str], None]
 
 Begin = Callable[["Engine", "Control", "RunStore"], "Recorded"]
 """Registers a run, or takes one over; runs on the engine's thread."""

@@ -140,21 +140,22 @@ class HubSearch(ModalScreen[None]):
         from gemma_tui.hub.descriptions import found_cells
         from gemma_tui.hub.remote import search
 
+        app = self.app  # a screen that is left meanwhile has none
         for name in ("gemma_tui.hub.downloads", "gemma_tui.studies.fitting"):
             importlib.import_module(name)  # before a key asks for it on the event loop
         try:
             found = search(words)
         except EngineError as error:
-            self.app.call_from_thread(self._failed, words, str(error))
+            app.call_from_thread(self._failed, words, str(error))
             return
-        self.app.call_from_thread(self._fill, words, found, [found_cells(item) for item in found])
+        app.call_from_thread(self._fill, words, found, [found_cells(item) for item in found])
 
     @work(thread=True, exclusive=True, group="files")
     def _choose(self, repo: str) -> None:
         """Ask which file of GGUF is wanted."""
         from gemma_tui.hub.remote import gguf_files, look
 
-        app, asking = self.app, get_current_worker()  # a screen that is left meanwhile has no app
+        app, asking = self.app, get_current_worker()  # a screen that is left meanwhile has none
         try:
             files = gguf_files(look(repo))
         except EngineError as error:
@@ -192,14 +193,15 @@ class HubSearch(ModalScreen[None]):
         from gemma_tui.hub.headers import look_inside
         from gemma_tui.studies.fitting import memory_lines
 
+        app = self.app  # a screen that is left meanwhile has none
         try:
             inside = look_inside(repo)
         except EngineError as error:
-            self.app.call_from_thread(self._about, repo, str(error))
+            app.call_from_thread(self._about, repo, str(error))
             return
         lines = inside_lines(inside) + (memory_lines(inside.config) if inside.config is not None else [])
         text = "\n".join(f"{name:<10}  {one_line(text, 200)}" for name, text in lines)
-        self.app.call_from_thread(self._about, repo, text)
+        app.call_from_thread(self._about, repo, text)
 
     def _about(self, repo: str, text: str) -> None:
         """Details, unless another model was chosen meanwhile, which does not stop a thread that waits for the hub."""

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from engines.base import Engine, Sampling
 from engines.blocks import MASK, ORDERS, BlockDecoding, DecodingPass
@@ -26,6 +27,19 @@ DECODERS = (AR, SBD)
 MAX_BLOCK = 4096
 
 
+def order_option() -> Any:
+    """What is decided first, of every plan that decodes blocks."""
+    return option("entropy", "what a pass decides first", choices=ORDERS, decoders=(SBD,))
+
+
+def mask_token_option() -> Any:
+    """The mask token, of every plan that decodes blocks."""
+    return option(
+        None, "id that stands for a place not decided yet", low=0, high=2**31,
+        open_means="the one the model was trained with, else 4", decoders=(SBD,),
+    )  # fmt: skip
+
+
 @dataclass(frozen=True)
 class GenerationPlan:
     """What is written and how the next tokens are chosen; every field is an option of ``gemma-tui generate``."""
@@ -40,15 +54,8 @@ class GenerationPlan:
         0.1, "bound of the entropy that one pass decides; inf for a whole block", unit="nats", low=0.0,
         high=math.inf, decoders=(SBD,),
     )  # fmt: skip
-    order: str = option("entropy", "what a pass decides first", choices=ORDERS, decoders=(SBD,))
-    mask_token: int | None = option(
-        None,
-        "id that stands for a place not decided yet",
-        low=0,
-        high=2**31,
-        open_means="the one the model was trained with, else 4",
-        decoders=(SBD,),
-    )
+    order: str = order_option()
+    mask_token: int | None = mask_token_option()
     max_tokens: int = option(128, "new tokens at most", unit="tokens", low=1, high=1_000_000)
     temperature: float = option(0.8, "0 is greedy, 1 the model's own distribution", low=0.0, high=100.0)
     top_k: int = option(0, "draw from the k most probable tokens; 0 for all", low=0)

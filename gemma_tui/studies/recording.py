@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from engines.base import Engine
 from gemma_tui.errors import UsageError
@@ -13,10 +14,12 @@ from gemma_tui.runs import checkpoints
 from gemma_tui.runs.store import Run, RunStore
 from gemma_tui.studies.estimate import remembered
 from gemma_tui.studies.events import PASSING, Control, Event
-from gemma_tui.studies.plan import command
+from gemma_tui.studies.plan import build, command
 from gemma_tui.studies.training import train
 from gemma_tui.studies.training_plan import TrainingPlan, plan_of
 from gemma_tui.text import one_line
+
+P = TypeVar("P")
 
 REQUEST_SECONDS = 1.0
 LOOKED_BACK = 100
@@ -56,8 +59,7 @@ def resume_training(engine: Engine, run: Run, control: Control, store: RunStore)
     plan = plan_of(run.plan)
     if run.step >= plan.steps and run.state == "done":
         raise UsageError(f"{run.run_id} has taken all of its {plan.steps} steps: train on it with --model {run.run_id}")
-    if run.engine != engine.name:
-        raise UsageError(f"{run.run_id} was computed with {run.engine}: resume it with --engine {run.engine}")
+    check_engine(run, engine)
     run = store.adopt(run.run_id)
     return _training(engine, plan, run, control, store)
 
@@ -80,6 +82,30 @@ def experience(store: RunStore, plan: TrainingPlan, engine: str, but: str = "") 
         told = [e.values.get("estimate") for e in store.events(other.run_id, limit=5) if e.kind == "start"]
         if told and isinstance(told[0], int | float):
             yield told[0], store.peak_memory(other.run_id)
+
+
+def check_engine(run: Run, engine: Engine) -> None:
+    """Whether a run can go on with an engine.
+
+    Raises:
+        UsageError: another one began it, whose numbers are not the same to the last bit.
+    """
+    if run.engine != engine.name:
+        raise UsageError(f"{run.run_id} was computed with {run.engine}: resume it with --engine {run.engine}")
+
+
+def kept_plan(plan: type[P], run: Run, study: str, what: str) -> P:
+    """The plan that a run of a study was started with.
+
+    Args:
+        what: the study in words, after "no".
+
+    Raises:
+        UsageError: the run is another study, or its plan is another version's.
+    """
+    if run.study != study:
+        raise UsageError(f"{run.run_id} is no {what}: `gemma-tui runs list` tells what it is")
+    return build(plan, {key: value for key, value in run.plan.items() if value is not None}, run.run_id)
 
 
 def recorded(

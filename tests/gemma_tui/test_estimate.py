@@ -250,18 +250,23 @@ def peak() -> Any:
     return Watch()
 
 
-@every_setting
-def test_the_total_is_about_the_peak_of_a_step(wide: Gemma3Config, settings: TrainingSettings, peak: Any) -> None:
+def two_steps(config: Gemma3Config, settings: TrainingSettings, dtype: str, batch: Batch, peak: Any) -> None:
+    """Torch, watched by ``peak``."""
     from engines.torch.engine import TorchEngine
 
     engine = TorchEngine()
     with peak:
-        engine.initialise(wide, 0, "bfloat16")
+        engine.initialise(config, 0, dtype)
         for parameter in engine._loaded().parameters():
             peak.add(parameter)
         engine.start_training(settings)
         for _ in range(2):
-            engine.train_step([a_batch(wide)], 1e-3)
+            engine.train_step([batch], 1e-3)
+
+
+@every_setting
+def test_the_total_is_about_the_peak_of_a_step(wide: Gemma3Config, settings: TrainingSettings, peak: Any) -> None:
+    two_steps(wide, settings, "bfloat16", a_batch(wide), peak)
     found = of(wide, settings, "bfloat16")
     assert 0.7 < peak.most / (found.total - found.kept) < 1.1
 
@@ -276,16 +281,7 @@ def a_noised_batch(config: Gemma3Config, rows: int, length: int) -> Batch:
 
 @pytest.mark.parametrize("settings", [LORA, FULL], ids=["lora", "full"])
 def test_a_masked_copy_counts_as_a_row(wide: Gemma3Config, settings: TrainingSettings, peak: Any) -> None:
-    from engines.torch.engine import TorchEngine
-
-    engine = TorchEngine()
-    with peak:
-        engine.initialise(wide, 0, "float32")
-        for parameter in engine._loaded().parameters():
-            peak.add(parameter)
-        engine.start_training(settings)
-        for _ in range(2):
-            engine.train_step([a_noised_batch(wide, 2, 128)], 1e-3)
+    two_steps(wide, settings, "float32", a_noised_batch(wide, 2, 128), peak)
     found = of(wide, settings, rows=4, sequence_length=128)
     assert 0.85 < peak.most / (found.total - found.kept) < 1.15
 

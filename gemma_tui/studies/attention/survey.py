@@ -26,8 +26,8 @@ from gemma_tui.studies.data import windows
 from gemma_tui.studies.events import Control, Event, wait_while_paused
 from gemma_tui.studies.intervals import interval
 from gemma_tui.studies.loading import load
-from gemma_tui.studies.plan import build, command, option
-from gemma_tui.studies.recording import Recorded, recorded
+from gemma_tui.studies.plan import command, option
+from gemma_tui.studies.recording import Recorded, kept_plan, recorded
 from gemma_tui.studies.run_checkpoints import RunCheckpoint, kept_checkpoints, load_checkpoint
 from gemma_tui.text import one_line
 from gemma_tui.tokenizer import Tokenizer, read_tokenizer
@@ -83,9 +83,7 @@ def plan_of(run: Run) -> HeadStudyPlan:
     Raises:
         UsageError: the run is another study.
     """
-    if run.study != STUDY:
-        raise UsageError(f"{run.run_id} is no study of heads: `gemma-tui runs list` tells what it is")
-    return build(HeadStudyPlan, {key: value for key, value in run.plan.items() if value is not None}, run.run_id)
+    return kept_plan(HeadStudyPlan, run, STUDY, "study of heads")
 
 
 def study_heads(engine: Engine, plan: HeadStudyPlan, control: Control, done: int = 0) -> Iterator[Event]:

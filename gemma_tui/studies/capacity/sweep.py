@@ -28,7 +28,7 @@ from gemma_tui.studies.capacity.measures import data_bits, memorised_bits
 from gemma_tui.studies.capacity.plan import CapacityPlan, Cell, MoreCells, cells_of, plan_of, training_of
 from gemma_tui.studies.events import Control, Event, wait_while_paused
 from gemma_tui.studies.plan import command
-from gemma_tui.studies.recording import Recorded, recorded
+from gemma_tui.studies.recording import Recorded, check_engine, recorded
 
 STUDY = "capacity"
 TRACE = "bits"
@@ -84,8 +84,7 @@ def resume_capacity(
     plan, done = sweep_plan(run), finished(store, run)
     if more is not None:
         plan = extended(plan, more)
-    if run.engine != engine.name:
-        raise UsageError(f"{run.run_id} was computed with {run.engine}: resume it with --engine {run.engine}")
+    check_engine(run, engine)
     cells = cells_of(plan)
     if all(cell.name in done for cell in cells):
         raise UsageError(

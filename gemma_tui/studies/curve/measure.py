@@ -15,7 +15,7 @@ import numpy as np
 
 from engines.base import Engine
 from engines.blocks import BlockDecoding
-from gemma_tui.errors import GemmaTuiError, UsageError
+from gemma_tui.errors import GemmaTuiError
 from gemma_tui.hub.models import Model, resolve
 from gemma_tui.rows import read_sources
 from gemma_tui.runs.store import Run, RunStore
@@ -24,8 +24,8 @@ from gemma_tui.studies.curve.questions import Question, drawn, questions, rows_o
 from gemma_tui.studies.events import Control, Event, Pace, wait_while_paused
 from gemma_tui.studies.generation import AR, check_room, mask_of, warm
 from gemma_tui.studies.loading import load
-from gemma_tui.studies.plan import build, check_honoured
-from gemma_tui.studies.recording import Recorded, recorded
+from gemma_tui.studies.plan import check_honoured
+from gemma_tui.studies.recording import Recorded, check_engine, kept_plan, recorded
 from gemma_tui.studies.run_checkpoints import training_run
 from gemma_tui.studies.training_plan import plan_of as training_plan
 from gemma_tui.studies.writing import Writing, agreement, parse_stops
@@ -81,8 +81,7 @@ def resume_curve(engine: Engine, run: Run, control: Control, store: RunStore) ->
         GemmaTuiError: another process computes it, or what it needs is gone.
     """
     plan = plan_of(run)
-    if run.engine != engine.name:
-        raise UsageError(f"{run.run_id} was computed with {run.engine}: resume it with --engine {run.engine}")
+    check_engine(run, engine)
     prepared = prepare(plan, store)
     if len(prepared.questions) != run.steps:
         raise GemmaTuiError(f"{plan.data} has changed since {run.run_id} began: start it again with `{run.command}`")
@@ -96,9 +95,7 @@ def plan_of(run: Run) -> CurvePlan:
     Raises:
         UsageError: the run is another study.
     """
-    if run.study != STUDY:
-        raise UsageError(f"{run.run_id} is no speed-quality curve: `gemma-tui runs list` tells what it is")
-    return build(CurvePlan, {key: value for key, value in run.plan.items() if value is not None}, run.run_id)
+    return kept_plan(CurvePlan, run, STUDY, "speed-quality curve")
 
 
 def prepare(plan: CurvePlan, store: RunStore) -> Prepared:

@@ -6,9 +6,17 @@ import itertools
 from dataclasses import dataclass, replace
 
 from engines.base import Sampling
-from engines.blocks import ORDERS, BlockDecoding
+from engines.blocks import BlockDecoding
 from gemma_tui.errors import UsageError
-from gemma_tui.studies.generation import AR, DECODERS, SBD, STOP_IDS, GenerationPlan
+from gemma_tui.studies.generation import (
+    AR,
+    DECODERS,
+    SBD,
+    STOP_IDS,
+    GenerationPlan,
+    mask_token_option,
+    order_option,
+)  # fmt: skip
 from gemma_tui.studies.plan import command, option, options, parse
 from gemma_tui.studies.turns import PROMPT_FORMS
 
@@ -36,15 +44,8 @@ class CurvePlan:
         "bounds of the entropy that one pass decides, inf for all; several with commas",
         decoders=(SBD,),
     )
-    order: str = option("entropy", "what a pass decides first", choices=ORDERS, decoders=(SBD,))
-    mask_token: int | None = option(
-        None,
-        "id that stands for a place not decided yet",
-        low=0,
-        high=2**31,
-        open_means="the one the model was trained with, else 4",
-        decoders=(SBD,),
-    )
+    order: str = order_option()
+    mask_token: int | None = mask_token_option()
     max_tokens: int = option(128, "new tokens of a row at most", unit="tokens", low=1, high=131_072)
     stop: str = option("", r"strings that end a text, with commas between; \n a newline, \, a comma")
     limit: int = option(0, "rows, drawn by the seed; 0 for all", low=0, high=10_000_000)

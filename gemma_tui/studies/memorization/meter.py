@@ -39,8 +39,8 @@ from gemma_tui.studies.memorization.strips import strip_rows
 from gemma_tui.studies.memorization.subjects import REFERENCE, Subject, Subjects, subjects_of
 from gemma_tui.studies.memorization.summary import sequence_rows, summary, supervised
 from gemma_tui.studies.memorization.suspects import RECALL, recall_extra
-from gemma_tui.studies.plan import build, command
-from gemma_tui.studies.recording import Recorded, recorded
+from gemma_tui.studies.plan import command
+from gemma_tui.studies.recording import Recorded, check_engine, kept_plan, recorded
 from gemma_tui.tokenizer import read_tokenizer
 
 STUDY = "memorization"
@@ -75,8 +75,7 @@ def resume_memorization(engine: Engine, run: Run, control: Control, store: RunSt
         GemmaTuiError: another process computes it, or its models or files are gone.
     """
     plan = plan_of(run)
-    if run.engine != engine.name:
-        raise UsageError(f"{run.run_id} was computed with {run.engine}: resume it with --engine {run.engine}")
+    check_engine(run, engine)
     extras = [read_extra(key, run.folder, SCHEME if key == EXTRACTION else None) for key in _asked(plan)]
     measurement = _prepared(plan, subjects_of(plan, store), read_sequences(run.folder), {}, extras)
     run = store.adopt(run.run_id)
@@ -89,9 +88,7 @@ def plan_of(run: Run) -> MemorizationPlan:
     Raises:
         UsageError: the run is another study.
     """
-    if run.study != STUDY:
-        raise UsageError(f"{run.run_id} is no measurement of memorization: `gemma-tui runs list` tells what it is")
-    return build(MemorizationPlan, {key: value for key, value in run.plan.items() if value is not None}, run.run_id)
+    return kept_plan(MemorizationPlan, run, STUDY, "measurement of memorization")
 
 
 def prepare(plan: MemorizationPlan, store: RunStore) -> Measurement:

@@ -25,7 +25,7 @@ from gemma_tui.studies.memorization.scores import SCORES, Scores, score
 from gemma_tui.studies.memorization.sequences import TRAIN
 from gemma_tui.studies.memorization.subjects import Subject, subjects_of
 from gemma_tui.studies.plan import build, command, option
-from gemma_tui.studies.recording import Recorded, recorded
+from gemma_tui.studies.recording import Recorded, check_engine, recorded
 from gemma_tui.studies.turns import Window
 
 STUDY = "where"
@@ -110,8 +110,7 @@ def resume_where(engine: Engine, run: Run, control: Control, store: RunStore) ->
         GemmaTuiError: another process computes it, or what it needs is gone.
     """
     plan = where_plan(run)
-    if run.engine != engine.name:
-        raise UsageError(f"{run.run_id} was computed with {run.engine}: resume it with --engine {run.engine}")
+    check_engine(run, engine)
     search, known = prepare(plan, store), kept_parts(store, run)
     run = store.adopt(run.run_id)
     return Recorded(run, recorded(store, run, lambda _: study_where(engine, search, known, control), control))
